@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# bash dist_al_train.sh <config> <GPUs> [options of al_train.py]
+# GPUs=0 trains on the CPU in one process. Several machines: set NNODES, NODE_RANK, MASTER_ADDR and PORT as for mmseg.
+set -euo pipefail
+if [ $# -lt 2 ]; then
+    echo "usage: bash dist_al_train.sh <config> <GPUs> [options of al_train.py]" >&2
+    exit 2
+fi
+CONFIG=$1
+GPUS=$2
+HERE=$(cd "$(dirname "$0")" && pwd)
+export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
+
+if [ "$GPUS" -eq 0 ]; then
+    CUDA_VISIBLE_DEVICES='' exec python "$HERE/al_train.py" "$CONFIG" "${@:3}"
+fi
+if [ "${NNODES:-1}" -eq 1 ] && [ -z "${PORT:-}" ]; then
+    WHERE=(--standalone) # a free port
+else
+    WHERE=(--nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}"
+        --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${PORT:-29500}")
+fi
+exec python -m torch.distributed.run "${WHERE[@]}" --nproc_per_node "$GPUS" \
+    "$HERE/al_train.py" "$CONFIG" --launcher pytorch "${@:3}"
