@@ -469,7 +469,7 @@ class RoundHook(Hook):
         torch.manual_seed(seed_of(self.seed, runner.rank, 'iter', runner.iter))
 
     def after_val_epoch(self, runner: Runner, metrics: Optional[dict] = None) -> None:
-        self.metrics = {key: float(value) for key, value in (metrics or {}).items() if np.isscalar(value)}
+        self.metrics = {key: round(float(value), 4) for key, value in (metrics or {}).items() if np.isscalar(value)}
         self.validated_at = runner.iter
 
 
