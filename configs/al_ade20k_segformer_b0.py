@@ -2,7 +2,7 @@
 _base_ = 'mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py'
 custom_imports = dict(imports=['al_patch'])
 # 20,210 training images. 5 % = 1,010 are labelled at the start and 1,010 more after each of 4 rounds:
-# 1,010, 2,020, 3,030, 4,040, 5,050 (25 %). Every one of the 5 trainings runs the whole schedule below: 5 x 40k iterations.
+# 1,010, 2,020, 3,030, 4,040, 5,050 (25 %). Each of the 5 trainings runs the whole schedule: 5 x 40k iterations.
 al = dict(strategy='margin', initial=0.05, budget=0.05, rounds=4)
 
 train_cfg = dict(max_iters=40000, val_interval=4000)

@@ -1,4 +1,4 @@
-"""A small segmentation data set that needs no download: handwritten digits in cluttered 64x64 scenes.
+"""A small segmentation data set that needs no download: handwritten digits in cluttered 48x48 scenes.
 
 The scenes are drawn on first use, in about a second, from the 1,797 handwritten digits that ship with scikit-learn.
 Training and validation scenes share no handwritten digit. As in much real data, most training scenes are quiet, with
@@ -15,7 +15,7 @@ import numpy as np
 from mmseg.datasets import BaseSegDataset
 from mmseg.registry import DATASETS
 
-SIZE = 64  # of a scene, in pixels
+SIZE = 48  # of a scene, in pixels
 SCENES = dict(train=400, val=100)
 BUSY = dict(train=1 / 6, val=1.0)  # share of busy scenes
 QUIET_CLASSES = np.array([.32, .32, .32] + [.04 / 7] * 7)  # how often each digit is drawn in a quiet scene
@@ -83,20 +83,20 @@ def draw_scene(glyphs: Dict[int, np.ndarray], busy: bool, rng: np.random.Generat
         The image (BGR) and its label map, both uint8.
     """
     ground = rng.uniform(40, 120)
-    texture = cv2.resize(rng.normal(0, rng.uniform(4, 16), (8, 8, 3)), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
+    texture = cv2.resize(rng.normal(0, rng.uniform(2, 12), (6, 6, 3)), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
     image, label = ground + texture, np.zeros((SIZE, SIZE), np.uint8)
 
     def ink() -> np.ndarray:
         return rng.uniform(50, 130) + rng.normal(0, 12, 3)
 
-    for _ in range(rng.integers(0, 4)):
+    for _ in range(rng.integers(0, 3)):
         stroke = np.zeros((SIZE, SIZE))
-        points = rng.integers(0, SIZE, 2) + rng.integers(-14, 15, (3, 2))
-        cv2.polylines(stroke, [points.astype(np.int32)], bool(rng.random() < .3), 1., int(rng.integers(2, 5)))
+        points = rng.integers(0, SIZE, 2) + rng.integers(-10, 11, (3, 2))
+        cv2.polylines(stroke, [points.astype(np.int32)], bool(rng.random() < .3), 1., int(rng.integers(1, 4)))
         image += cv2.GaussianBlur(stroke, (3, 3), 0)[..., None] * ink()
     for _ in range(rng.integers(2, 5) if busy else rng.integers(0, 3)):
         digit = int(rng.choice(10, p=None if busy else QUIET_CLASSES))
-        side = int(rng.integers(20, 29))
+        side = int(rng.integers(18, 25))
         glyph = cv2.resize(rng.choice(glyphs[digit]), (side, side), interpolation=cv2.INTER_CUBIC).clip(0, 1)
         for _ in range(20):  # look for a free place; a digit that finds none is left out
             y, x = rng.integers(0, SIZE - side + 1, 2)
@@ -105,5 +105,5 @@ def draw_scene(glyphs: Dict[int, np.ndarray], busy: bool, rng: np.random.Generat
                 image[window] += glyph[..., None] * ink()
                 label[window][glyph > .4] = digit + 1
                 break
-    image += rng.normal(0, rng.uniform(3, 10), image.shape)
+    image += rng.normal(0, rng.uniform(2, 8), image.shape)
     return image.clip(0, 255).astype(np.uint8), label

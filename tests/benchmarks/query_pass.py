@@ -1,0 +1,60 @@
+"""The query pass against a bare forward pass of the same model over the same loader.
+
+    python tests/benchmarks/query_pass.py CONFIG [--strategies entropy margin] [--repeat 5] [--cfg-options ...]
+
+Both run in turn, ``--repeat`` times, over the whole pool; printed are medians and their ratio. The bare pass loads the
+data, runs the data preprocessor and ``model(mode='tensor')``, and keeps nothing.
+"""
+import argparse
+import statistics
+import tempfile
+import time
+
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.runner import Runner
+from prettytable import PrettyTable
+
+import al_patch
+
+
+def bare_pass(model, loader) -> None:
+    with torch.no_grad():
+        for data in loader:
+            model(**model.data_preprocessor(data, False), mode='tensor')
+
+
+def timed(function, *args) -> float:
+    begin = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - begin
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('config')
+    parser.add_argument('--strategies', nargs='+', default=['entropy'])
+    parser.add_argument('--repeat', type=int, default=5)
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction)
+    args = parser.parse_args()
+    cfg = Config.fromfile(args.config)
+    cfg.merge_from_dict(args.cfg_options or {})
+    cfg.pop('al', None)
+    table = PrettyTable(['strategy', 'images', 'bare s', 'query s', 'query / bare'])
+    with tempfile.TemporaryDirectory() as cfg.work_dir:
+        runner = Runner.from_cfg(cfg)
+        pool, model = al_patch.Pool(runner.cfg), runner.model.eval()
+        loader, _ = al_patch.query_dataloader(runner.cfg, pool, pool.names)
+        bare_pass(model, loader)  # warm-up: page cache, workers
+        for name in args.strategies:
+            strategy, bare, query = al_patch.resolve_strategy(name), [], []
+            for _ in range(args.repeat):
+                bare.append(timed(bare_pass, model, loader))
+                query.append(timed(al_patch.score_images, runner, strategy, pool, pool.names, runner))
+            bare, query = statistics.median(bare), statistics.median(query)
+            table.add_row([name, len(pool), f'{bare:.2f}', f'{query:.2f}', f'{query / bare:.3f}'])
+    print(table)
+
+
+if __name__ == '__main__':
+    main()
