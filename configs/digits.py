@@ -17,7 +17,7 @@ from mmseg.registry import DATASETS
 
 SIZE = 48  # of a scene, in pixels
 SCENES = dict(train=400, val=100)
-BUSY = dict(train=1 / 6, val=1.0)  # share of busy scenes
+BUSY = dict(train=.25, val=1.0)  # share of busy scenes
 QUIET_CLASSES = np.array([.32, .32, .32] + [.04 / 7] * 7)  # how often each digit is drawn in a quiet scene
 
 
@@ -87,7 +87,7 @@ def draw_scene(glyphs: Dict[int, np.ndarray], busy: bool, rng: np.random.Generat
     image, label = ground + texture, np.zeros((SIZE, SIZE), np.uint8)
 
     def ink() -> np.ndarray:
-        return rng.uniform(50, 130) + rng.normal(0, 12, 3)
+        return rng.uniform(60, 130) + rng.normal(0, 8, 3)
 
     for _ in range(rng.integers(0, 3)):
         stroke = np.zeros((SIZE, SIZE))
