@@ -2,8 +2,8 @@
 
 The scenes are drawn on first use, in about a second, from the 1,797 handwritten digits that ship with scikit-learn.
 Training and validation scenes share no handwritten digit. As in much real data, most training scenes are quiet, with
-at most two digits, nearly all zeros, ones and twos, and one in six is busy, with up to four digits of any class. So it
-matters which images are labelled. All validation scenes are busy: every class counts the same there.
+at most two digits, nearly all zeros, ones and twos, and three in ten are busy, with two to four digits of any class.
+So it matters which images are labelled. All validation scenes are busy: every class counts the same there.
 """
 import os
 import os.path as osp
@@ -17,7 +17,7 @@ from mmseg.registry import DATASETS
 
 SIZE = 48  # of a scene, in pixels
 SCENES = dict(train=400, val=100)
-BUSY = dict(train=.25, val=1.0)  # share of busy scenes
+BUSY = dict(train=.3, val=1.0)  # share of busy scenes
 QUIET_CLASSES = np.array([.32, .32, .32] + [.04 / 7] * 7)  # how often each digit is drawn in a quiet scene
 
 
@@ -76,27 +76,27 @@ def draw_scene(glyphs: Dict[int, np.ndarray], busy: bool, rng: np.random.Generat
 
     Args:
         glyphs: The handwritten digits of each class, (n, 8, 8), ink from 0 to 1.
-        busy: Up to four digits of any class, or at most two, mostly of the three frequent ones.
+        busy: Two to four digits of any class, instead of at most two, mostly of the three frequent ones.
         rng: Makes every choice.
 
     Returns:
         The image (BGR) and its label map, both uint8.
     """
-    ground = rng.uniform(40, 120)
-    texture = cv2.resize(rng.normal(0, rng.uniform(2, 12), (6, 6, 3)), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
+    ground = rng.uniform(50, 110)
+    texture = cv2.resize(rng.normal(0, rng.uniform(2, 10), (6, 6, 3)), (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
     image, label = ground + texture, np.zeros((SIZE, SIZE), np.uint8)
 
     def ink() -> np.ndarray:
-        return rng.uniform(60, 130) + rng.normal(0, 8, 3)
+        return rng.uniform(90, 130) + rng.normal(0, 6, 3)
 
     for _ in range(rng.integers(0, 3)):
         stroke = np.zeros((SIZE, SIZE))
         points = rng.integers(0, SIZE, 2) + rng.integers(-10, 11, (3, 2))
         cv2.polylines(stroke, [points.astype(np.int32)], bool(rng.random() < .3), 1., int(rng.integers(1, 4)))
-        image += cv2.GaussianBlur(stroke, (3, 3), 0)[..., None] * ink()
+        image += cv2.GaussianBlur(stroke, (3, 3), 0)[..., None] * ink() * .6
     for _ in range(rng.integers(2, 5) if busy else rng.integers(0, 3)):
         digit = int(rng.choice(10, p=None if busy else QUIET_CLASSES))
-        side = int(rng.integers(18, 25))
+        side = int(rng.integers(20, 25))
         glyph = cv2.resize(rng.choice(glyphs[digit]), (side, side), interpolation=cv2.INTER_CUBIC).clip(0, 1)
         for _ in range(20):  # look for a free place; a digit that finds none is left out
             y, x = rng.integers(0, SIZE - side + 1, 2)
@@ -105,5 +105,5 @@ def draw_scene(glyphs: Dict[int, np.ndarray], busy: bool, rng: np.random.Generat
                 image[window] += glyph[..., None] * ink()
                 label[window][glyph > .4] = digit + 1
                 break
-    image += rng.normal(0, rng.uniform(2, 8), image.shape)
+    image += rng.normal(0, rng.uniform(2, 6), image.shape)
     return image.clip(0, 255).astype(np.uint8), label
