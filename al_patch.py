@@ -1437,7 +1437,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
             if state['phase'] == 'train':
                 train_round(runner, trainer, state)
                 log_metrics(runner, state)
-            reason = why_stop(state, len(pool))
+            reason = why_stop(state)
             if reason:
                 break
             begin = time.time()
@@ -1460,7 +1460,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
     return runner.model
 
 
-def why_stop(state: dict, total: int) -> Optional[str]:
+def why_stop(state: dict) -> Optional[str]:
     """The reason to end after the state's round, or None.
 
     Raises:
@@ -1480,8 +1480,9 @@ def why_stop(state: dict, total: int) -> Optional[str]:
             return f'{metric} has not risen above {max(history):.2f} for al.stop.patience = {al.stop.patience} rounds'
     if k >= al.rounds:
         return f'all {al.rounds} rounds of queries are done'
-    if len(labelled(state)) >= total:
-        return f'the pool is empty after {k} rounds: all {total} images are labelled'
+    figures = spent(state)
+    if max(figures.get('% of images', 0), figures.get('% of pixels', 0)) >= 100:
+        return f'the pool is empty after {k} rounds: everything is labelled'
     return None
 
 
