@@ -21,6 +21,7 @@ import copy
 import difflib
 import functools
 import gc
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -50,7 +51,7 @@ from mmengine.runner import Runner, find_latest_checkpoint, load_checkpoint
 from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
 from prettytable import PrettyTable
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 
 __version__ = '0.1.0'
 
@@ -81,7 +82,7 @@ def _is_amount(value) -> bool:
 
 def _is_overrides(value) -> bool:
     return isinstance(value, dict) and all(
-        str(k).isdigit() and isinstance(v, dict) for k, v in value.items())
+        re.fullmatch('0|[1-9][0-9]*', str(k)) and isinstance(v, dict) for k, v in value.items())
 
 
 def _is_stop(value) -> bool:
@@ -247,7 +248,11 @@ class Pool:
     def __init__(self, cfg: dict):
         pipeline, self.leaves, self.where, paths = query_pipeline(cfg), [], {}, {}
         for leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']):
-            leaf = DATASETS.build({**leaf_cfg, 'pipeline': copy.deepcopy(pipeline)})
+            try:
+                leaf = DATASETS.build({**leaf_cfg, 'pipeline': copy.deepcopy(pipeline)})
+            except ValueError as error:  # mmengine's own for an empty one is 'need at least one array to concatenate'
+                raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset` '
+                                 f'({error})') from error
             if not isinstance(leaf, BaseDataset):
                 raise ValueError('active learning filters subclasses of mmengine.dataset.BaseDataset, but got a '
                                  f'{type(leaf).__name__}')
@@ -273,7 +278,8 @@ class Pool:
         for name in names:
             leaf, index = self.where[name]
             chosen[leaf].append(index)
-        return ConcatDataset([leaf.get_subset(indices) for leaf, indices in zip(self.leaves, chosen) if indices])
+        # not leaf.get_subset: its copies share a memo by id() for as long as the process lives, and mix objects up
+        return ConcatDataset([Subset(leaf, indices) for leaf, indices in zip(self.leaves, chosen) if indices])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -387,6 +393,9 @@ def start_state(runner: Runner, al: dict, pool: Pool) -> dict:
                                  f'`al.initial`, but got {n} ({al.budget!r})')
         state = dict(schema=SCHEMA, phase='train', round=0, seed=seed, settings=al.to_dict(),
                      config=config_digest(runner.cfg), images=len(pool), rounds=[dict(asked=names)])
+        if is_main_process():  # checkpoints of an older run: nothing of it may leak into this one
+            for stale in glob.glob(osp.join(glob.escape(runner.work_dir), 'round_*', 'last_checkpoint')):
+                os.remove(stale)
         save_state(state, runner.work_dir)
         return state
     if not runner.cfg.get('resume'):
@@ -436,15 +445,28 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     names = labelled(read_state(where['state']), where['round'])
     token = _LABELLED.set(frozenset(names))
     try:
-        return build(dataloader, *args, **kwargs)
+        loader = build(dataloader, *args, **kwargs)
     finally:
         _LABELLED.reset(token)
+    check_filtered(loader.dataset)
+    return loader
 
 
 def keep_labelled(dataset: BaseDataset, names: frozenset) -> None:
     """Filter a leaf data set as soon as it knows its images, before any wrapper counts them or reads a label."""
     indices = range(len(dataset))
     dataset.get_subset_([i for i in indices if image_name(dataset, dataset.get_data_info(i)) in names])
+    dataset.is_labelled = True
+
+
+def check_filtered(dataset) -> None:
+    """Refuse a data set with a leaf whose own ``full_init`` went past the filter: it would train on every label."""
+    inner = getattr(dataset, 'datasets', None) or ([dataset.dataset] if hasattr(dataset, 'dataset') else [])
+    for child in inner:
+        check_filtered(child)
+    if not inner and not getattr(dataset, 'is_labelled', False):
+        raise ValueError(f'{type(dataset).__name__}.full_init should call mmengine\'s BaseDataset.full_init, where '
+                         'only the labelled images are kept, but does not')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -494,7 +516,8 @@ def round_config(runner: Runner, state: dict, resumed: bool) -> Config:
     cfg.experiment_name = f'{runner.experiment_name}_round_{k}'
     if isinstance(cfg.get('visualizer'), dict):
         cfg.visualizer.name = cfg.experiment_name  # visualizers are singletons by name: each round gets its own
-    cfg.randomness = {**cfg.get('randomness', {}), 'seed': cfg.get('randomness', {}).get('seed') or state['seed']}
+    seed = cfg.get('randomness', {}).get('seed')
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': state['seed'] if seed is None else seed}
     cfg.train_dataloader.labelled = dict(state=osp.join(runner.work_dir, STATE_FILE), round=k)
     if k > 0 and al.weights != 'scratch':
         cfg.load_from = checkpoint_path(runner, state['rounds'][k - 1], al.weights)
@@ -516,10 +539,6 @@ def checkpoint_path(runner: Runner, entry: dict, which: str) -> str:
 def build_round(runner: Runner, state: dict, resumed: bool) -> Runner:
     """A fresh runner for the state's round, of the caller's class; the caller's own takes over its model."""
     cfg = round_config(runner, state, resumed)
-    if not cfg.resume and state['phase'] == 'train' and is_main_process():
-        with contextlib.suppress(FileNotFoundError):  # of an older run: nothing of it may leak into this one
-            os.remove(osp.join(cfg.work_dir, 'last_checkpoint'))
-    barrier()
     trainer = type(runner).from_cfg(cfg)
     trainer.register_hook(RoundHook(seed_of(state['seed'], 'train', state['round'])))
     runner.model = trainer.model
@@ -684,6 +703,8 @@ def query(runner: Runner, trainer: Runner, state: dict, pool: Pool) -> list[str]
     chosen_K = strategy.select(scores_N, budget, generator(state['seed'], 'select', k))
     picks = [sorted(chosen_K.tolist())]
     broadcast_object_list(picks)  # rank 0 decides
+    if len(set(picks[0])) != budget or len(picks[0]) != budget:
+        raise ValueError(f'`al.strategy.select` should choose {budget} different candidates, but got {picks[0]}')
     low, high = scores_N[picks[0]].aminmax()
     runner.logger.info(
         f'Round {k}: {strategy.name} asks for {len(picks[0])} of {len(names)} images, scores {low:.4g} to {high:.4g} '
@@ -755,7 +776,9 @@ def import_function(path: str, key: str) -> Callable:
     module, _, name = path.partition(':')
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        if callable(function):
+            inspect.signature(function)  # its options are read from there; some builtins have none
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f'`{key}` should be importable, but got {path!r}: {error}') from error
     if not callable(function):
         raise ValueError(f'`{key}` should name a function, but {path!r} is a {type(function).__name__}')
@@ -765,7 +788,7 @@ def import_function(path: str, key: str) -> Callable:
 def _lookup(table: dict, name, key: str) -> Callable:
     if isinstance(name, str) and ':' in name:
         return import_function(name, key)
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f'`{key}` should be one of {", ".join(table)}, or \'package.module:function\', but got {name!r}')
     return table[name]
 
@@ -790,14 +813,14 @@ def resolve_strategy(strategy: Union[str, dict]) -> Strategy:
     how = options.pop('reduce', 'mean')
     if how not in ('mean', 'max') and not (type(how) in (int, float) and 0 < how <= 100):
         raise ValueError(f"`al.strategy.reduce` should be 'mean', 'max' or a percentage in (0, 100], but got {how!r}")
-    taken = {}
+    taken, known = {}, ['score', 'select', 'reduce']
     for function in (score, select):
         own = [p.name for p in list(inspect.signature(function).parameters.values())[1:]
                if p.name not in ('budget', 'generator')]
+        known += own
         taken[function] = {key: options.pop(key) for key in own if key in options}
     if options:
-        raise ValueError(f'`al.strategy` {name!r} has no option {", ".join(options)}; it takes score, select, reduce'
-                         + ''.join(f', {key}' for keys in taken.values() for key in keys))
+        raise ValueError(f'`al.strategy` {name!r} has no option {", ".join(options)}; it takes {", ".join(known)}')
     score, select = (functools.partial(f, **taken[f]) if taken[f] else f for f in (score, select))
     return Strategy(name, score, functools.partial(reduce_map, how=how), select)
 
