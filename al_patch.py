@@ -21,6 +21,7 @@ import copy
 import difflib
 import functools
 import gc
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -56,7 +57,7 @@ from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
 from PIL import Image
 from prettytable import PrettyTable
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 
 __version__ = '0.1.0'
 
@@ -95,7 +96,7 @@ def _is_amount(value) -> bool:
 
 def _is_overrides(value) -> bool:
     return isinstance(value, dict) and all(
-        str(k).isdigit() and isinstance(v, dict) for k, v in value.items())
+        re.fullmatch('0|[1-9][0-9]*', str(k)) and isinstance(v, dict) for k, v in value.items())
 
 
 def _is_stop(value) -> bool:
@@ -304,7 +305,11 @@ class Pool:
         pipeline, self.leaves, self.where, paths = query_pipeline(cfg), [], {}, {}
         self.label_loaders = []
         for leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']):
-            leaf = DATASETS.build({**leaf_cfg, 'pipeline': copy.deepcopy(pipeline)})
+            try:
+                leaf = DATASETS.build({**leaf_cfg, 'pipeline': copy.deepcopy(pipeline)})
+            except ValueError as error:  # mmengine's own for an empty one is 'need at least one array to concatenate'
+                raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset` '
+                                 f'({error})') from error
             self.label_loaders.append([step for step in leaf_cfg.get('pipeline', ()) if loads_labels(step)])
             if not isinstance(leaf, BaseDataset):
                 raise ValueError('active learning filters subclasses of mmengine.dataset.BaseDataset, but got a '
@@ -356,7 +361,8 @@ class Pool:
         for name in names:
             leaf, index = self.where[name]
             chosen[leaf].append(index)
-        return ConcatDataset([leaf.get_subset(indices) for leaf, indices in zip(self.leaves, chosen) if indices])
+        # not leaf.get_subset: its copies share a memo by id() for as long as the process lives, and mix objects up
+        return ConcatDataset([Subset(leaf, indices) for leaf, indices in zip(self.leaves, chosen) if indices])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -523,6 +529,9 @@ def start_state(runner: Runner, al: dict, pool: Pool) -> dict:
             asked = names
         else:
             asked = query(runner, None, state, pool)
+        if is_main_process():  # checkpoints of an older run: nothing of it may leak into this one
+            for stale in glob.glob(osp.join(glob.escape(runner.work_dir), 'round_*', 'last_checkpoint')):
+                os.remove(stale)
         add_round(runner, state, pool, asked)
         return state
     if not runner.cfg.get('resume'):
@@ -573,9 +582,11 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     token = _LABELLED.set({name: None if k is None else mask_path(osp.dirname(where['state']), k, name)
                            for name, k in have.items()})
     try:
-        return build(dataloader, *args, **kwargs)
+        loader = build(dataloader, *args, **kwargs)
     finally:
         _LABELLED.reset(token)
+    check_filtered(loader.dataset)
+    return loader
 
 
 def keep_labelled(dataset: BaseDataset, have: dict) -> None:
@@ -584,9 +595,21 @@ def keep_labelled(dataset: BaseDataset, have: dict) -> None:
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     names = [image_name(dataset, info) for info in infos]
     dataset.get_subset_([i for i, name in enumerate(names) if name in have])
+    dataset.is_labelled = True
     masks = {info['img_path']: have[name] for info, name in zip(infos, names) if have.get(name)}
     if masks:
         dataset.pipeline = SparseLabels(dataset.pipeline.transforms, masks, getattr(dataset, 'ignore_index', 255))
+
+
+def check_filtered(dataset) -> None:
+    """Refuse a data set with a leaf whose own ``full_init`` went past the filter: it would train on every label."""
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, key) for key in ('dataset', '_dataset')
+                                                   if hasattr(dataset, key)]
+    for child in inner:
+        check_filtered(child)
+    if not inner and not getattr(dataset, 'is_labelled', False):
+        raise ValueError(f'{type(dataset).__name__}.full_init should call mmengine\'s BaseDataset.full_init, where '
+                         'only the labelled images are kept, but does not')
 
 
 class SparseLabels(Compose):
@@ -741,7 +764,8 @@ def round_config(runner: Runner, state: dict, resumed: bool) -> Config:
     cfg.experiment_name = f'{runner.experiment_name}_round_{k}'
     if isinstance(cfg.get('visualizer'), dict):
         cfg.visualizer.name = cfg.experiment_name  # visualizers are singletons by name: each round gets its own
-    cfg.randomness = {**cfg.get('randomness', {}), 'seed': cfg.get('randomness', {}).get('seed') or state['seed']}
+    seed = cfg.get('randomness', {}).get('seed')
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': state['seed'] if seed is None else seed}
     cfg.train_dataloader.labelled = dict(state=osp.join(runner.work_dir, STATE_FILE), round=k)
     if k > 0 and al.weights != 'scratch':
         cfg.load_from = checkpoint_path(runner, state['rounds'][k - 1], al.weights)
@@ -763,10 +787,6 @@ def checkpoint_path(runner: Runner, entry: dict, which: str) -> str:
 def build_round(runner: Runner, state: dict, resumed: bool) -> Runner:
     """A fresh runner for the state's round, of the caller's class; the caller's own takes over its model."""
     cfg = round_config(runner, state, resumed)
-    if not cfg.resume and state['phase'] == 'train' and is_main_process():
-        with contextlib.suppress(FileNotFoundError):  # of an older run: nothing of it may leak into this one
-            os.remove(osp.join(cfg.work_dir, 'last_checkpoint'))
-    barrier()
     trainer = type(runner).from_cfg(cfg)
     trainer.register_hook(RoundHook(seed_of(state['seed'], 'train', state['round'])))
     if state['settings']['unit']['type'] != 'image':
@@ -978,6 +998,9 @@ class Collector:
         while n:
             k = min(k, n)
             picks = np.asarray(self.select(scores_N, k, generator(*self.seed, *seed)))
+            if len(picks) != k or len(np.unique(picks)) != k:
+                raise ValueError(f'`al.strategy.select` should choose {k} different candidates, but got {len(picks)}, '
+                                 f'{len(np.unique(picks))} of them different')
             if not self.in_pixels:
                 break
             cost = np.cumsum(candidates.pixels[picks])
@@ -1364,7 +1387,9 @@ def import_function(path: str, key: str) -> Callable:
     module, _, name = path.partition(':')
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        if callable(function):
+            inspect.signature(function)  # its options are read from there; some builtins have none
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f'`{key}` should be importable, but got {path!r}: {error}') from error
     if not callable(function):
         raise ValueError(f'`{key}` should name a function, but {path!r} is a {type(function).__name__}')
@@ -1374,7 +1399,7 @@ def import_function(path: str, key: str) -> Callable:
 def _lookup(table: dict, name, key: str) -> Callable:
     if isinstance(name, str) and ':' in name:
         return import_function(name, key)
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         raise ValueError(f"`{key}` should be one of {', '.join(table)}, or 'package.module:function', but got {name!r}")
     return table[name]
 
@@ -1399,14 +1424,14 @@ def resolve_strategy(strategy: Union[str, dict]) -> Strategy:
     how = options.pop('reduce', 'mean')
     if how not in ('mean', 'max') and not (type(how) in (int, float) and 0 < how <= 100):
         raise ValueError(f"`al.strategy.reduce` should be 'mean', 'max' or a percentage in (0, 100], but got {how!r}")
-    taken = {}
+    taken, known = {}, ['score', 'select', 'reduce']
     for function in (score, select):
         own = [p.name for p in list(inspect.signature(function).parameters.values())[1:]
                if p.name not in ('budget', 'generator')]
+        known += own
         taken[function] = {key: options.pop(key) for key in own if key in options}
     if options:
-        raise ValueError(f'`al.strategy` {name!r} has no option {", ".join(options)}; it takes score, select, reduce'
-                         + ''.join(f', {key}' for keys in taken.values() for key in keys))
+        raise ValueError(f'`al.strategy` {name!r} has no option {", ".join(options)}; it takes {", ".join(known)}')
     score, select = (functools.partial(f, **taken[f]) if taken[f] else f for f in (score, select))
     return Strategy(name, score, functools.partial(reduce_map, how=how), select)
 
@@ -1481,7 +1506,7 @@ def why_stop(state: dict) -> Optional[str]:
     if k >= al.rounds:
         return f'all {al.rounds} rounds of queries are done'
     figures = spent(state)
-    if max(figures.get('% of images', 0), figures.get('% of pixels', 0)) >= 100:
+    if any(figures.get(key) == state.get(key) for key in ('images', 'pixels') if f'% of {key}' in figures):
         return f'the pool is empty after {k} rounds: everything is labelled'
     return None
 
