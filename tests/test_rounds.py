@@ -12,7 +12,7 @@ from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 
 import al_patch
-from al_patch import Pool, resolve_strategy, score_images, why_stop
+from al_patch import Collector, Pool, collect, parse_settings, resolve_strategy, topk, why_stop
 
 
 def asked_of(rounds: list) -> list:
@@ -43,7 +43,7 @@ def test_a_run(make_cfg, train, loop, last, validates):
     names = sum(asked_of(rounds), [])
     assert counts(rounds) == [4, 2, 2] and len(set(names)) == 8 and set(names) <= set(tiny.NAMES)
     for k, entry in enumerate(rounds):
-        assert entry['images'] == 4 + 2 * k and entry['checkpoints']['last'] == f'round_{k}/{last}'
+        assert entry['labelled']['images'] == 4 + 2 * k and entry['checkpoints']['last'] == f'round_{k}/{last}'
         assert ('mIoU' in entry['metrics']) == ('best' in entry['checkpoints']) == validates
         assert all(osp.isfile(osp.join(cfg.work_dir, path)) for path in entry['checkpoints'].values())
     assert same(runner.model.state_dict(), weights_at(cfg, f'round_2/{last}'))
@@ -91,14 +91,16 @@ def test_training_ends_when_a_value_is_reached(make_cfg, train):
     (dict(metric='mAcc', value=1), [0., 0.], '`al.stop.metric` should be one of mIoU, but got')])
 def test_why_stop(stop, history, reason):
     rounds = [dict(asked=[str(k)], metrics=dict(mIoU=value)) for k, value in enumerate(history)]
-    state = dict(settings=dict(rounds=5, stop=stop), round=len(history) - 1, rounds=rounds)
+    unit = dict(type='image')
+    state = dict(settings=dict(rounds=5, stop=stop, unit=unit), images=100, round=len(history) - 1, rounds=rounds)
     if stop and 'metric' in stop:
         with pytest.raises(ValueError, match=reason):
-            why_stop(state, 100)
+            why_stop(state)
     else:
-        got = why_stop(state, 100)
+        got = why_stop(state)
         assert got is None if reason is None else got.startswith(reason)
-    assert why_stop(dict(state, settings=dict(rounds=9, stop=None)), len(history)).startswith('the pool is empty after')
+    state = dict(state, images=len(history), settings=dict(rounds=9, stop=None, unit=unit))
+    assert why_stop(state).startswith('the pool is empty after')
 
 
 # --- what a round is built from --------------------------------------------------------------------------------------
@@ -182,8 +184,8 @@ def test_random_asks_no_model(make_cfg, train, monkeypatch):
 
 
 def test_only_a_subset_of_the_pool_is_scored(make_cfg, train, monkeypatch):
-    scored, score = [], al_patch.score_images
-    monkeypatch.setattr(al_patch, 'score_images', lambda *args: scored.append(args[3]) or score(*args))
+    scored, score = [], al_patch.collect
+    monkeypatch.setattr(al_patch, 'collect', lambda *args: scored.append(args[4]) or score(*args))
     _, rounds = train(make_cfg(dict(pool_size=.25), changes=tiny.NO_VAL))
     assert len(scored[0]) == 3 and scored[0] == sorted(scored[0]) and set(rounds[1]['asked']) < set(scored[0])
     assert not set(scored[0]) & set(rounds[0]['asked'])
@@ -201,7 +203,7 @@ def test_a_selection_that_misses_the_budget_is_an_error(make_cfg, train):
 
 
 def test_a_score_that_is_no_number_names_the_image(make_cfg, train):
-    with pytest.raises(ValueError, match=r"the score of image 'a/\d\d' is nan"):
+    with pytest.raises(ValueError, match=r"the score of image 'a/\d\d' is not finite"):
         train(make_cfg(dict(strategy='tiny:not_a_number'), changes=tiny.NO_VAL))
 
 
@@ -230,7 +232,10 @@ def scored(make_cfg, build):
             torch.nn.init.normal_(parameter, std=.5)
         pool = Pool(runner.cfg)
         model = runner.model.eval()
-        return model, score_images(runner, resolve_strategy(strategy), pool, pool.names, runner).tolist()
+        state = dict(settings=parse_settings({}).to_dict(), seed=0, rounds=[])
+        collector = Collector(topk, lambda name: len(pool), False, False, (0, ))
+        collect(runner, runner, state, pool, pool.names, resolve_strategy(strategy), collector)
+        return model, collector.result().score.tolist()
 
     return score
 
@@ -277,8 +282,8 @@ def test_slide_inference(scored, shared_data):
 
 
 def test_a_head_with_one_sigmoid_output(scored, monkeypatch):
-    seen, predict = [], al_patch.predict_probs
-    monkeypatch.setattr(al_patch, 'predict_probs', lambda *args: seen.extend(predict(*args)) or seen[-2:])
+    seen, predict = [], al_patch.to_probs
+    monkeypatch.setattr(al_patch, 'to_probs', lambda logits: seen.extend(predict(logits)) or predict(logits))
     loss = dict(type='CrossEntropyLoss', use_sigmoid=True)
     head = dict(num_classes=2, out_channels=1, threshold=.5, loss_decode=loss)
     _, scores = scored('least_confidence', **{f'model.decode_head.{key}': value for key, value in head.items()})

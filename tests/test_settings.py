@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from al_patch import DEFAULTS, budgets, check_runner, count, parse_settings
+from al_patch import DEFAULTS, budgets, count, check_runner, count, parse_settings
 
 WRONG = [
     ('unit', 'page'), ('unit', None), ('strategy', 3), ('strategy', dict(score='entropy')), ('strategy', 'nonsense'),
@@ -45,7 +45,7 @@ def test_what_json_cannot_hold_is_refused():
 
 
 def test_an_empty_block_is_the_defaults():
-    assert parse_settings({}).to_dict() == DEFAULTS
+    assert parse_settings({}).to_dict() == {**DEFAULTS, 'unit': dict(type='image')}
 
 
 def test_a_budget_list_sets_the_rounds():
@@ -66,9 +66,10 @@ def test_count(amount, total, n):
 
 
 def test_budgets():
-    assert budgets(parse_settings(dict(budget=.1, rounds=3)), 50) == [5, 5, 5]
-    assert budgets(parse_settings(dict(budget=[.1, 7])), 50) == [5, 7]
-    assert budgets(parse_settings(dict(rounds=0)), 50) == []
+    assert budgets(parse_settings(dict(budget=.1, rounds=3))) == [.1, .1, .1]
+    assert budgets(parse_settings(dict(budget=[.1, 7]))) == [.1, 7]
+    assert budgets(parse_settings(dict(rounds=0))) == []
+    assert [count(amount, 50) for amount in (.1, 7, .001, 1.)] == [5, 7, 1, 50]
 
 
 @pytest.mark.parametrize('al, changes, match', [
