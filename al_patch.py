@@ -1,8 +1,8 @@
 """Active learning for stock MMSegmentation: one module that patches mmengine when it is imported.
 
-With ``import al_patch`` (or ``custom_imports = dict(imports=['al_patch'])`` in a config) and an ``al = dict(...)`` block
-in the config, ``runner.train()`` becomes active learning: it trains the whole schedule once per round on the labelled
-images, scores the pool, chooses what to label next, writes that down, and goes on. Without an ``al`` block everything
+With ``import al_patch`` (or ``custom_imports = dict(imports=['al_patch'])`` in a config) and an ``al = dict(...)``
+block in the config, ``runner.train()`` becomes active learning: it trains the whole schedule once per round on what is
+labelled, scores the pool, chooses what to label next, writes that down, and goes on. Without an ``al`` block everything
 is stock.
 
 What is patched, and nothing else (see ``_PATCHES`` at the end; ``remove_patch()`` undoes it):
@@ -10,8 +10,8 @@ What is patched, and nothing else (see ``_PATCHES`` at the end; ``remove_patch()
 - ``mmengine.runner.Runner.train``: runs the rounds, if the runner's config has an ``al`` block.
 - ``mmengine.runner.Runner.build_dataloader``: understands a key ``labelled`` in a dataloader's config.
 - ``mmengine.dataset.BaseDataset.full_init``: under that key, keeps only the labelled images.
-- ``mmcv.utils.ext_loader.load_ext``: only where mmcv has no compiled ops (mmcv-lite), so that a missing op fails when it
-  is called, by name, and not when mmseg is imported.
+- ``mmcv.utils.ext_loader.load_ext``: only where mmcv has no compiled ops (mmcv-lite), so that a missing op fails when
+  it is called, by name, and not when mmseg is imported.
 
 The file reads in the order of one image's journey: settings, pool and state, labelled training set, training, query,
 strategies, and last the rounds themselves and the patch.
@@ -21,9 +21,11 @@ import copy
 import difflib
 import functools
 import gc
+import glob
 import hashlib
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -36,12 +38,16 @@ import zipfile
 from contextvars import ContextVar
 from typing import Callable, NamedTuple, Optional, Union
 
+import cv2
+import mmcv.transforms
 import mmcv.utils.ext_loader
 import mmengine
 import numpy as np
+import scipy.ndimage
 import torch
+import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import BaseDataset
+from mmengine.dataset import BaseDataset, Compose
 from mmengine.dist import all_gather_object, barrier, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
@@ -49,8 +55,9 @@ from mmengine.registry import DATASETS, DefaultScope
 from mmengine.runner import Runner, find_latest_checkpoint, load_checkpoint
 from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
+from PIL import Image
 from prettytable import PrettyTable
-from torch.utils.data import ConcatDataset
+from torch.utils.data import ConcatDataset, Subset
 
 __version__ = '0.1.0'
 
@@ -59,17 +66,25 @@ __version__ = '0.1.0'
 # ---------------------------------------------------------------------------------------------------------------------
 
 DEFAULTS = dict(
-    unit='image',         # what is asked for: image
+    unit='image',         # what is asked for: image | region | superpixel | pixel, or dict(type=a unit, **options)
     strategy='entropy',   # a name, dict(type=a name, **options), or 'package.module:function' of your own
-    initial=0.05,         # labelled at the start: int | fraction of the images | list of names | path of a split file
-    budget=0.05,          # asked for per round: int | fraction of the images | list with one entry a round
+    initial=0.05,         # labelled at the start: as budget, at random | whole images: list of names or split file
+    budget=0.05,          # asked for per round: int (units) | fraction (of images or pixels) | list, one entry a round
+    per_image=False,      # spend the budget in every image by itself, not over the whole pool
     rounds=5,             # queries; training runs rounds + 1 times (a budget list sets it, too)
     weights='scratch',    # what a round starts from: scratch (= the config's own init or load_from) | last | best
     query_with='last',    # checkpoint that scores the pool: last | best
     pool_size=None,       # score only a random subset of the pool: int | fraction of the images
+    full_res=None,        # score the enlarged logits, not the native ones; default: for pixels and windows only
     overrides=None,       # config overrides for single rounds, e.g. {2: {'train_cfg.max_iters': 4000}}
     stop=None,            # stop early: dict(metric='mIoU', value=75) and / or dict(metric='mIoU', patience=2)
     seed=None)            # of every random choice; defaults to randomness.seed
+
+UNIT_OPTIONS = dict(
+    image=dict(),                                    # whole images
+    region=dict(size=[32, 32], window=None),         # cells (h, w) of a grid; or (2 window + 1)^2 pixels anywhere
+    superpixel=dict(n_segments=1024, compactness=10.),  # SLIC segments
+    pixel=dict(radius=0))                            # single pixels, of which no two lie within radius of each other
 
 MAY_CHANGE_ON_RESUME = ('rounds', 'budget', 'stop')  # they only extend a run
 
@@ -81,7 +96,7 @@ def _is_amount(value) -> bool:
 
 def _is_overrides(value) -> bool:
     return isinstance(value, dict) and all(
-        str(k).isdigit() and isinstance(v, dict) for k, v in value.items())
+        re.fullmatch('0|[1-9][0-9]*', str(k)) and isinstance(v, dict) for k, v in value.items())
 
 
 def _is_stop(value) -> bool:
@@ -93,7 +108,8 @@ def _is_stop(value) -> bool:
 
 # key: (test, what the value should be)
 _CHECKS = dict(
-    unit=(lambda v: v in ('image', ), "'image'"),
+    unit=(lambda v: isinstance(v, str) or isinstance(v, dict) and isinstance(v.get('type'), str),
+          f"{', '.join(map(repr, UNIT_OPTIONS))}, or dict(type=one of these, **options)"),
     strategy=(lambda v: isinstance(v, str) or isinstance(v, dict) and isinstance(v.get('type'), str),
               "a strategy's name, dict(type=name, **options) or 'package.module:function'"),
     initial=(lambda v: _is_amount(v) or (isinstance(v, str) and v) or
@@ -101,6 +117,8 @@ _CHECKS = dict(
              'a positive int, a fraction in (0, 1], a list of image names, or the path of a split file'),
     budget=(lambda v: _is_amount(v) or (isinstance(v, list) and v and all(map(_is_amount, v))),
             'a positive int, a fraction in (0, 1], or a list of these with one entry a round'),
+    per_image=(lambda v: isinstance(v, bool), 'True or False'),
+    full_res=(lambda v: v is None or isinstance(v, bool), 'None, True or False'),
     rounds=(lambda v: type(v) is int and v >= 0, 'an int >= 0'),
     weights=(lambda v: v in ('scratch', 'last', 'best'), "'scratch', 'last' or 'best'"),
     query_with=(lambda v: v in ('last', 'best'), "'last' or 'best'"),
@@ -141,8 +159,43 @@ def parse_settings(block: dict) -> ConfigDict:
             raise ValueError(f'`al.budget` should have one entry for each of the `al.rounds` = {al["rounds"]} rounds, '
                              f'but got {len(al["budget"])} entries')
         al['rounds'] = len(al['budget'])
-    resolve_strategy(al['strategy'])
+    al['unit'] = parse_unit(al['unit'])
+    strategy = resolve_strategy(al['strategy'])
+    if al['unit']['type'] not in ('image', 'pixel') and strategy.reduce.keywords['how'] not in ('mean', 'max'):
+        raise ValueError("`al.strategy.reduce` should be 'mean' or 'max' below image level, but got "
+                         f"{strategy.reduce.keywords['how']!r}")
+    if al['per_image'] and al['unit']['type'] == 'image':
+        raise ValueError('`al.per_image` should be False for whole images, but got True')
     return ConfigDict(al)
+
+
+def parse_unit(unit) -> dict:
+    """A unit's settings with its defaults filled in.
+
+    Raises:
+        ValueError: An unknown unit or option, or a value out of range.
+    """
+    given = dict(unit) if isinstance(unit, dict) else dict(type=unit)
+    kind = given.pop('type')
+    if kind not in UNIT_OPTIONS:
+        raise ValueError(f'`al.unit` should be {_CHECKS["unit"][1]}, but got {kind!r}')
+    strangers = [key for key in given if key not in UNIT_OPTIONS[kind]]
+    if strangers:
+        raise ValueError(f'`al.unit` {kind!r} has no option {", ".join(strangers)}; it takes '
+                         f'{", ".join(UNIT_OPTIONS[kind]) or "none"}')
+    unit = dict(type=kind, **{**UNIT_OPTIONS[kind], **given})
+    is_natural = {key: type(value) is int and value > 0 for key, value in unit.items()}
+    size = unit.get('size')
+    for key, ok, should_be in (
+            ('size', isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size),
+             'a pair of ints (h, w)'),
+            ('window', unit.get('window') is None or is_natural['window'], 'None or a positive int'),
+            ('n_segments', is_natural.get('n_segments') and unit['n_segments'] < 2**16, 'an int in [1, 65535]'),
+            ('compactness', isinstance(unit.get('compactness'), (int, float)), 'a number'),
+            ('radius', unit.get('radius') == 0 or is_natural.get('radius'), 'an int >= 0')):
+        if key in unit and not ok:
+            raise ValueError(f'`al.unit.{key}` should be {should_be}, but got {unit[key]!r}')
+    return unit
 
 
 def _plain(value):
@@ -158,14 +211,13 @@ def _plain(value):
 
 
 def count(amount, total: int) -> int:
-    """An int or fraction as a number of units out of ``total``; a fraction is rounded, but is at least one."""
+    """An int as it is; a fraction of ``total``, rounded, but at least one."""
     return amount if isinstance(amount, int) else max(1, round(amount * total))
 
 
-def budgets(al: dict, total: int) -> list[int]:
-    """How many units each round asks for."""
-    each = al['budget'] if isinstance(al['budget'], list) else [al['budget']] * al['rounds']
-    return [count(amount, total) for amount in each]
+def budgets(al: dict) -> list:
+    """What each round may ask for."""
+    return al['budget'] if isinstance(al['budget'], list) else [al['budget']] * al['rounds']
 
 
 def check_runner(al: dict, runner: Runner) -> None:
@@ -231,7 +283,12 @@ def query_pipeline(cfg: dict) -> list:
     if not pipeline:
         raise ValueError('the pool is scored through the test pipeline, but the config has no `test_dataloader`, '
                          '`val_dataloader` or `test_pipeline`')
-    return [step for step in pipeline if not re.match(r'Load\w*Ann', str(step['type']).rsplit('.')[-1])]
+    return [step for step in pipeline if not loads_labels(step)]
+
+
+def loads_labels(step: dict) -> bool:
+    """Whether a transform of a pipeline's config loads labels: LoadAnnotations and its like."""
+    return re.match(r'Load\w*Ann', str(step['type']).rsplit('.')[-1]) is not None
 
 
 class Pool:
@@ -246,8 +303,14 @@ class Pool:
 
     def __init__(self, cfg: dict):
         pipeline, self.leaves, self.where, paths = query_pipeline(cfg), [], {}, {}
+        self.label_loaders = []
         for leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']):
-            leaf = DATASETS.build({**leaf_cfg, 'pipeline': copy.deepcopy(pipeline)})
+            try:
+                leaf = DATASETS.build({**leaf_cfg, 'pipeline': copy.deepcopy(pipeline)})
+            except ValueError as error:  # mmengine's own for an empty one is 'need at least one array to concatenate'
+                raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset` '
+                                 f'({error})') from error
+            self.label_loaders.append([step for step in leaf_cfg.get('pipeline', ()) if loads_labels(step)])
             if not isinstance(leaf, BaseDataset):
                 raise ValueError('active learning filters subclasses of mmengine.dataset.BaseDataset, but got a '
                                  f'{type(leaf).__name__}')
@@ -267,13 +330,39 @@ class Pool:
     def __len__(self) -> int:
         return len(self.names)
 
+    def load_image(self, name: str) -> np.ndarray:
+        """An image as its pipeline loads it, (H, W[, C]), before any other transform."""
+        leaf, index = self.where[name]
+        return self.leaves[leaf].pipeline.transforms[0](self.leaves[leaf].get_data_info(index))['img']
+
+    def load_label(self, name: str) -> np.ndarray:
+        """The label map of an image that was asked for, (H, W), as training loads it."""
+        leaf, index = self.where[name]
+        return Compose(self.label_loaders[leaf])(self.leaves[leaf].get_data_info(index))['gt_seg_map']
+
+    def ignore_index(self, name: str) -> int:
+        return getattr(self.leaves[self.where[name][0]], 'ignore_index', 255)
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """(H, W) of every image, from the files' headers where Pillow knows the format."""
+        sizes = {}
+        for name, (leaf, index) in self.where.items():
+            try:
+                with Image.open(self.leaves[leaf].get_data_info(index)['img_path']) as image:
+                    sizes[name] = image.size[::-1]
+            except (OSError, ValueError):  # not a local file, or a format that only the pipeline reads
+                sizes[name] = self.load_image(name).shape[:2]
+        return sizes
+
     def subset(self, names: list[str]) -> ConcatDataset:
         """The images of these names, which are in pool order, through the query pipeline."""
         chosen = [[] for _ in self.leaves]
         for name in names:
             leaf, index = self.where[name]
             chosen[leaf].append(index)
-        return ConcatDataset([leaf.get_subset(indices) for leaf, indices in zip(self.leaves, chosen) if indices])
+        # not leaf.get_subset: its copies share a memo by id() for as long as the process lives, and mix objects up
+        return ConcatDataset([Subset(leaf, indices) for leaf, indices in zip(self.leaves, chosen) if indices])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -315,15 +404,61 @@ def read_state(path: str) -> dict:
             state = json.load(file)
         schema = state['schema']
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is damaged ({error}); restore it from a copy, or start in another work_dir') from error
+        raise ValueError(f'{path} is damaged ({error}): restore a copy, or start in another work_dir') from error
     if schema != SCHEMA:
         raise ValueError(f'{path} should have schema {SCHEMA}, but got {schema}: use the al_patch.py that wrote it')
     return state
 
 
-def labelled(state: dict, until: Optional[int] = None) -> list[str]:
-    """Names of the images that are labelled in round ``until`` (default: now), in the order they were asked for."""
-    return [name for entry in state['rounds'][:None if until is None else until + 1] for name in entry['asked']]
+def labelled(state: dict, until: Optional[int] = None) -> dict[str, Optional[int]]:
+    """What is labelled in round ``until`` (default: now): image name -> None for a whole image, else the round whose
+    mask file holds all that is labelled of it. In the order in which the images were first asked for."""
+    have = {}
+    for k, entry in enumerate(state['rounds'][:None if until is None else until + 1]):
+        whole = isinstance(entry['asked'], list)
+        have.update({name: None if whole else k for name in entry['asked']})
+    return have
+
+
+def mask_path(work_dir: str, k: int, name: str) -> str:
+    """Where round ``k`` keeps the mask of what is labelled of an image. It cannot lie outside ``work_dir``.
+
+    Raises:
+        ValueError: The name leads elsewhere.
+    """
+    folder = osp.join(osp.abspath(round_dir(work_dir, k)), 'labelled')
+    path = osp.abspath(osp.join(folder, name + '.png'))
+    if not path.startswith(folder + os.sep):
+        raise ValueError(f'an image name should stay below its directory, but got {name!r}')
+    return path
+
+
+def write_mask(path: str, mask_HW: np.ndarray) -> None:
+    """A boolean mask as a 1-bit PNG, all or nothing."""
+    os.makedirs(osp.dirname(path), exist_ok=True)
+    Image.fromarray(mask_HW).save(f'{path}.tmp', 'PNG')
+    os.replace(f'{path}.tmp', path)
+
+
+def read_mask(path: str) -> np.ndarray:
+    """A mask as booleans, (H, W).
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert('1'))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f'the mask {path} is missing or damaged ({error}): restore it from a copy') from error
+
+
+def labelled_mask(runner: Runner, pool: Pool, have: dict, name: str) -> np.ndarray:
+    """What is labelled of an image, (H, W) booleans."""
+    if name not in have:
+        return np.zeros(pool.sizes[name], bool)
+    return np.ones(pool.sizes[name], bool) if have[name] is None else \
+        read_mask(mask_path(runner.work_dir, have[name], name))
 
 
 def seed_of(*parts) -> int:
@@ -380,14 +515,24 @@ def start_state(runner: Runner, al: dict, pool: Pool) -> dict:
     broadcast_object_list(found)  # rank 0's view: it may write before another rank looks
     if not found[0]:
         seed = next(s for s in (al.seed, runner.cfg.get('randomness', {}).get('seed'), runner.seed) if s is not None)
-        names = initial_names(al.initial, pool, seed)
-        for n in budgets(al, len(pool)):
-            if n > len(pool) - len(names):
-                raise ValueError(f'`al.budget` should be at most the {len(pool) - len(names)} images that are not in '
-                                 f'`al.initial`, but got {n} ({al.budget!r})')
         state = dict(schema=SCHEMA, phase='train', round=0, seed=seed, settings=al.to_dict(),
-                     config=config_digest(runner.cfg), images=len(pool), rounds=[dict(asked=names)])
-        save_state(state, runner.work_dir)
+                     config=config_digest(runner.cfg), images=len(pool), rounds=[])
+        if al.unit.type != 'image':
+            state['pixels'] = sum(h * w for h, w in pool.sizes.values())
+        if al.unit.type == 'image' or isinstance(al.initial, (str, list)):
+            names = initial_names(al.initial, pool, seed)
+            left = len(pool) - len(names)
+            worst = max((count(n, len(pool)) for n in budgets(al)), default=0)
+            if al.unit.type == 'image' and worst > left:
+                raise ValueError(f'`al.budget` should be at most the {left} images that are not in `al.initial`, but '
+                                 f'got {worst} ({al.budget!r})')
+            asked = names
+        else:
+            asked = query(runner, None, state, pool)
+        if is_main_process():  # checkpoints of an older run: nothing of it may leak into this one
+            for stale in glob.glob(osp.join(glob.escape(runner.work_dir), 'round_*', 'last_checkpoint')):
+                os.remove(stale)
+        add_round(runner, state, pool, asked)
         return state
     if not runner.cfg.get('resume'):
         raise FileExistsError(f'{path} holds an active learning run already: add --resume to go on with it, or choose '
@@ -408,10 +553,10 @@ def check_resume(state: dict, al: dict, pool: Pool) -> None:
             raise ValueError(f'`al.{key}` was {value!r} when the run began and cannot change on resume, but got '
                              f'{al.get(key)!r}')
     past = len(state['rounds']) - 1
-    before, now = (budgets(settings, state['images'])[:past] for settings in (state['settings'], al))
+    before, now = (budgets(settings)[:past] for settings in (state['settings'], al))
     if before != now:
         raise ValueError(f'`al.rounds` and `al.budget` should leave the {past} queries that were made as they were '
-                         f'({before} images), but got {now}')
+                         f'({before}), but got {now}')
     gone = [name for name in labelled(state) if name not in pool.where]
     if gone:
         raise ValueError(f'{len(gone)} labelled images are not in the data set any more: {", ".join(gone[:5])}')
@@ -421,7 +566,7 @@ def check_resume(state: dict, al: dict, pool: Pool) -> None:
 # The labelled training set: what `build_dataloader` and `full_init` do under the key `labelled`
 # ---------------------------------------------------------------------------------------------------------------------
 
-_LABELLED: ContextVar[Optional[frozenset]] = ContextVar('labelled', default=None)
+_LABELLED: ContextVar[Optional[dict]] = ContextVar('labelled', default=None)  # image name -> path of its mask, or None
 
 
 def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs):
@@ -433,18 +578,143 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     """
     dataloader = copy.copy(dataloader)
     where = dataloader.pop('labelled')
-    names = labelled(read_state(where['state']), where['round'])
-    token = _LABELLED.set(frozenset(names))
+    have = labelled(read_state(where['state']), where['round'])
+    token = _LABELLED.set({name: None if k is None else mask_path(osp.dirname(where['state']), k, name)
+                           for name, k in have.items()})
     try:
-        return build(dataloader, *args, **kwargs)
+        loader = build(dataloader, *args, **kwargs)
     finally:
         _LABELLED.reset(token)
+    check_filtered(loader.dataset)
+    return loader
 
 
-def keep_labelled(dataset: BaseDataset, names: frozenset) -> None:
-    """Filter a leaf data set as soon as it knows its images, before any wrapper counts them or reads a label."""
-    indices = range(len(dataset))
-    dataset.get_subset_([i for i in indices if image_name(dataset, dataset.get_data_info(i)) in names])
+def keep_labelled(dataset: BaseDataset, have: dict) -> None:
+    """Filter a leaf data set as soon as it knows its images, before any wrapper counts them or reads a label; and hide
+    what is not labelled of an image."""
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    names = [image_name(dataset, info) for info in infos]
+    dataset.get_subset_([i for i, name in enumerate(names) if name in have])
+    dataset.is_labelled = True
+    masks = {info['img_path']: have[name] for info, name in zip(infos, names) if have.get(name)}
+    if masks:
+        dataset.pipeline = SparseLabels(dataset.pipeline.transforms, masks, getattr(dataset, 'ignore_index', 255))
+
+
+def check_filtered(dataset) -> None:
+    """Refuse a data set with a leaf whose own ``full_init`` went past the filter: it would train on every label."""
+    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, key) for key in ('dataset', '_dataset')
+                                                   if hasattr(dataset, key)]
+    for child in inner:
+        check_filtered(child)
+    if not inner and not getattr(dataset, 'is_labelled', False):
+        raise ValueError(f'{type(dataset).__name__}.full_init should call mmengine\'s BaseDataset.full_init, where '
+                         'only the labelled images are kept, but does not')
+
+
+class SparseLabels(Compose):
+    """A data set's pipeline that shows only the labelled pixels of an image, and takes care not to lose them.
+
+    - The mask is applied by the transform that loads the label map, before any geometry.
+    - A random transform that leaves no labelled pixel, as a crop can, is drawn again, up to ten times.
+    - A resize keeps every labelled pixel: its label lands where the pixel lands, also where nearest neighbour skips it.
+
+    Args:
+        transforms: The stock pipeline's.
+        masks: Path of an image -> path of its mask; all other images are wholly labelled.
+        ignore_index: What the loss ignores.
+    """
+
+    def __init__(self, transforms: list, masks: dict, ignore_index: int):
+        super().__init__(transforms)
+        self.masks, self.ignore_index = masks, ignore_index
+
+    def __call__(self, results: dict) -> Optional[dict]:
+        path = self.masks.get(results['img_path'])
+        if path is None:
+            return super().__call__(results)
+        for transform in self.transforms:
+            before, results = results, transform(copy.copy(results))
+            if results is None:
+                return None
+            label, old = results.get('gt_seg_map'), before.get('gt_seg_map')
+            if label is None or label is old:
+                continue
+            if old is None:
+                results['gt_seg_map'] = self.hide(label, path)
+            elif isinstance(transform, RESIZES):
+                results['gt_seg_map'] = keep_pixels(old, label, self.ignore_index)
+            elif (old != self.ignore_index).any():
+                for _ in range(10):
+                    if (results['gt_seg_map'] != self.ignore_index).any():
+                        break
+                    results = transform(copy.copy(before))
+        return results
+
+    def hide(self, label_HW: np.ndarray, path: str) -> np.ndarray:
+        mask = read_mask(path)
+        if mask.shape != label_HW.shape[:2]:
+            raise ValueError(f'the mask {path} has size {mask.shape}, but the label map {label_HW.shape[:2]}')
+        return np.where(mask, label_HW, np.array(self.ignore_index, label_HW.dtype))
+
+
+RESIZES = (mmcv.transforms.Resize, mmcv.transforms.RandomResize, mmcv.transforms.RandomChoiceResize)
+
+
+def keep_pixels(old_HW: np.ndarray, new_HW: np.ndarray, ignore_index: int) -> np.ndarray:
+    """Put back, into a label map that was resized by nearest neighbour, the labelled pixels that it skipped."""
+    rows, cols = np.nonzero(old_HW != ignore_index)
+    r, c = rows * new_HW.shape[0] // old_HW.shape[0], cols * new_HW.shape[1] // old_HW.shape[1]
+    lost = new_HW[r, c] == ignore_index
+    new_HW = new_HW.copy()
+    new_HW[r[lost], c[lost]] = old_HW[rows[lost], cols[lost]]
+    return new_HW
+
+
+def prepare_losses(trainer: Runner) -> None:
+    """Make a model's losses average over labelled pixels only, and refuse those that look at the others.
+
+    Every loss of a decode head is tried on a few pixels: one without any label must be finite, and the gradient must
+    vanish where there is no label.
+
+    Raises:
+        ValueError: A loss or head that cannot be trained with partly labelled images; it names it.
+    """
+    for module in unwrap(trainer.model).modules():
+        if hasattr(module, '_seg_data_to_instance_data'):
+            raise ValueError(f'{type(module).__name__} learns masks of whole images, for which pixels without a label '
+                             "are background: use `al.unit='image'` with it")
+        if hasattr(module, 'avg_non_ignore'):
+            module.avg_non_ignore = True
+    heads = [m for m in unwrap(trainer.model).modules() if hasattr(m, 'loss_decode') and hasattr(m, 'ignore_index')]
+    names = []
+    for head in heads:
+        losses = head.loss_decode if isinstance(head.loss_decode, torch.nn.ModuleList) else [head.loss_decode]
+        for loss in losses:
+            names.append(type(loss).__name__)
+            check_loss(loss, head.out_channels, head.ignore_index)
+    trainer.logger.info('Partly labelled images: avg_non_ignore is set where a loss has it; checked that unlabelled '
+                        f'pixels have no gradient under {", ".join(dict.fromkeys(names))}')
+
+
+def check_loss(loss: torch.nn.Module, channels: int, ignore_index: int) -> None:
+    """Try a loss on partly labelled and on unlabelled pixels.
+
+    Raises:
+        ValueError: It lets unlabelled pixels in, or is not finite where no pixel is labelled.
+    """
+    logits = torch.randn(2, channels, 4, 4, generator=generator('loss'))
+    parameter = next(itertools.chain(loss.buffers(), loss.parameters()), logits)
+    logits = logits.to(parameter.device).requires_grad_()
+    label = torch.zeros(2, 4, 4, dtype=torch.long, device=logits.device)
+    label[:, :, 2:] = ignore_index
+    value = loss(logits, label, weight=None, ignore_index=ignore_index)
+    leak = torch.autograd.grad(value, logits)[0][..., 2:].abs().max()
+    empty = loss(logits, torch.full_like(label, ignore_index), weight=None, ignore_index=ignore_index)
+    if leak > 0 or not torch.isfinite(empty):
+        raise ValueError(f'{type(loss).__name__} cannot train with partly labelled images: '
+                         + ('pixels without a label change it' if leak > 0 else 'it is not finite where there is none')
+                         + "; use CrossEntropyLoss, or `al.unit='image'`")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -494,7 +764,8 @@ def round_config(runner: Runner, state: dict, resumed: bool) -> Config:
     cfg.experiment_name = f'{runner.experiment_name}_round_{k}'
     if isinstance(cfg.get('visualizer'), dict):
         cfg.visualizer.name = cfg.experiment_name  # visualizers are singletons by name: each round gets its own
-    cfg.randomness = {**cfg.get('randomness', {}), 'seed': cfg.get('randomness', {}).get('seed') or state['seed']}
+    seed = cfg.get('randomness', {}).get('seed')
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': state['seed'] if seed is None else seed}
     cfg.train_dataloader.labelled = dict(state=osp.join(runner.work_dir, STATE_FILE), round=k)
     if k > 0 and al.weights != 'scratch':
         cfg.load_from = checkpoint_path(runner, state['rounds'][k - 1], al.weights)
@@ -516,12 +787,10 @@ def checkpoint_path(runner: Runner, entry: dict, which: str) -> str:
 def build_round(runner: Runner, state: dict, resumed: bool) -> Runner:
     """A fresh runner for the state's round, of the caller's class; the caller's own takes over its model."""
     cfg = round_config(runner, state, resumed)
-    if not cfg.resume and state['phase'] == 'train' and is_main_process():
-        with contextlib.suppress(FileNotFoundError):  # of an older run: nothing of it may leak into this one
-            os.remove(osp.join(cfg.work_dir, 'last_checkpoint'))
-    barrier()
     trainer = type(runner).from_cfg(cfg)
     trainer.register_hook(RoundHook(seed_of(state['seed'], 'train', state['round'])))
+    if state['settings']['unit']['type'] != 'image':
+        prepare_losses(trainer)
     runner.model = trainer.model
     return trainer
 
@@ -540,7 +809,7 @@ def train_round(runner: Runner, trainer: Runner, state: dict) -> None:
     broadcast = [checkpoints]
     broadcast_object_list(broadcast)  # only rank 0 saves, so only it knows
     state['rounds'][state['round']].update(
-        images=len(labelled(state)), metrics=hook.metrics, train_seconds=round(time.time() - begin, 1),
+        labelled=spent(state), metrics=hook.metrics, train_seconds=round(time.time() - begin, 1),
         checkpoints={key: osp.relpath(path, runner.work_dir) for key, path in broadcast[0].items() if path})
     state['phase'] = 'query'
     save_state(state, runner.work_dir)
@@ -582,26 +851,61 @@ def native_resolution(model: torch.nn.Module):
         del head.predict_by_feat
 
 
-def predict_probs(model: torch.nn.Module, data: dict) -> list[torch.Tensor]:
-    """Class probabilities of a batch, one (C, h, w) tensor an image, without padding, at the resolution of the logits
-    (of the network's input where the head or slide inference enlarges them itself)."""
+def to_image(maps_CHW: torch.Tensor, meta: dict, input_hw: tuple, align_corners: bool) -> torch.Tensor:
+    """Maps over a network's input in the coordinates of the original image: what mmseg does to logits."""
+
+    def resize(maps, size):
+        return maps if tuple(maps.shape[1:]) == tuple(size) else F.interpolate(
+            maps[None], tuple(size), mode='bilinear', align_corners=align_corners)[0]
+
+    maps_CHW = resize(maps_CHW, input_hw)
+    left, right, top, bottom = padding_of(meta)
+    maps_CHW = maps_CHW[:, top:input_hw[0] - bottom, left:input_hw[1] - right]
+    if meta.get('flip'):
+        maps_CHW = maps_CHW.flip(2 if meta.get('flip_direction') == 'horizontal' else 1)
+    return resize(maps_CHW, meta['ori_shape'][:2])
+
+
+def padding_of(meta: dict) -> tuple:
+    """Left, right, top and bottom padding of an image in its batch, in pixels of the network's input."""
+    return meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
+
+
+def to_probs(logits_NCHW: torch.Tensor) -> torch.Tensor:
+    """Softmax; for a binary head with one output, its sigmoid and the rest."""
+    if logits_NCHW.shape[1] > 1:
+        return logits_NCHW.float().softmax(1)
+    p = logits_NCHW.float().sigmoid()
+    return torch.cat([1 - p, p], 1)
+
+
+def score_maps(model: torch.nn.Module, data: dict, score: Callable, full_res: bool, whole: bool) -> list[torch.Tensor]:
+    """Score maps of a batch, one (H, W) tensor an image.
+
+    Args:
+        model: An mmseg segmentor in eval mode.
+        data: A batch of the query dataloader.
+        score: probs_NCHW -> scores_NHW.
+        full_res: Score the logits enlarged to the original image, and not at their own resolution.
+        whole: The image is one candidate: leave the map at the logits' resolution, less the padding. Else it comes in
+            the coordinates of the original image.
+    """
     data = model.data_preprocessor(data, False)
-    samples = data['data_samples']
-    metas = [sample.metainfo for sample in samples]
-    with native_resolution(model):
-        logits_NCHW = model.inference(data['inputs'], metas).float()
-    if logits_NCHW.shape[1] == 1:  # a binary head with one sigmoid output
-        probs_NCHW = torch.cat([1 - logits_NCHW.sigmoid(), logits_NCHW.sigmoid()], 1)
-    else:
-        probs_NCHW = logits_NCHW.softmax(1)
-    h, w = probs_NCHW.shape[2:]
-    in_h, in_w = data['inputs'].shape[2:]
-    probs = []
-    for probs_CHW, meta in zip(probs_NCHW, metas):
-        left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
-        probs.append(probs_CHW[:, round(top * h / in_h):max(1, h - round(bottom * h / in_h)),
-                               round(left * w / in_w):max(1, w - round(right * w / in_w))])
-    return probs
+    metas = [sample.metainfo for sample in data['data_samples']]
+    in_h, in_w = input_hw = data['inputs'].shape[2:]
+    with contextlib.nullcontext() if full_res else native_resolution(model):
+        logits_NCHW = model.inference(data['inputs'], [dict(meta) for meta in metas])
+    maps = []
+    for logits_CHW, meta in zip(logits_NCHW, metas):
+        if full_res:
+            logits_CHW = to_image(logits_CHW.float(), meta, input_hw, model.align_corners)
+        elif whole:
+            (left, right, top, bottom), (h, w) = padding_of(meta), logits_CHW.shape[1:]
+            logits_CHW = logits_CHW[:, round(top * h / in_h):max(1, h - round(bottom * h / in_h)),
+                                    round(left * w / in_w):max(1, w - round(right * w / in_w))]
+        map_HW = score(to_probs(logits_CHW[None]))[0]
+        maps.append(map_HW if full_res or whole else to_image(map_HW[None], meta, input_hw, model.align_corners)[0])
+    return maps
 
 
 def query_dataloader(cfg: dict, pool: Pool, names: list[str]):
@@ -635,60 +939,325 @@ class QueryProgress:
             self.logger.info(f'Iter(query) [{done:{len(str(self.total))}d}/{self.total}]  eta: {eta}  time: {each:.4f}')
 
 
+class Candidates(NamedTuple):
+    """What can be asked for, one row each, by image (its position among those scored) and then by id."""
+    image: np.ndarray  # (N,) int32
+    id: np.ndarray  # (N,) int64: number of a segment, or y * W + x of a pixel or of a window's centre
+    score: np.ndarray  # (N,) float64
+    pixels: np.ndarray  # (N,) int32: what it would add to the labelled pixels
+
+    def take(self, rows) -> 'Candidates':
+        return Candidates(*(column[rows] for column in self))
+
+    @staticmethod
+    def join(parts: list) -> 'Candidates':
+        empty = Candidates(*(np.empty(0, t) for t in (np.int32, np.int64, np.float64, np.int32)))
+        return Candidates(*map(np.concatenate, zip(empty, *parts)))
+
+
+class Collector:
+    """Gathers candidates image by image and keeps no more than can still be chosen, so that memory does not grow with
+    the pool where the choice allows it: with a budget for each image, and with top-k.
+
+    Args:
+        select: The selector.
+        budget: What may be spent: over all images, or in each if ``per_image``.
+        in_pixels: Whether the budget counts pixels, and not units.
+        per_image: Choose in every image by itself.
+        seed: What seeds the choice.
+    """
+
+    def __init__(self, select: Callable, budget: Callable, in_pixels: bool, per_image: bool, seed: tuple):
+        self.select, self.budget, self.in_pixels, self.per_image, self.seed = select, budget, in_pixels, per_image, seed
+        self.parts, self.rows, self.kept = [], 0, 0
+        self.floor = -math.inf  # what scores lower cannot be chosen any more
+        self.range = [math.inf, -math.inf, 0]  # lowest and highest score and number of all candidates that were seen
+
+    def add(self, name: str, candidates: Candidates) -> None:
+        scores = candidates.score
+        if not len(scores):
+            return
+        if not np.isfinite(scores).all():
+            raise ValueError(f'the score of image {name!r} is not finite: the model gives no finite logits')
+        self.range = [min(self.range[0], scores.min()), max(self.range[1], scores.max()), self.range[2] + len(scores)]
+        if self.per_image:
+            candidates = self.choose(candidates, self.budget(name), name)
+        self.parts.append(candidates)
+        self.rows += len(candidates.id)
+        if not self.per_image and is_topk(self.select) and self.rows > 2 * self.kept + 2**16:
+            self.parts = [self.choose(Candidates.join(self.parts), self.budget(None))]
+            if len(self.parts[0].id) < self.rows:
+                self.floor = self.parts[0].score.min()
+            self.rows = self.kept = len(self.parts[0].id)
+
+    def choose(self, candidates: Candidates, budget: int, *seed) -> Candidates:
+        """What the selector picks for the budget, in the order of the rows. A budget in pixels is spent as far as whole
+        units go: the selector's picks are taken in its order until the next one is too large, but at least one."""
+        scores_N, n = torch.from_numpy(candidates.score), len(candidates.id)
+        k = math.ceil(budget / np.median(candidates.pixels)) if self.in_pixels else budget
+        while n:
+            k = min(k, n)
+            picks = np.asarray(self.select(scores_N, k, generator(*self.seed, *seed)))
+            if len(picks) != k or len(np.unique(picks)) != k:
+                raise ValueError(f'`al.strategy.select` should choose {k} different candidates, but got {len(picks)}, '
+                                 f'{len(np.unique(picks))} of them different')
+            if not self.in_pixels:
+                break
+            cost = np.cumsum(candidates.pixels[picks])
+            if cost[-1] >= budget or k == n:
+                picks = picks[:max(1, np.searchsorted(cost, budget, side='right'))]
+                break
+            k = math.ceil(k * budget / cost[-1]) + 1
+        return candidates.take(np.sort(picks)) if n else candidates
+
+    def result(self) -> Candidates:
+        """The choice of all ranks together."""
+        shares = all_gather_object((Candidates.join(self.parts), self.range))
+        lows, highs, numbers = zip(*(share[1] for share in shares))
+        self.range = [min(lows), max(highs), sum(numbers)]
+        candidates = Candidates.join([share[0] for share in shares])
+        candidates = candidates.take(np.lexsort((candidates.id, candidates.image)))
+        chosen = [candidates if self.per_image else self.choose(candidates, self.budget(None))]
+        broadcast_object_list(chosen)  # rank 0 decides
+        return chosen[0]
+
+
 @torch.no_grad()
-def score_images(trainer: Runner, strategy: 'Strategy', pool: Pool, names: list[str], logger_of: Runner) -> torch.Tensor:
-    """Score every image with the model in ``trainer``.
+def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, names: list[str], strategy: 'Strategy',
+            collector: Collector) -> None:
+    """Feed this rank's share of the images to the collector, scored by the model in ``trainer``, or at random."""
+    al, have = ConfigDict(state['settings']), labelled(state)
+    unit, is_random = al.unit, strategy.score is random
+    whole, is_dense = unit.type == 'image', unit.type == 'pixel' or bool(unit.get('window'))
+    full_res = is_dense if al.full_res is None else al.full_res
+    loader, batches = query_dataloader(runner.cfg, pool, names)
+    progress = QueryProgress(runner, len(batches))
+    if not is_random:
+        model = unwrap(trainer.model).eval()
+        amp = trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'
+    for done, (data, positions) in enumerate(zip(itertools.repeat(None) if is_random else loader, batches), 1):
+        maps = [None] * len(positions)
+        if not is_random:
+            with autocast(enabled=amp):
+                maps = score_maps(model, data, strategy.score, full_res, whole)
+        for position, map_HW in zip(positions, maps):
+            name = names[position]
+            draw = generator(state['seed'], 'random', len(state['rounds']), name)
+            if whole:
+                ids, pixels = np.zeros(1, np.int64), np.ones(1, np.int32)
+                scores = random(1, draw) if is_random else strategy.reduce(map_HW).reshape(1)
+                scores = np.asarray(scores.cpu(), np.float64)
+            else:
+                segments, taken = segments_of(runner, unit, pool, name), labelled_mask(runner, pool, have, name)
+                if is_random:
+                    scores = random(taken.size if segments is None else int(segments.max()) + 1, draw).numpy()
+                else:
+                    scores = np.asarray(map_HW.float().cpu())
+                limit = collector.budget(name) if is_topk(strategy.select) else None
+                ids, scores, pixels = unit_candidates(unit, segments, taken, scores, strategy.reduce.keywords['how'],
+                                                      limit, collector.floor)
+            collector.add(name, Candidates(np.full(len(ids), position, np.int32), ids, scores, pixels))
+        if not is_random:
+            progress.step(done)
+
+
+def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
+    """Choose what to label next. A function of checkpoint, pool, labelled set, settings and seed.
+
+    Args:
+        trainer: The round's runner. None for the random choice before the first round.
 
     Returns:
-        (N,) float64 on the CPU, in the order of ``names``, the same on every rank.
+        Names of images or, below image level, a dict from them to the ids of the chosen units.
+    """
+    al, k, have = ConfigDict(state['settings']), len(state['rounds']), labelled(state)
+    whole = al.unit.type == 'image'
+    amount, strategy = (al.initial, resolve_strategy('random')) if k == 0 else (
+        budgets(al)[k - 1], resolve_strategy(al.strategy))
+    names = [name for name in pool.names if name not in have or not whole and have[name] is not None]
+    if al.pool_size is not None and k > 0:
+        size = count(al.pool_size, len(pool))
+        size = max(size, count(amount, len(pool))) if whole else size
+        order = torch.randperm(len(names), generator=generator(state['seed'], 'pool_size', k)).tolist()
+        names = [names[i] for i in sorted(order[:size])]
+    if strategy.score is not random:
+        load_checkpoint(unwrap(trainer.model), checkpoint_path(runner, state['rounds'][-1], al.query_with),
+                        map_location='cpu', logger=runner.logger)
+
+    def budget(name: Optional[str]) -> int:
+        if whole or isinstance(amount, int):
+            return count(amount, len(pool))
+        sizes = [pool.sizes[name]] if name and al.per_image else pool.sizes.values()
+        return count(amount, sum(h * w for h, w in sizes))
+
+    collector = Collector(strategy.select, budget, not whole and isinstance(amount, float), al.per_image,
+                          (state['seed'], 'select', k))
+    collect(runner, trainer, state, pool, names, strategy, collector)
+    chosen = collector.result()
+    if not len(chosen.id):
+        return {}
+    (low, high, n), scores = collector.range, chosen.score
+    asked = [names[i] for i in np.unique(chosen.image)]
+    what = f'{len(asked)} of {len(names)} images' if whole else \
+        f'{len(chosen.id)} of {n} candidates ({chosen.pixels.sum()} pixels) in {len(asked)} of {len(names)} images'
+    runner.logger.info(f'Query {k}: {strategy.name} asks for {what}, scores {scores.min():.4g} to {scores.max():.4g} '
+                       f'(all: {low:.4g} to {high:.4g})')
+    return asked if whole else {names[i]: chosen.id[chosen.image == i] for i in np.unique(chosen.image)}
+
+
+def add_round(runner: Runner, state: dict, pool: Pool, asked) -> None:
+    """Label what was asked for: write the masks, then commit the state of the next round."""
+    k, have, unit = len(state['rounds']), labelled(state), ConfigDict(state['settings']).unit
+    entry = dict(asked=asked)
+    if isinstance(asked, dict):
+        rank, world_size = get_dist_info()
+        mine = {}
+        for name in list(asked)[rank::world_size]:
+            old = labelled_mask(runner, pool, have, name)
+            new = unit_mask(unit, asked[name], segments_of(runner, unit, pool, name), old.shape) & ~old
+            write_mask(mask_path(runner.work_dir, k, name), old | new)
+            void = int((pool.load_label(name)[new] == pool.ignore_index(name)).sum())
+            mine[name] = [len(asked[name]), int(new.sum()), void]
+        shares = all_gather_object(mine)
+        figures = {name: share[name] for name in asked for share in shares if name in share}
+        entry = dict(asked={name: figures[name][:2] for name in asked},
+                     pixels=sum(pixels for _, pixels, _ in figures.values()),
+                     void_pixels=sum(void for _, _, void in figures.values()))
+    elif unit.type != 'image':
+        entry['pixels'] = sum(math.prod(pool.sizes[name]) for name in asked)
+    state['rounds'].append(entry)
+    state.update(round=k, phase='train')
+    save_state(state, runner.work_dir)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Units: how a score map becomes candidates, and a chosen candidate a mask
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(8)
+def grid(shape: tuple, size: tuple) -> np.ndarray:
+    """The cells of a grid, numbered in reading order; those at the right and lower border may be smaller. (H, W)"""
+    (h, w), (cell_h, cell_w) = shape, size
+    return (np.arange(h)[:, None] // cell_h * math.ceil(w / cell_w) + np.arange(w) // cell_w).astype(np.int32)
+
+
+def slic(image: np.ndarray, n_segments: int, compactness: float) -> np.ndarray:
+    """SLIC superpixels (Achanta et al., 2012), numbered from 0. (H, W) uint16
 
     Raises:
-        ValueError: An image's score is not a finite number; it names the image.
+        ImportError: scikit-image is missing.
     """
-    model = unwrap(trainer.model).eval()
-    loader, batches = query_dataloader(trainer.cfg, pool, names)
-    progress, mine = QueryProgress(logger_of, len(batches)), []
-    amp = (trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper')
-    for done, (data, positions) in enumerate(zip(loader, batches), 1):
-        with autocast(enabled=amp):
-            probs = predict_probs(model, data)
-        for position, probs_CHW in zip(positions, probs):
-            score = float(strategy.reduce(strategy.score(probs_CHW[None])[0]))
-            if not math.isfinite(score):
-                raise ValueError(f'the score of image {names[position]!r} is {score}: the model gives no finite logits')
-            mine.append((position, score))
-        progress.step(done)
-    scores_N = torch.zeros(len(names), dtype=torch.float64)
-    for position, score in (item for share in all_gather_object(mine) for item in share):
-        scores_N[position] = score
-    return scores_N
+    try:
+        from skimage.segmentation import slic as skimage_slic
+    except ImportError as error:
+        raise ImportError("`al.unit='superpixel'` needs scikit-image: pip install scikit-image") from error
+    channels = image[..., :3] if image.ndim == 3 and image.shape[2] >= 3 else image
+    axis = -1 if channels.ndim == 3 else None
+    return skimage_slic(channels, n_segments, compactness, start_label=0, channel_axis=axis).astype(np.uint16)
 
 
-def query(runner: Runner, trainer: Runner, state: dict, pool: Pool) -> list[str]:
-    """Choose the images to label next. A function of checkpoint, pool, labelled set, settings and seed."""
-    al, k = ConfigDict(state['settings']), state['round']
-    have = set(labelled(state))
-    names = [name for name in pool.names if name not in have]
-    budget = min(budgets(al, state['images'])[k], len(names))
-    if al.pool_size is not None:
-        size = max(budget, count(al.pool_size, len(pool)))
-        names = [names[i] for i in sorted(torch.randperm(len(names), generator=generator(
-            state['seed'], 'pool_size', k))[:size].tolist())]
-    strategy = resolve_strategy(al.strategy)
-    if strategy.score is random:
-        scores_N = random(len(names), generator(state['seed'], 'random', k))
+def segments_of(runner: Runner, unit: dict, pool: Pool, name: str) -> Optional[np.ndarray]:
+    """The fixed segments of an image, (H, W); superpixels are computed once and kept in ``work_dir/superpixels``. None
+    where every pixel is a candidate."""
+    if unit['type'] == 'region' and not unit['window']:
+        return grid(pool.sizes[name], tuple(unit['size']))
+    if unit['type'] != 'superpixel':
+        return None
+    folder = osp.join(osp.abspath(runner.work_dir), 'superpixels')
+    path = osp.join(folder, osp.relpath(mask_path(folder, 0, name), osp.join(folder, 'round_0', 'labelled')))
+    if not osp.isfile(path):
+        os.makedirs(osp.dirname(path), exist_ok=True)
+        segments = slic(pool.load_image(name), unit['n_segments'], unit['compactness'])
+        temporary = f'{path}.{os.getpid()}.tmp'
+        Image.fromarray(segments).save(temporary, 'PNG')
+        os.replace(temporary, path)
+    with Image.open(path) as image:
+        return np.asarray(image).astype(np.int32)
+
+
+def unit_candidates(unit: dict, segments: Optional[np.ndarray], taken: np.ndarray, scores: np.ndarray, how: str,
+                    limit: Optional[int], floor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The candidates of an image.
+
+    Args:
+        unit: The unit's settings.
+        segments: (H, W) numbers of fixed segments, or None where every pixel, or window around it, is a candidate.
+        taken: (H, W) what is labelled.
+        scores: A score map (H, W), or drawn scores of every segment or pixel, flat.
+        how: The score of a segment is the ``mean`` or ``max`` of its pixels.
+        limit: No more than the best so many are of use,
+        floor: and none below this score.
+
+    Returns:
+        Ids in ascending order, scores and numbers of pixels, (N,) each.
+    """
+    if segments is None:
+        radius, gap = (unit['window'], 2 * unit['window']) if unit['type'] == 'region' else (0, unit['radius'])
+        h, w = taken.shape
+        ids = np.sort(peaks(scores.reshape(h, w), gap, dilate(taken, gap - radius), limit, floor))
+        rows, cols = np.divmod(ids, w)
+        pixels = ((np.minimum(rows + radius, h - 1) - np.maximum(rows - radius, 0) + 1) *
+                  (np.minimum(cols + radius, w - 1) - np.maximum(cols - radius, 0) + 1))
+        return ids, scores.reshape(-1)[ids].astype(np.float64), pixels.astype(np.int32)
+    flat = segments.reshape(-1)
+    pixels = np.bincount(flat)
+    ids = np.flatnonzero((pixels > 0) & (np.bincount(flat[taken.reshape(-1)], minlength=len(pixels)) == 0))
+    if scores.ndim == 1:
+        values = scores
+    elif how == 'mean':
+        values = np.bincount(flat, scores.reshape(-1)) / np.maximum(pixels, 1)
     else:
-        load_checkpoint(unwrap(trainer.model), checkpoint_path(runner, state['rounds'][k], al.query_with),
-                        map_location='cpu', logger=runner.logger)
-        scores_N = score_images(trainer, strategy, pool, names, runner)
-    chosen_K = strategy.select(scores_N, budget, generator(state['seed'], 'select', k))
-    picks = [sorted(chosen_K.tolist())]
-    broadcast_object_list(picks)  # rank 0 decides
-    low, high = scores_N[picks[0]].aminmax()
-    runner.logger.info(
-        f'Round {k}: {strategy.name} asks for {len(picks[0])} of {len(names)} images, scores {low:.4g} to {high:.4g} '
-        f'(pool {scores_N.min():.4g} to {scores_N.max():.4g}); labelled: {len(have) + len(picks[0])} of {len(pool)}')
-    return [names[i] for i in picks[0]]
+        values = scipy.ndimage.maximum(scores, segments, np.arange(len(pixels)))
+    return ids, np.asarray(values[ids], np.float64), pixels[ids].astype(np.int32)
+
+
+def dilate(mask_HW: np.ndarray, radius: int) -> np.ndarray:
+    """All pixels within a square of ``radius`` around those of a mask."""
+    return cv2.dilate(mask_HW.view(np.uint8), np.ones((2 * radius + 1,) * 2, np.uint8)).view(bool) \
+        if radius and mask_HW.any() else mask_HW
+
+
+def peaks(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, limit: Optional[int] = None,
+          floor: float = -math.inf) -> np.ndarray:
+    """Greedy peaks: again and again the highest free pixel, which blocks all within a square of radius ``gap``; ties go
+    to the first in reading order. A pick costs the argmax of the rows that it touches, not of the whole map.
+
+    Returns:
+        (K,) flat indices, best first: those not below ``floor``, or the first ``limit`` of them.
+    """
+    scores_HW = np.where(blocked_HW | (scores_HW < floor), -np.inf, scores_HW)
+    (h, w), limit = scores_HW.shape, scores_HW.size if limit is None else limit
+    if gap == 0:
+        flat = scores_HW.reshape(-1)
+        if limit < flat.size:
+            floor = np.partition(flat, flat.size - limit)[flat.size - limit]  # the limit-th highest
+        ids = np.flatnonzero((flat >= floor) & (flat > -np.inf))
+        return ids[np.argsort(-flat[ids], kind='stable')][:limit]
+    cols = scores_HW.argmax(1)
+    best, picks = scores_HW[np.arange(h), cols], []
+    while len(picks) < limit:
+        y = int(best.argmax())
+        if best[y] == -np.inf:
+            break
+        x, rows = int(cols[y]), slice(max(0, y - gap), y + gap + 1)
+        picks.append(y * w + x)
+        scores_HW[rows, max(0, x - gap):x + gap + 1] = -np.inf
+        cols[rows] = scores_HW[rows].argmax(1)
+        best[rows] = np.take_along_axis(scores_HW[rows], cols[rows, None], 1)[:, 0]
+    return np.array(picks, np.int64)
+
+
+def unit_mask(unit: dict, ids: np.ndarray, segments: Optional[np.ndarray], shape: tuple) -> np.ndarray:
+    """The pixels of the chosen units, (H, W) booleans."""
+    if segments is not None:
+        chosen = np.zeros(segments.max() + 1, bool)
+        chosen[ids] = True
+        return chosen[segments]
+    mask, radius = np.zeros(shape, bool), unit.get('window') or 0
+    for y, x in zip(*np.divmod(ids, shape[1])):
+        mask[max(0, y - radius):y + radius + 1, max(0, x - radius):x + radius + 1] = True
+    return mask
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -733,13 +1302,76 @@ def topk(scores_N: torch.Tensor, budget: int, generator: torch.Generator) -> tor
     return scores_N.sort(descending=True, stable=True).indices[:budget]
 
 
-SCORES = dict(random=random, least_confidence=least_confidence, margin=margin, entropy=entropy)
-SELECTS = dict(topk=topk)
+def is_topk(select: Callable) -> bool:
+    return select is topk
+
+
+def top_percent(scores_N: torch.Tensor, budget: int, generator: torch.Generator, percent: float = 5.) -> torch.Tensor:
+    """``budget`` at random among the highest ``percent`` percent, but at least ``budget`` (PixelPick; Shin et al.,
+    ICCVW 2021). (K,) indices"""
+    n = max(budget, round(len(scores_N) * percent / 100))
+    best = topk(scores_N, n, generator)
+    return best[torch.randperm(len(best), generator=generator)[:budget]]
+
+
+def box_sum(map_HW: torch.Tensor, k: int) -> torch.Tensor:
+    """Sums over (2k+1)^2 windows, zero-padded, in float32; the time does not depend on k on the CPU."""
+    size = 2 * k + 1
+    if map_HW.is_cuda:
+        rows = F.avg_pool2d(map_HW[None].float(), (1, size), 1, (0, k), divisor_override=1)
+        return F.avg_pool2d(rows, (size, 1), 1, (k, 0), divisor_override=1)[0]
+    return torch.from_numpy(cv2.boxFilter(map_HW.numpy(), cv2.CV_32F, (size, size), normalize=False,
+                                          borderType=cv2.BORDER_CONSTANT))
+
+
+def window_pixels(shape: tuple, k: int, device=None) -> torch.Tensor:
+    """How many pixels of each (2k+1)^2 window lie in the image. (H, W) float32"""
+    rows, cols = (torch.minimum(i + k, i[-1]) - (i - k).clamp_min(0) + 1
+                  for i in (torch.arange(n, device=device) for n in shape))
+    return (rows[:, None] * cols).float()
+
+
+def impurity(pred_HW: torch.Tensor, classes: int, k: int) -> torch.Tensor:
+    """Entropy, in nats, of the histogram of predicted classes in the (2k+1)^2 window around each pixel. (H, W)"""
+    pixels, total = window_pixels(pred_HW.shape, k, pred_HW.device), 0
+    narrow_HW = pred_HW.to(torch.uint8 if classes < 256 else torch.int16)
+    for c in torch.bincount(pred_HW.flatten(), minlength=1).nonzero().flatten().tolist():
+        number = box_sum((narrow_HW == c).view(torch.uint8), k)
+        total = number.clamp_min(1).log_().mul_(number).add_(total)
+    # sum of -n/N ln(n/N) = ln N - (sum of n ln n) / N; below one pixel's worth it is rounding, and means a pure window
+    entropy_HW = pixels.log() - total / pixels
+    return torch.where(entropy_HW < 1e-5, 0, entropy_HW)
+
+
+def ripu(probs_NCHW: torch.Tensor, k: int = 1) -> torch.Tensor:
+    """Region impurity x prediction uncertainty, RIPU's RA (Xie et al., CVPR 2022): entropy of the histogram of
+    predicted classes in the (2k+1)^2 window / ln C, times the mean entropy in it / ln C. (N, H, W) in [0, 1]"""
+    c = probs_NCHW.shape[1]
+    maps = []
+    for probs_CHW, entropy_HW in zip(probs_NCHW, entropy(probs_NCHW)):
+        mean = box_sum(entropy_HW, k) / window_pixels(entropy_HW.shape, k, entropy_HW.device)
+        maps.append(impurity(probs_CHW.argmax(0), c, k) * mean / math.log(c)**2)
+    return torch.stack(maps)
+
+
+def ripu_pixel(probs_NCHW: torch.Tensor, k: int = 32) -> torch.Tensor:
+    """RIPU's PA (Xie et al., CVPR 2022): a pixel's entropy times the entropy of the histogram of predicted classes in
+    the (2k+1)^2 window around it, both in nats. (N, H, W)"""
+    return torch.stack([impurity(probs_CHW.argmax(0), len(probs_CHW), k) * entropy_HW
+                        for probs_CHW, entropy_HW in zip(probs_NCHW, entropy(probs_NCHW))])
+
+
+SCORES = dict(random=random, least_confidence=least_confidence, margin=margin, entropy=entropy, ripu=ripu,
+              ripu_pixel=ripu_pixel)
+SELECTS = dict(topk=topk, top_percent=top_percent)
 PRESETS = dict(
     random=dict(score='random', select='topk'),
     least_confidence=dict(score='least_confidence', select='topk'),
     margin=dict(score='margin', select='topk'),
-    entropy=dict(score='entropy', select='topk'))
+    entropy=dict(score='entropy', select='topk'),
+    ripu=dict(score='ripu', select='topk'),
+    ripu_pixel=dict(score='ripu_pixel', select='topk'),
+    pixelpick=dict(score='margin', select='top_percent'))
 
 
 class Strategy(NamedTuple):
@@ -755,7 +1387,9 @@ def import_function(path: str, key: str) -> Callable:
     module, _, name = path.partition(':')
     try:
         function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        if callable(function):
+            inspect.signature(function)  # its options are read from there; some builtins have none
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f'`{key}` should be importable, but got {path!r}: {error}') from error
     if not callable(function):
         raise ValueError(f'`{key}` should name a function, but {path!r} is a {type(function).__name__}')
@@ -765,8 +1399,8 @@ def import_function(path: str, key: str) -> Callable:
 def _lookup(table: dict, name, key: str) -> Callable:
     if isinstance(name, str) and ':' in name:
         return import_function(name, key)
-    if name not in table:
-        raise ValueError(f'`{key}` should be one of {", ".join(table)}, or \'package.module:function\', but got {name!r}')
+    if not isinstance(name, str) or name not in table:
+        raise ValueError(f"`{key}` should be one of {', '.join(table)}, or 'package.module:function', but got {name!r}")
     return table[name]
 
 
@@ -790,14 +1424,14 @@ def resolve_strategy(strategy: Union[str, dict]) -> Strategy:
     how = options.pop('reduce', 'mean')
     if how not in ('mean', 'max') and not (type(how) in (int, float) and 0 < how <= 100):
         raise ValueError(f"`al.strategy.reduce` should be 'mean', 'max' or a percentage in (0, 100], but got {how!r}")
-    taken = {}
+    taken, known = {}, ['score', 'select', 'reduce']
     for function in (score, select):
         own = [p.name for p in list(inspect.signature(function).parameters.values())[1:]
                if p.name not in ('budget', 'generator')]
+        known += own
         taken[function] = {key: options.pop(key) for key in own if key in options}
     if options:
-        raise ValueError(f'`al.strategy` {name!r} has no option {", ".join(options)}; it takes score, select, reduce'
-                         + ''.join(f', {key}' for keys in taken.values() for key in keys))
+        raise ValueError(f'`al.strategy` {name!r} has no option {", ".join(options)}; it takes {", ".join(known)}')
     score, select = (functools.partial(f, **taken[f]) if taken[f] else f for f in (score, select))
     return Strategy(name, score, functools.partial(reduce_map, how=how), select)
 
@@ -828,15 +1462,16 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
             if state['phase'] == 'train':
                 train_round(runner, trainer, state)
                 log_metrics(runner, state)
-            reason = why_stop(state, len(pool))
+            reason = why_stop(state)
             if reason:
                 break
             begin = time.time()
             asked = query(runner, trainer, state, pool)
+            if not asked:
+                reason = 'the pool is empty: everything is labelled'
+                break
             state['rounds'][-1]['query_seconds'] = round(time.time() - begin, 1)
-            state['rounds'].append(dict(asked=asked))
-            state.update(round=state['round'] + 1, phase='train')
-            save_state(state, runner.work_dir)
+            add_round(runner, state, pool, asked)
             close_round(trainer)
             del trainer
             gc.collect()
@@ -850,7 +1485,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
     return runner.model
 
 
-def why_stop(state: dict, total: int) -> Optional[str]:
+def why_stop(state: dict) -> Optional[str]:
     """The reason to end after the state's round, or None.
 
     Raises:
@@ -870,35 +1505,47 @@ def why_stop(state: dict, total: int) -> Optional[str]:
             return f'{metric} has not risen above {max(history):.2f} for al.stop.patience = {al.stop.patience} rounds'
     if k >= al.rounds:
         return f'all {al.rounds} rounds of queries are done'
-    if len(labelled(state)) >= total:
-        return f'the pool is empty after {k} rounds: all {total} images are labelled'
+    figures = spent(state)
+    if any(figures.get(key) == state.get(key) for key in ('images', 'pixels') if f'% of {key}' in figures):
+        return f'the pool is empty after {k} rounds: everything is labelled'
     return None
+
+
+def spent(state: dict) -> dict:
+    """What is labelled by now, as figures for log and table: images and, below image level, units and pixels."""
+    figures = dict(images=len(labelled(state)))
+    if state['settings']['unit']['type'] == 'image':
+        return {**figures, '% of images': round(100 * figures['images'] / state['images'], 2)}
+    pixels = sum(entry.get('pixels', 0) for entry in state['rounds'])
+    asked = [entry['asked'] for entry in state['rounds'] if isinstance(entry['asked'], dict)]
+    return {**figures, f'{state["settings"]["unit"]["type"]}s': sum(n for d in asked for n, _ in d.values()),
+            'pixels': pixels, '% of pixels': round(100 * pixels / state['pixels'], 3),
+            '% void': round(100 * sum(entry.get('void_pixels', 0) for entry in state['rounds']) / max(1, pixels), 1)}
 
 
 def log_round(runner: Runner, state: dict) -> None:
     """One line on where the run stands."""
-    n, k = len(labelled(state)), state['round']
-    runner.logger.info(f'Round {k} of {state["settings"]["rounds"]} ({state["phase"]}): {n} of {state["images"]} images '
-                       f'labelled ({n / state["images"]:.1%}), seed {state["seed"]}, {round_dir(runner.work_dir, k)}')
+    figures = ', '.join(f'{key}: {value}' for key, value in spent(state).items())
+    k, rounds = state['round'], state['settings']['rounds']
+    runner.logger.info(f'Round {k} of {rounds} ({state["phase"]}), labelled {figures}; seed {state["seed"]}, '
+                       f'{round_dir(runner.work_dir, k)}')
 
 
 def log_metrics(runner: Runner, state: dict) -> None:
-    """The round's figures as scalars of the run's visualizer, over the number of labelled images."""
+    """The round's figures as scalars of the run's visualizer, over the number of labelled images or units."""
     entry = state['rounds'][-1]
-    scalars = {f'al/{key}': value for key, value in entry['metrics'].items()}
-    scalars.update({'al/round': state['round'], 'al/labelled_share': entry['images'] / state['images'],
-                    'al/train_seconds': entry['train_seconds']})
-    runner.visualizer.add_scalars(scalars, step=entry['images'])
+    scalars = {f'al/{key}': value for key, value in {**entry['labelled'], **entry['metrics']}.items()}
+    scalars.update({'al/round': state['round'], 'al/train_seconds': entry['train_seconds']})
+    unit = state['settings']['unit']['type']
+    runner.visualizer.add_scalars(scalars, step=entry['labelled'][f'{unit}s'])
 
 
 def rounds_table(state: dict) -> str:
     """The run so far, one row a round."""
     metrics = list(dict.fromkeys(key for entry in state['rounds'] for key in entry.get('metrics', {})))
-    table = PrettyTable(['round', 'images', '% of pool', *metrics, 'train s', 'query s'])
+    table = PrettyTable(['round', *spent(state), *metrics, 'train s', 'query s'])
     for k, entry in enumerate(state['rounds']):
-        values = [entry.get('metrics', {}).get(key) for key in metrics]
-        table.add_row([k, entry['images'], f'{100 * entry["images"] / state["images"]:.1f}',
-                       *('-' if value is None else f'{value:.2f}' for value in values),
+        table.add_row([k, *entry['labelled'].values(), *(entry['metrics'].get(key, '-') for key in metrics),
                        entry['train_seconds'], entry.get('query_seconds', '-')])
     table.align = 'r'
     return table.get_string()
@@ -934,8 +1581,8 @@ def _getattr_of_history_buffer(owner, name: str):
     """Stands in for ``getattr`` while a checkpoint is read: mmengine pickles ``HistoryBuffer.mean`` and its like."""
     if owner is HistoryBuffer and name in ('mean', 'max', 'min', 'current'):
         return getattr(HistoryBuffer, name)
-    raise ValueError(f'a checkpoint may only refer to the statistics of HistoryBuffer, but this one asks for {name!r} of '
-                     f'{owner!r}')
+    raise ValueError(f'a checkpoint may only refer to the statistics of HistoryBuffer, but this one asks for {name!r} '
+                     f'of {owner!r}')
 
 
 def checkpoint_globals() -> list:

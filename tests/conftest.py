@@ -1,0 +1,100 @@
+"""Fixtures: nothing stays patched or cached after a test; a tiny data set and config."""
+import gc
+import itertools
+import os.path as osp
+import sys
+
+import mmcv.utils.ext_loader
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.dataset import BaseDataset
+from mmengine.logging import MessageHub, MMLogger
+from mmengine.registry import RUNNERS, DefaultScope
+from mmengine.runner import Runner
+from mmengine.visualization import Visualizer
+
+HERE = osp.dirname(osp.abspath(__file__))
+sys.path[:0] = [osp.dirname(HERE), HERE]
+import tiny  # noqa: E402
+
+import al_patch  # noqa: E402
+
+TARGETS = ((Runner, 'train'), (Runner, 'build_dataloader'), (BaseDataset, 'full_init'),
+           (mmcv.utils.ext_loader, 'load_ext'))
+
+
+def raw() -> list:
+    return [vars(owner)[name] for owner, name in TARGETS]
+
+
+def everything_below(cls: type) -> list:
+    return [cls, *(c for child in cls.__subclasses__() for c in everything_below(child))]
+
+
+@pytest.fixture(autouse=True)
+def nothing_stays(monkeypatch):
+    """The patch is after a test as it was before, and mmengine's singletons are gone."""
+    gc.freeze()  # every data set of mmengine's collects garbage, which would otherwise visit all of torch each time
+    before = raw()
+    DefaultScope.get_instance('tests', scope_name='mmseg')
+    monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)  # it asks compilers for their version: slow
+    monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **kwargs: (text, True))  # so is yapf
+    yield
+    assert all(now is then for now, then in zip(raw(), before)), 'a test has left the patch in another state'
+    assert al_patch._LABELLED.get() is None, 'data sets would still be filtered'
+    for owner in (MMLogger, MessageHub, DefaultScope, *everything_below(Visualizer)):
+        owner._instance_dict.clear()
+
+
+@pytest.fixture(scope='session', autouse=True)
+def stack():
+    """All of mmseg, imported after the patch, and sums in one order, as in the subprocesses."""
+    from mmseg.utils import register_all_modules
+    register_all_modules(init_default_scope=False)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope='session')
+def shared_data(tmp_path_factory):
+    """The tiny data set, to read only."""
+    return tiny.make_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture
+def make_cfg(tmp_path, shared_data):
+    """A function that returns the tiny config, with an `al` block of these settings and with these keys changed."""
+
+    def make(al=None, loop='iters', root=shared_data, changes=None, **top) -> Config:
+        cfg = Config.fromstring(tiny.config_text(root, loop), '.py')
+        cfg.work_dir = str(tmp_path / 'work')
+        if al is not None:
+            cfg.al = dict(dict(initial=4, budget=2, rounds=1), **al)
+        cfg.merge_from_dict({**(changes or {}), **top})
+        return cfg
+
+    return make
+
+
+@pytest.fixture
+def build():
+    """A function from a config to its runner, under a name of its own."""
+    numbers = itertools.count()
+
+    def from_cfg(cfg: Config) -> Runner:
+        cfg.experiment_name = f'tiny_{next(numbers)}'
+        return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+    return from_cfg
+
+
+@pytest.fixture
+def train(build):
+    """A function that trains a config and returns the runner and the rounds in its state file."""
+
+    def train_and_read(cfg: Config) -> tuple:
+        runner = build(cfg)
+        runner.train()
+        return runner, al_patch.read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE))['rounds']
+
+    return train_and_read

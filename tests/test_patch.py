@@ -1,0 +1,81 @@
+"""The patch: put in place by the import, undone without a trace, and idle without an `al` block."""
+import os.path as osp
+
+import pytest
+from conftest import TARGETS, raw
+from mmengine.dataset import BaseDataset
+from mmengine.runner import Runner
+
+import al_patch
+
+
+@pytest.fixture
+def unpatched():
+    """The patch is off in the test; after it, the very objects of before are back."""
+    wrappers, originals = raw(), dict(al_patch._ORIGINALS)
+    al_patch.remove_patch()
+    yield originals
+    al_patch.remove_patch()
+    al_patch._ORIGINALS.update(originals)
+    for (owner, name), wrapper in zip(TARGETS, wrappers):
+        setattr(owner, name, wrapper)
+
+
+def test_the_import_patches_what_it_says_and_nothing_else():
+    assert al_patch.is_patched() and set(al_patch._ORIGINALS) == set(al_patch._PATCHES) == set(TARGETS)
+    assert vars(Runner)['train'].__wrapped__ is al_patch._ORIGINALS[Runner, 'train']
+    assert all(f'{owner.__name__}.{name}``' in al_patch.__doc__ for owner, name in TARGETS)
+
+
+def test_twice_is_once():
+    before = raw()
+    al_patch.apply_patch()
+    assert all(now is then for now, then in zip(raw(), before))
+
+
+def test_removing_restores_the_very_objects(unpatched):
+    assert not al_patch.is_patched()
+    assert all(vars(owner)[name] is unpatched[owner, name] for owner, name in TARGETS)
+    assert isinstance(vars(Runner)['build_dataloader'], staticmethod)
+    assert Runner.train.__module__ == 'mmengine.runner.runner' and not hasattr(Runner.train, '__wrapped__')
+    assert BaseDataset.full_init.__module__ == 'mmengine.dataset.base_dataset'
+    al_patch.remove_patch()  # twice is once
+    assert not al_patch.is_patched()
+
+
+def test_removing_after_patching_again(unpatched):
+    al_patch.apply_patch()
+    assert vars(Runner)['train'] is not unpatched[Runner, 'train']
+    assert isinstance(vars(Runner)['build_dataloader'], staticmethod)
+    al_patch.remove_patch()
+    assert all(vars(owner)[name] is unpatched[owner, name] for owner, name in TARGETS)
+
+
+def test_a_target_that_is_not_there_is_an_error_and_nothing_is_patched(unpatched, monkeypatch):
+    monkeypatch.setattr(al_patch, '_PATCHES', {**al_patch._PATCHES, (Runner, 'tarin'): lambda raw: raw})
+    with pytest.raises(RuntimeError, match='^al_patch cannot patch Runner.tarin: not there in mmengine'):
+        al_patch.apply_patch()
+    assert not al_patch.is_patched()
+    assert all(vars(owner)[name] is unpatched[owner, name] for owner, name in TARGETS)
+
+
+def test_without_al_a_runner_trains_as_stock(make_cfg, build, tmp_path):
+    cfg = make_cfg()
+    runner = build(cfg)
+    assert runner.train() is runner.model
+    assert runner.iter == 4 and len(runner.train_dataloader.dataset) == 12 and len(runner.val_dataloader.dataset) == 4
+    assert not osp.exists(osp.join(cfg.work_dir, al_patch.STATE_FILE)) and osp.isfile(tmp_path / 'work' / 'iter_4.pth')
+
+
+def test_a_missing_op_fails_by_name_when_it_is_called():
+    ext = al_patch.load_ext_lazily('_ext', ['roi_align_forward'])
+    with pytest.raises(RuntimeError, match='calls the compiled op `roi_align_forward`, which mmcv-lite does not have'):
+        ext.roi_align_forward(1, 2)
+
+
+def test_getattr_in_a_checkpoint_answers_for_history_buffers_only():
+    from mmengine.logging import HistoryBuffer
+    assert al_patch._getattr_of_history_buffer(HistoryBuffer, 'mean') is HistoryBuffer.mean
+    for owner, name in ((HistoryBuffer, '__init__'), (osp, 'join')):
+        with pytest.raises(ValueError, match='may only refer to the statistics of HistoryBuffer'):
+            al_patch._getattr_of_history_buffer(owner, name)

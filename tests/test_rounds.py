@@ -1,0 +1,297 @@
+"""Whole runs in one process: what a round trains on, starts from, is scored with, and when it all ends."""
+import os
+import os.path as osp
+import shutil
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmseg.models import EncoderDecoder
+from mmseg.registry import MODELS
+
+import al_patch
+from al_patch import Collector, Pool, collect, parse_settings, resolve_strategy, topk, why_stop
+
+
+def asked_of(rounds: list) -> list:
+    return [entry['asked'] for entry in rounds]
+
+
+def counts(rounds: list) -> list:
+    return [len(entry['asked']) for entry in rounds]
+
+
+def weights_at(cfg, path: str) -> dict:
+    return torch.load(osp.join(cfg.work_dir, path), weights_only=False)['state_dict']
+
+
+def same(a: dict, b: dict, ending: str = '') -> bool:
+    keys = [key for key in a if key.endswith(ending)]
+    return bool(keys) and all(torch.equal(a[key], b[key]) for key in keys)
+
+
+# --- the course of a run ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('loop, last', [('iters', 'iter_4.pth'), ('epochs', 'epoch_2.pth')])
+@pytest.mark.parametrize('validates', [True, False])
+def test_a_run(make_cfg, train, loop, last, validates):
+    cfg = make_cfg(dict(rounds=2), loop, changes={} if validates else tiny.NO_VAL)
+    runner, rounds = train(cfg)
+    names = sum(asked_of(rounds), [])
+    assert counts(rounds) == [4, 2, 2] and len(set(names)) == 8 and set(names) <= set(tiny.NAMES)
+    for k, entry in enumerate(rounds):
+        assert entry['labelled']['images'] == 4 + 2 * k and entry['checkpoints']['last'] == f'round_{k}/{last}'
+        assert ('mIoU' in entry['metrics']) == ('best' in entry['checkpoints']) == validates
+        assert all(osp.isfile(osp.join(cfg.work_dir, path)) for path in entry['checkpoints'].values())
+    assert same(runner.model.state_dict(), weights_at(cfg, f'round_2/{last}'))
+
+
+def test_the_same_seed_gives_the_same_run(make_cfg, train):
+    first, again = (train(make_cfg({}, work_dir=make_cfg().work_dir + tag))[1] for tag in 'ab')
+    assert asked_of(first) == asked_of(again)
+    assert [entry['metrics'] for entry in first] == [entry['metrics'] for entry in again]
+
+
+def test_the_runner_tests_the_last_model(make_cfg, train):
+    """And not the one that the config begins with."""
+    other = make_cfg(dict(rounds=0), work_dir=make_cfg().work_dir + '_other')
+    train(other)
+    runner, rounds = train(make_cfg(dict(rounds=0), load_from=osp.join(other.work_dir, 'round_0', 'iter_4.pth')))
+    model = {key: value.clone() for key, value in runner.model.state_dict().items()}
+    assert {key: pytest.approx(value, abs=1e-3) for key, value in runner.test().items()} == rounds[0]['metrics']
+    assert same(runner.model.state_dict(), model)
+
+
+def test_validation_follows_the_last_iteration_in_any_case(make_cfg, train):
+    runner, rounds = train(make_cfg(dict(rounds=0), 'epochs', changes={'train_cfg.val_interval': 3}))
+    assert 'mIoU' in rounds[0]['metrics']
+
+
+@pytest.mark.parametrize('al, images', [
+    (dict(budget=5, rounds=5), [4, 5, 3]), (dict(budget=[1, 3], rounds=2), [4, 1, 3]),
+    (dict(initial=.5, budget=.25, rounds=1), [6, 3]), (dict(initial=12, rounds=0), [12])])
+def test_the_budget_is_spent_exactly_and_an_empty_pool_ends_the_run(make_cfg, train, al, images):
+    cfg = make_cfg(al, changes={**tiny.NO_VAL, 'train_cfg.max_iters': 1})
+    cfg.al = al if 'initial' in al else {'initial': 4, **al}
+    assert counts(train(cfg)[1]) == images
+
+
+def test_training_ends_when_a_value_is_reached(make_cfg, train):
+    assert counts(train(make_cfg(dict(rounds=3, stop=dict(value=0))))[1]) == [4]
+
+
+@pytest.mark.parametrize('stop, history, reason', [
+    (dict(value=75), [70., 74.9], None), (dict(value=75), [70., 75.], 'mIoU 75.00 has reached al.stop.value = 75'),
+    (dict(patience=2), [70., 72., 71.], None), (dict(patience=2), [70., 72., 71., 73.], None),
+    (dict(patience=2), [70., 72., 71., 72.], 'mIoU has not risen above 72.00 for al.stop.patience = 2 rounds'),
+    (dict(patience=1, value=90), [70., 91.], 'mIoU 91.00 has reached'), (None, [1.] * 6, 'all 5 rounds of queries'),
+    (dict(metric='mAcc', value=1), [0., 0.], '`al.stop.metric` should be one of mIoU, but got')])
+def test_why_stop(stop, history, reason):
+    rounds = [dict(asked=[str(k)], metrics=dict(mIoU=value)) for k, value in enumerate(history)]
+    unit = dict(type='image')
+    state = dict(settings=dict(rounds=5, stop=stop, unit=unit), images=100, round=len(history) - 1, rounds=rounds)
+    if stop and 'metric' in stop:
+        with pytest.raises(ValueError, match=reason):
+            why_stop(state)
+    else:
+        got = why_stop(state)
+        assert got is None if reason is None else got.startswith(reason)
+    state = dict(state, images=len(history), settings=dict(rounds=9, stop=None, unit=unit))
+    assert why_stop(state).startswith('the pool is empty after')
+
+
+# --- what a round is built from --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('weights', ['scratch', 'last', 'best'])
+def test_what_a_round_starts_from(make_cfg, train, weights):
+    """Round 1 learns nothing, so its weights are those that it began with."""
+    cfg = make_cfg(dict(weights=weights, overrides={1: {'optim_wrapper.optimizer.lr': 0.}}),
+                   changes={'train_cfg.val_interval': 1})
+    runner, rounds = train(cfg)
+    checkpoints = rounds[0]['checkpoints']
+    end = weights_at(cfg, rounds[1]['checkpoints']['last'])
+    if weights == 'scratch':
+        assert not any(same(end, weights_at(cfg, path), 'stem.weight') for path in checkpoints.values())
+    else:
+        assert same(end, weights_at(cfg, checkpoints[weights]), '.weight')
+
+
+def test_the_best_checkpoint_is_the_best(make_cfg, train):
+    cfg = make_cfg(dict(rounds=0), changes={'train_cfg.val_interval': 1})
+    runner, rounds = train(cfg)
+    [log] = [osp.join(d, f) for d, _, files in os.walk(osp.join(cfg.work_dir, 'round_0')) for f in files
+             if f == 'scalars.json']
+    scores = [float(line.split('"mIoU": ')[1].split(',')[0]) for line in open(log) if 'mIoU' in line]
+    assert rounds[0]['checkpoints']['best'] == f'round_0/best_mIoU_iter_{1 + scores.index(max(scores))}.pth'
+
+
+def test_overrides_hold_for_their_round(make_cfg, train):
+    runner, rounds = train(make_cfg(dict(overrides={1: {'train_cfg.max_iters': 6}}), changes=tiny.NO_VAL))
+    assert [entry['checkpoints']['last'] for entry in rounds] == ['round_0/iter_4.pth', 'round_1/iter_6.pth']
+
+
+@pytest.mark.parametrize('which', ['last', 'best'])
+def test_the_checkpoint_that_scores(make_cfg, train, monkeypatch, which):
+    loaded, load = [], al_patch.load_checkpoint
+    monkeypatch.setattr(al_patch, 'load_checkpoint', lambda m, path, **k: loaded.append(path) or load(m, path, **k))
+    cfg = make_cfg(dict(query_with=which), changes={'train_cfg.val_interval': 1})
+    runner, rounds = train(cfg)
+    assert loaded == [osp.join(cfg.work_dir, rounds[0]['checkpoints'][which])]
+
+
+@pytest.mark.parametrize('own, al, seed', [(0, 5, 0), (1, 5, 1), (None, 5, 5), (3, None, 3)])
+def test_the_config_seeds_training_and_al_seeds_choices(make_cfg, build, own, al, seed):
+    runner = build(make_cfg(dict(seed=al), randomness=dict(seed=own)))
+    state = dict(settings=al_patch.parse_settings(runner.cfg.al).to_dict(), round=0, seed=own if al is None else al)
+    assert al_patch.round_config(runner, state, False).randomness.seed == seed
+
+
+def test_resume_without_a_state_starts_afresh(make_cfg, train, monkeypatch):
+    """Checkpoints of an older run in the same place are not gone on with."""
+    changes = {**tiny.NO_VAL, 'resume': True}
+    cfg = make_cfg(dict(rounds=0), changes=changes)
+    train(make_cfg(dict(rounds=0, initial=5), changes=tiny.NO_VAL))
+    os.remove(osp.join(cfg.work_dir, 'al_state.json'))
+    monkeypatch.setattr('mmengine.runner.Runner.resume', lambda *args, **kwargs: pytest.fail('resumed'))
+    assert counts(train(cfg)[1]) == [4]
+
+
+def test_a_runner_of_ones_own(make_cfg, train, monkeypatch):
+    monkeypatch.setattr(tiny.TinyRunner, 'trained', [])
+    runner, rounds = train(make_cfg({}, runner_type='TinyRunner', changes=tiny.NO_VAL))
+    assert type(runner) is tiny.TinyRunner and runner.trained == ['work', 'round_0', 'round_1']
+
+
+# --- the query -------------------------------------------------------------------------------------------------------
+
+
+def test_labels_that_were_not_asked_for_are_never_read(make_cfg, train, shared_data, tmp_path):
+    _, rounds = train(make_cfg({}))
+    root = shutil.copytree(shared_data, tmp_path / 'blind')
+    for name in set(tiny.NAMES) - set(sum(asked_of(rounds), [])):
+        os.remove(root / 'ann' / 'train' / f'{name}.png')
+    _, blind = train(make_cfg({}, root=str(root), work_dir=str(tmp_path / 'blind_work')))
+    assert asked_of(blind) == asked_of(rounds) and blind[1]['metrics'] == rounds[1]['metrics']
+
+
+def test_random_asks_no_model(make_cfg, train, monkeypatch):
+    monkeypatch.setattr(EncoderDecoder, 'inference', lambda *args: pytest.fail('the model was asked'))
+    assert counts(train(make_cfg(dict(strategy='random', rounds=2), changes=tiny.NO_VAL))[1]) == [4, 2, 2]
+
+
+def test_only_a_subset_of_the_pool_is_scored(make_cfg, train, monkeypatch):
+    scored, score = [], al_patch.collect
+    monkeypatch.setattr(al_patch, 'collect', lambda *args: scored.append(args[4]) or score(*args))
+    _, rounds = train(make_cfg(dict(pool_size=.25), changes=tiny.NO_VAL))
+    assert len(scored[0]) == 3 and scored[0] == sorted(scored[0]) and set(rounds[1]['asked']) < set(scored[0])
+    assert not set(scored[0]) & set(rounds[0]['asked'])
+
+
+def test_functions_of_ones_own(make_cfg, train):
+    strategy = dict(type='tiny:brightest', select='tiny:last_ones', power=2)
+    _, rounds = train(make_cfg(dict(strategy=strategy, initial=tiny.NAMES[:4]), changes=tiny.NO_VAL))
+    assert rounds[1]['asked'] == tiny.NAMES[-2:]
+
+
+def test_a_selection_that_misses_the_budget_is_an_error(make_cfg, train):
+    with pytest.raises(ValueError, match='^`al.strategy.select` should'):
+        train(make_cfg(dict(strategy=dict(type='random', select='tiny:always_first')), changes=tiny.NO_VAL))
+
+
+def test_a_score_that_is_no_number_names_the_image(make_cfg, train):
+    with pytest.raises(ValueError, match=r"the score of image 'a/\d\d' is not finite"):
+        train(make_cfg(dict(strategy='tiny:not_a_number'), changes=tiny.NO_VAL))
+
+
+# --- scores, against computations of their own -----------------------------------------------------------------------
+
+
+def network_input(root: str, name: str) -> torch.Tensor:
+    image = cv2.imread(f'{root}/img/train/{name}.png').astype(np.float32)
+    return torch.from_numpy((image - 128) / 64).permute(2, 0, 1)[None]
+
+
+def entropies(logits_NCHW: torch.Tensor) -> float:
+    p = np.exp(logits_NCHW[0].double().numpy())
+    p /= p.sum(0)
+    return float(np.mean([-sum(q * np.log(q) for q in p[:, y, x]) for y, x in np.ndindex(*p.shape[1:])]))
+
+
+@pytest.fixture
+def scored(make_cfg, build):
+    """A function from changes of the config to its model, with drawn weights, and the scores of the pool."""
+
+    def score(strategy='entropy', **changes) -> tuple:
+        runner = build(make_cfg(changes=changes))
+        torch.manual_seed(1)
+        for parameter in runner.model.parameters():
+            torch.nn.init.normal_(parameter, std=.5)
+        pool = Pool(runner.cfg)
+        model = runner.model.eval()
+        state = dict(settings=parse_settings({}).to_dict(), seed=0, rounds=[])
+        collector = Collector(topk, lambda name: len(pool), False, False, (0, ))
+        collect(runner, runner, state, pool, pool.names, resolve_strategy(strategy), collector)
+        return model, collector.result().score.tolist()
+
+    return score
+
+
+def test_the_selection_follows_from_the_checkpoint(make_cfg, train, shared_data):
+    cfg = make_cfg({}, changes=tiny.NO_VAL)
+    _, rounds = train(cfg)
+    model = MODELS.build({**cfg.model, 'data_preprocessor': None}).eval()
+    model.load_state_dict(weights_at(cfg, 'round_0/iter_4.pth'))
+    pool = [name for name in tiny.NAMES if name not in rounds[0]['asked']]
+    with torch.no_grad():
+        scores = {name: entropies(model.decode_head(model.backbone(network_input(shared_data, name)))) for name in pool}
+    assert rounds[1]['asked'] == sorted(sorted(pool, key=scores.get)[-2:])
+
+
+@torch.no_grad()
+def test_scores_are_taken_at_the_resolution_of_the_logits(scored, shared_data):
+    model, scores = scored()
+    slow = [entropies(model.decode_head(model.backbone(network_input(shared_data, name)))) for name in tiny.NAMES]
+    assert scores == pytest.approx(slow, rel=1e-5) and len(set(scores)) == 12
+
+
+@torch.no_grad()
+def test_padding_is_cropped_away(scored, shared_data):
+    model, scores = scored(**{'model.data_preprocessor.test_cfg': dict(size_divisor=40)})
+    padded = [torch.nn.functional.pad(network_input(shared_data, name), (0, 32, 0, 8)) for name in tiny.NAMES]
+    logits = [model.decode_head(model.backbone(image)) for image in padded]
+    assert logits[0].shape[2:] == (10, 20)
+    assert scores == pytest.approx([entropies(each[:, :, :8, :12]) for each in logits], rel=1e-5)
+
+
+@torch.no_grad()
+def test_slide_inference(scored, shared_data):
+    model, scores = scored(**{'model.test_cfg': dict(mode='slide', crop_size=(32, 32), stride=(16, 16))})
+    slow = []
+    for name in tiny.NAMES:
+        total, n = torch.zeros(1, 3, 32, 48), torch.zeros(48)
+        for x in (0, 16):
+            logits = model.decode_head(model.backbone(network_input(shared_data, name)[..., x:x + 32]))
+            total[..., x:x + 32] += torch.nn.functional.interpolate(logits, (32, 32), mode='bilinear')
+            n[x:x + 32] += 1
+        slow.append(entropies(total / n))
+    assert scores == pytest.approx(slow, rel=1e-5)
+
+
+def test_a_head_with_one_sigmoid_output(scored, monkeypatch):
+    seen, predict = [], al_patch.to_probs
+    monkeypatch.setattr(al_patch, 'to_probs', lambda logits: seen.extend(predict(logits)) or predict(logits))
+    loss = dict(type='CrossEntropyLoss', use_sigmoid=True)
+    head = dict(num_classes=2, out_channels=1, threshold=.5, loss_decode=loss)
+    _, scores = scored('least_confidence', **{f'model.decode_head.{key}': value for key, value in head.items()})
+    assert len(seen) == 12 and all(probs.shape == (2, 8, 12) for probs in seen)
+    assert all(torch.allclose(probs.sum(0), torch.ones(8, 12)) for probs in seen)
+    assert scores == pytest.approx([float(torch.minimum(one, other).mean()) for one, other in seen], rel=1e-5)
+
+
+def test_the_head_is_left_as_it_was(scored):
+    model, _ = scored()
+    assert 'predict_by_feat' not in vars(model.decode_head)

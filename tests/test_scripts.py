@@ -1,0 +1,115 @@
+"""The real scripts in processes of their own, with tiny budgets."""
+import os
+import os.path as osp
+import shutil
+import subprocess
+import sys
+
+import mmseg
+import pytest
+import tiny
+
+from al_patch import STATE_FILE, read_state
+
+ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
+MMSEG_TRAIN = osp.join(osp.dirname(mmseg.__file__), '.mim', 'tools', 'train.py')
+
+
+def shell(*command, check: bool = True, **env) -> subprocess.CompletedProcess:
+    """Run a command as a user's shell would, on the CPU, with the tests' helper module in reach."""
+    path = osp.dirname(sys.executable) + os.pathsep + os.environ['PATH']
+    env = {**os.environ, 'PATH': path, 'PYTHONPATH': osp.join(ROOT, 'tests'), 'OMP_NUM_THREADS': '1',
+           'CUDA_VISIBLE_DEVICES': '', **env}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=170)
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def launch(config, gpus: int, work_dir, *options, **kwargs) -> subprocess.CompletedProcess:
+    script = osp.join(ROOT, 'dist_al_train.sh')
+    return shell('bash', script, str(config), str(gpus), '--work-dir', str(work_dir), *options, **kwargs)
+
+
+def result(work_dir) -> list:
+    """What a run came to: the images and the metrics of each round."""
+    return [(entry['asked'], entry.get('metrics')) for entry in read_state(osp.join(work_dir, STATE_FILE))['rounds']]
+
+
+def write_config(folder, root: str, al: str = '', sync: bool = False, more: str = ''):
+    path = folder / 'tiny_al.py'
+    path.write_text(tiny.config_text(root, sync=sync) + (al and f'al = {al}\n') + more)
+    return path
+
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, shared_data):
+    """A run of two rounds that nothing interrupts: its config and its work dir."""
+    folder = tmp_path_factory.mktemp('whole')
+    config = write_config(folder, shared_data, 'dict(initial=4, budget=2, rounds=1)')
+    done = launch(config, 0, folder / 'work')
+    assert 'Active learning has ended: all 1 rounds' in done.stdout + done.stderr
+    return config, folder / 'work'
+
+
+def test_the_launcher_in_one_process(whole):
+    rounds = result(whole[1])
+    assert [len(asked) for asked, _ in rounds] == [4, 2] and all('mIoU' in metrics for _, metrics in rounds)
+
+
+def test_mmsegs_own_train_script_does_the_same(whole, tmp_path):
+    reach = os.pathsep.join([ROOT, osp.join(ROOT, 'tests')])
+    shell(sys.executable, MMSEG_TRAIN, str(whole[0]), '--work-dir', str(tmp_path / 'work'), PYTHONPATH=reach)
+    assert result(tmp_path / 'work') == result(whole[1])
+
+
+def test_without_resume_a_run_is_refused_and_left_alone(whole):
+    config, work_dir = whole
+    before = (work_dir / STATE_FILE).read_text()
+    done = launch(config, 0, work_dir, check=False)
+    assert done.returncode != 0 and 'add --resume to go on with it' in done.stderr
+    assert (work_dir / STATE_FILE).read_text() == before
+
+
+def test_a_run_that_is_killed_in_training_ends_as_one_that_is_not(whole, tmp_path, shared_data):
+    """Killed in round 1, after three of four iterations, with a checkpoint of the second."""
+    hook = dict(type='DieOnce', round=1, after=3, marker=str(tmp_path / 'died'))
+    more = f'custom_hooks = [{hook}]\n'
+    config = write_config(tmp_path, shared_data, 'dict(initial=4, budget=2, rounds=1)', more=more)
+    assert launch(config, 0, tmp_path / 'work', check=False).returncode == 9
+    assert read_state(tmp_path / 'work' / STATE_FILE)['phase'] == 'train'
+    done = launch(config, 0, tmp_path / 'work', '--resume')
+    assert 'resumed epoch: 0, iter: 2' in done.stdout + done.stderr
+    assert result(tmp_path / 'work') == result(whole[1])
+
+
+def test_two_processes_train_and_ask_exactly(tmp_path, shared_data):
+    config = write_config(tmp_path, shared_data, "dict(initial=4, budget=3, rounds=1, strategy='margin')", sync=True)
+    launch(config, 2, tmp_path / 'work')
+    (first, _), (second, metrics) = result(tmp_path / 'work')
+    assert (len(first), len(second), len({*first, *second})) == (4, 3, 7) and 'mIoU' in metrics
+
+
+def test_any_number_of_processes_asks_the_same(tmp_path, shared_data, make_cfg, build, monkeypatch):
+    """One run is stopped between a training and its query, and goes on in one process and in two."""
+    al = dict(initial=3, budget=4, rounds=1, strategy='tiny:entropy_or_stop')  # five batches: one process gets more
+    runner = build(make_cfg(al))
+    monkeypatch.setenv('TINY_STOP', '1')
+    with pytest.raises(InterruptedError):
+        runner.train()
+    config, asked = write_config(tmp_path, shared_data, repr(al)), []
+    for gpus in (0, 2):
+        shutil.copytree(runner.work_dir, tmp_path / f'work_{gpus}')
+        launch(config, gpus, tmp_path / f'work_{gpus}', '--resume', TINY_STOP='')
+        asked.append([names for names, _ in result(tmp_path / f'work_{gpus}')])
+    assert asked[0] == asked[1] and [len(names) for names in asked[0]] == [3, 4]
+
+
+def test_a_config_without_al_is_told_what_to_do(tmp_path, shared_data):
+    done = launch(write_config(tmp_path, shared_data), 0, tmp_path / 'work', check=False)
+    assert done.returncode != 0 and 'has no `al` block: add e.g. al = dict(' in done.stderr
+    assert not (tmp_path / 'work').exists()
+
+
+def test_the_launcher_tells_its_usage():
+    done = shell('bash', osp.join(ROOT, 'dist_al_train.sh'), check=False)
+    assert done.returncode == 2 and done.stderr.startswith('usage: bash dist_al_train.sh <config> <GPUs>')

@@ -1,0 +1,133 @@
+"""A data set, a network and a config so small that a round takes a tenth of a second, and what the configs import."""
+import os
+import os.path as osp
+
+import cv2
+import mmengine
+import numpy as np
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import BaseModule
+from mmengine.runner import Runner
+from mmseg.registry import HOOKS, MODELS, RUNNERS
+
+SHAPE = 32, 48
+NAMES = [f'a/{i:02d}' for i in range(6)] + [f'b/{i:02d}' for i in range(6, 12)]  # twelve training images in two folders
+CONFIG = '''
+default_scope = 'mmseg'
+custom_imports = dict(imports=['al_patch', 'tiny'])
+classes = dict(classes=('dark', 'grey', 'bright'), palette=[[0, 0, 0], [90, 90, 90], [200, 200, 200]])
+data = dict(type='BaseSegDataset', data_root={root!r}, metainfo=classes, img_suffix='.png', seg_map_suffix='.png')
+train_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type={sampler!r}, shuffle=True),
+    dataset=dict(**data, data_prefix=dict(img_path='img/train', seg_map_path='ann/train'), pipeline=[
+        dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='RandomFlip', prob=0.5),
+        dict(type='PackSegInputs')]))
+val_dataloader = test_dataloader = dict(
+    batch_size=2, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False),
+    dataset=dict(**data, data_prefix=dict(img_path='img/val', seg_map_path='ann/val'), pipeline=[
+        dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]))
+val_evaluator = test_evaluator = dict(type='IoUMetric', iou_metrics=['mIoU'])
+model = dict(
+    type='EncoderDecoder',
+    data_preprocessor=dict(type='SegDataPreProcessor', mean=[128] * 3, std=[64] * 3, size=({h}, {w}), seg_pad_val=255),
+    backbone=dict(type='TinyBackbone'),
+    decode_head=dict(type='FCNHead', in_channels=8, channels=8, num_convs=1, concat_input=False, num_classes=3,
+                     norm_cfg=dict(type='SyncBN' if {sync} else 'BN'), loss_decode=dict(type='CrossEntropyLoss')),
+    test_cfg=dict(mode='whole'))
+optim_wrapper = dict(optimizer=dict(type='SGD', lr=0.1, momentum=0.9))
+train_cfg = dict({loop})
+val_cfg, test_cfg = dict(), dict()
+default_hooks = dict(checkpoint=dict(type='CheckpointHook', {every}, save_best='mIoU'),
+                     logger=dict(type='LoggerHook', interval=2))
+randomness = dict(seed=0)
+'''
+LOOPS = dict(
+    iters=dict(sampler='InfiniteSampler', every='interval=2, by_epoch=False',
+               loop="type='IterBasedTrainLoop', max_iters=4, val_interval=4"),
+    epochs=dict(sampler='DefaultSampler', every='interval=1',
+                loop="type='EpochBasedTrainLoop', max_epochs=2, val_interval=2"))
+# a config without validation
+NO_VAL = {'val_cfg': None, 'val_dataloader': None, 'val_evaluator': None, 'default_hooks.checkpoint.save_best': None}
+
+
+def config_text(root: str, loop: str = 'iters', sync: bool = False) -> str:
+    return CONFIG.format(root=str(root), h=SHAPE[0], w=SHAPE[1], sync=sync, **LOOPS[loop])
+
+
+def make_data(root: str) -> str:
+    """Three bands, the brighter the higher the label, under noise that differs from image to image."""
+    rng = np.random.default_rng(0)
+    for split, names in dict(train=NAMES, val=[f'{i}' for i in range(4)]).items():
+        for name in names:
+            label = np.repeat(np.repeat(rng.integers(0, 3, (4, 6)), 8, 0), 8, 1).astype(np.uint8)
+            image = 50 + 75 * label[..., None] + rng.normal(0, rng.uniform(2, 50), (*SHAPE, 3))
+            for kind, array in dict(img=image.clip(0, 255).astype(np.uint8), ann=label).items():
+                path = osp.join(root, kind, split, f'{name}.png')
+                os.makedirs(osp.dirname(path), exist_ok=True)
+                cv2.imwrite(path, array)
+    return str(root)
+
+
+@MODELS.register_module()
+class TinyBackbone(BaseModule):
+    """Two convolutions, at a quarter of the resolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.stage = torch.nn.Conv2d(8, 8, 3, stride=2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> tuple:
+        return (self.stage(self.stem(x).relu()).relu(), )
+
+
+@RUNNERS.register_module()
+class TinyRunner(Runner):
+    """Counts its trainings, through a `train` of its own."""
+    trained = []
+
+    def train(self):
+        self.trained.append(osp.basename(self.work_dir))
+        return super().train()
+
+
+@HOOKS.register_module()
+class DieOnce(Hook):
+    """Ends the process as `kill -9` does, once, after an iteration of a round."""
+    priority = 'LOWEST'
+
+    def __init__(self, round: int, after: int, marker: str):
+        self.round, self.after, self.marker = f'round_{round}', after, marker
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        here = runner.work_dir.endswith(self.round) and runner.iter + 1 == self.after
+        if here and not osp.exists(self.marker):
+            mmengine.put_text('', self.marker)
+            os._exit(9)
+
+
+def entropy_or_stop(probs_NCHW: torch.Tensor) -> torch.Tensor:
+    """A score that a test can make fail, to stop a run between a training and its query."""
+    if os.environ.get('TINY_STOP'):
+        raise InterruptedError('TINY_STOP is set')
+    return -(probs_NCHW * probs_NCHW.log()).sum(1)
+
+
+def brightest(probs_NCHW: torch.Tensor, power: float = 1.) -> torch.Tensor:
+    """A score of the user's own, with an option."""
+    return probs_NCHW[:, -1]**power
+
+
+def not_a_number(probs_NCHW: torch.Tensor) -> torch.Tensor:
+    return probs_NCHW[:, 0] * torch.nan
+
+
+def always_first(scores_N: torch.Tensor, budget: int, generator: torch.Generator) -> torch.Tensor:
+    """A wrong selection: it names one candidate again and again."""
+    return torch.zeros(budget, dtype=torch.long)
+
+
+def last_ones(scores_N: torch.Tensor, budget: int, generator: torch.Generator) -> torch.Tensor:
+    """A selection of the user's own: the last of the pool."""
+    return torch.arange(len(scores_N))[-budget:]
