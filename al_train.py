@@ -1,4 +1,4 @@
-"""Train with active learning: ``python al_train.py <config> [options]``; the options are those of mmseg's tools/train.py.
+"""Train with active learning: ``python al_train.py <config> [options]``, the options being those of tools/train.py.
 
 The config needs an ``al = dict(...)`` block; ``dist_al_train.sh`` starts several processes.
 """

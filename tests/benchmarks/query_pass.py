@@ -1,6 +1,6 @@
 """The query pass against a bare forward pass of the same model over the same loader.
 
-    python tests/benchmarks/query_pass.py CONFIG [--strategies entropy margin] [--repeat 5] [--cfg-options ...]
+    python tests/benchmarks/query_pass.py CONFIG [--strategies entropy margin] [--unit image] [--repeat 5]
 
 Both run in turn, ``--repeat`` times, over the whole pool; printed are medians and their ratio. The bare pass loads the
 data, runs the data preprocessor and ``model(mode='tensor')``, and keeps nothing.
@@ -34,6 +34,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config')
     parser.add_argument('--strategies', nargs='+', default=['entropy'])
+    parser.add_argument('--unit', default='image')
+    parser.add_argument('--full-res', action='store_true')
     parser.add_argument('--repeat', type=int, default=5)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     args = parser.parse_args()
@@ -47,10 +49,13 @@ def main() -> None:
         loader, _ = al_patch.query_dataloader(runner.cfg, pool, pool.names)
         bare_pass(model, loader)  # warm-up: page cache, workers
         for name in args.strategies:
+            settings = al_patch.parse_settings(dict(unit=args.unit, strategy=name, full_res=args.full_res or None))
+            state = dict(settings=settings, seed=0, rounds=[])
             strategy, bare, query = al_patch.resolve_strategy(name), [], []
             for _ in range(args.repeat):
+                collector = al_patch.Collector(strategy.select, lambda name: 20, False, False, (0, ))
                 bare.append(timed(bare_pass, model, loader))
-                query.append(timed(al_patch.score_images, runner, strategy, pool, pool.names, runner))
+                query.append(timed(al_patch.collect, runner, runner, state, pool, pool.names, strategy, collector))
             bare, query = statistics.median(bare), statistics.median(query)
             table.add_row([name, len(pool), f'{bare:.2f}', f'{query:.2f}', f'{query / bare:.3f}'])
     print(table)

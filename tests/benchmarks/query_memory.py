@@ -1,0 +1,55 @@
+"""Resident memory of a query over a synthetic pool: score maps are drawn on the fly and streamed through the collector.
+
+    python tests/benchmarks/query_memory.py [--images 200] [--size 1024 2048] [--budget 0.01]
+
+One row a unit and strategy; a budget of 1 % of all pixels over the whole pool, as for 2,975 images of 2048 x 1024.
+"""
+import argparse
+import math
+import os
+import time
+
+import numpy as np
+from prettytable import PrettyTable
+
+import al_patch
+
+
+def resident_mib() -> float:
+    with open('/proc/self/statm') as file:
+        return int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--images', type=int, default=200)
+    parser.add_argument('--size', nargs=2, type=int, default=[1024, 2048])
+    parser.add_argument('--budget', type=float, default=0.01)
+    args = parser.parse_args()
+    (h, w), n = args.size, args.images
+    table = PrettyTable(['unit', 'images', 'seconds', 'chosen', '% of pixels',
+                         *(f'MiB at {p} %' for p in range(0, 101, 25))])
+    for unit in (dict(type='region'), dict(type='region', window=4), dict(type='pixel')):
+        unit = al_patch.parse_unit(unit)
+        is_grid = unit['type'] == 'region' and not unit['window']
+        segments = al_patch.grid((h, w), tuple(unit['size'])) if is_grid else None
+        budget = round(args.budget * n * h * w)
+        collector = al_patch.Collector(al_patch.topk, lambda name, budget=budget: budget, True, False, (0, ))
+        rng, free, memory, begin = np.random.default_rng(0), np.zeros((h, w), bool), [], time.perf_counter()
+        for i in range(n):
+            if i % math.ceil(n / 4) == 0:
+                memory.append(resident_mib())
+            scores = rng.random((h, w), np.float32)
+            found = al_patch.unit_candidates(unit, segments, free, scores, 'mean', budget, collector.floor)
+            collector.add(str(i), al_patch.Candidates(np.full(len(found[0]), i, np.int32), *found))
+        chosen = collector.result()
+        memory.append(resident_mib())
+        name = unit['type'] if not unit.get('window') else f'windows of {2 * unit["window"] + 1}'
+        table.add_row([name, n, f'{time.perf_counter() - begin:.0f}', len(chosen.id),
+                       f'{100 * chosen.pixels.sum() / (n * h * w):.4f}', *(f'{mib:.0f}' for mib in memory)])
+        del collector, chosen
+        print(table)
+
+
+if __name__ == '__main__':
+    main()
