@@ -1042,7 +1042,7 @@ def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, 
                 maps = score_maps(model, data, strategy.score, full_res, whole)
         for position, map_HW in zip(positions, maps):
             name = names[position]
-            draw = generator(state['seed'], 'random', len(state['rounds']), name)
+            draw = generator(state['seed'], 'random', len(state['rounds']), name) if is_random else None
             if whole:
                 ids, pixels = np.zeros(1, np.int64), np.ones(1, np.int32)
                 scores = random(1, draw) if is_random else strategy.reduce(map_HW).reshape(1)

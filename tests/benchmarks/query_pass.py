@@ -18,7 +18,8 @@ from prettytable import PrettyTable
 import al_patch
 
 
-def bare_pass(model, loader) -> None:
+def bare_pass(model, cfg, pool) -> None:
+    loader, _ = al_patch.query_dataloader(cfg, pool, pool.names)  # both start the workers of a loader of their own
     with torch.no_grad():
         for data in loader:
             model(**model.data_preprocessor(data, False), mode='tensor')
@@ -46,15 +47,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cfg.work_dir:
         runner = Runner.from_cfg(cfg)
         pool, model = al_patch.Pool(runner.cfg), runner.model.eval()
-        loader, _ = al_patch.query_dataloader(runner.cfg, pool, pool.names)
-        bare_pass(model, loader)  # warm-up: page cache, workers
+        bare_pass(model, runner.cfg, pool)  # warm-up: page cache
         for name in args.strategies:
             settings = al_patch.parse_settings(dict(unit=args.unit, strategy=name, full_res=args.full_res or None))
             state = dict(settings=settings, seed=0, rounds=[])
             strategy, bare, query = al_patch.resolve_strategy(name), [], []
             for _ in range(args.repeat):
                 collector = al_patch.Collector(strategy.select, lambda name: 20, False, False, (0, ))
-                bare.append(timed(bare_pass, model, loader))
+                bare.append(timed(bare_pass, model, runner.cfg, pool))
                 query.append(timed(al_patch.collect, runner, runner, state, pool, pool.names, strategy, collector))
             bare, query = statistics.median(bare), statistics.median(query)
             table.add_row([name, len(pool), f'{bare:.2f}', f'{query:.2f}', f'{query / bare:.3f}'])

@@ -30,11 +30,14 @@ def median_seconds(repeat: int, *functions) -> list:
 
 
 def naive_peaks(scores_HW: np.ndarray, gap: int, limit: int) -> list:
-    scores_HW, picks = scores_HW.copy(), []
+    """A maximum over all rows, and then over these, for each window."""
+    scores_HW, picks = torch.from_numpy(scores_HW.copy()), []
     for _ in range(limit):
-        y, x = divmod(int(scores_HW.argmax()), scores_HW.shape[1])
+        values, cols = scores_HW.max(1)
+        y = values.max(0).indices.item()
+        x = cols[y].item()
         picks.append(y * scores_HW.shape[1] + x)
-        scores_HW[max(0, y - gap):y + gap + 1, max(0, x - gap):x + gap + 1] = -np.inf
+        scores_HW[max(0, y - gap):y + gap + 1, max(0, x - gap):x + gap + 1] = -torch.inf
     return picks
 
 
