@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from al_patch import DEFAULTS, budgets, count, check_runner, count, parse_settings
+from al_patch import DEFAULTS, budgets, check_runner, count, parse_settings
 
 WRONG = [
     ('unit', 'page'), ('unit', None), ('strategy', 3), ('strategy', dict(score='entropy')), ('strategy', 'nonsense'),
