@@ -39,7 +39,6 @@ from contextvars import ContextVar
 from typing import Callable, NamedTuple, Optional, Union
 
 import cv2
-import mmcv.transforms
 import mmcv.utils.ext_loader
 import mmengine
 import numpy as np
@@ -642,7 +641,7 @@ class SparseLabels(Compose):
                 continue
             if old is None:
                 results['gt_seg_map'] = self.hide(label, path)
-            elif isinstance(transform, RESIZES):
+            elif any('Resize' in cls.__name__ for cls in type(transform).__mro__):  # mmcv's and mmseg's
                 results['gt_seg_map'] = keep_pixels(old, label, self.ignore_index)
             elif (old != self.ignore_index).any():
                 for _ in range(10):
@@ -656,9 +655,6 @@ class SparseLabels(Compose):
         if mask.shape != label_HW.shape[:2]:
             raise ValueError(f'the mask {path} has size {mask.shape}, but the label map {label_HW.shape[:2]}')
         return np.where(mask, label_HW, np.array(self.ignore_index, label_HW.dtype))
-
-
-RESIZES = (mmcv.transforms.Resize, mmcv.transforms.RandomResize, mmcv.transforms.RandomChoiceResize)
 
 
 def keep_pixels(old_HW: np.ndarray, new_HW: np.ndarray, ignore_index: int) -> np.ndarray:
@@ -708,13 +704,24 @@ def check_loss(loss: torch.nn.Module, channels: int, ignore_index: int) -> None:
     logits = logits.to(parameter.device).requires_grad_()
     label = torch.zeros(2, 4, 4, dtype=torch.long, device=logits.device)
     label[:, :, 2:] = ignore_index
-    value = loss(logits, label, weight=None, ignore_index=ignore_index)
-    leak = torch.autograd.grad(value, logits)[0][..., 2:].abs().max()
-    empty = loss(logits, torch.full_like(label, ignore_index), weight=None, ignore_index=ignore_index)
-    if leak > 0 or not torch.isfinite(empty):
-        raise ValueError(f'{type(loss).__name__} cannot train with partly labelled images: '
-                         + ('pixels without a label change it' if leak > 0 else 'it is not finite where there is none')
-                         + "; use CrossEntropyLoss, or `al.unit='image'`")
+    takes = inspect.signature(loss.forward).parameters
+    options = dict(weight=None, ignore_index=ignore_index)
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        options = {key: value for key, value in options.items() if key in takes}
+    why = None
+    try:
+        value, empty = (loss(logits, each, **options).mean() for each in (label, torch.full_like(label, ignore_index)))
+        if torch.autograd.grad(value, logits)[0][..., 2:].any():
+            why = 'pixels without a label change it'
+        elif not torch.isfinite(empty):
+            why = 'it is not finite where there is none'
+    except Exception as error:
+        raise ValueError(f'{type(loss).__name__} cannot train with partly labelled images: it fails on them '
+                         f"({type(error).__name__}: {error}); use a plain CrossEntropyLoss, or `al.unit='image'`"
+                         ) from error
+    if why:
+        raise ValueError(f'{type(loss).__name__} cannot train with partly labelled images: {why}; use a '
+                         "plain CrossEntropyLoss, or `al.unit='image'`")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -977,8 +984,6 @@ class Collector:
         scores = candidates.score
         if not len(scores):
             return
-        if not np.isfinite(scores).all():
-            raise ValueError(f'the score of image {name!r} is not finite: the model gives no finite logits')
         self.range = [min(self.range[0], scores.min()), max(self.range[1], scores.max()), self.range[2] + len(scores)]
         if self.per_image:
             candidates = self.choose(candidates, self.budget(name), name)
@@ -1042,6 +1047,8 @@ def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, 
                 maps = score_maps(model, data, strategy.score, full_res, whole)
         for position, map_HW in zip(positions, maps):
             name = names[position]
+            if map_HW is not None and not torch.isfinite(map_HW).all():
+                raise ValueError(f'the score of image {name!r} is not finite: the model gives no finite logits')
             draw = generator(state['seed'], 'random', len(state['rounds']), name) if is_random else None
             if whole:
                 ids, pixels = np.zeros(1, np.int64), np.ones(1, np.int32)
@@ -1152,7 +1159,7 @@ def slic(image: np.ndarray, n_segments: int, compactness: float) -> np.ndarray:
         from skimage.segmentation import slic as skimage_slic
     except ImportError as error:
         raise ImportError("`al.unit='superpixel'` needs scikit-image: pip install scikit-image") from error
-    channels = image[..., :3] if image.ndim == 3 and image.shape[2] >= 3 else image
+    channels = image[..., 2::-1] if image.ndim == 3 and image.shape[2] >= 3 else image  # BGR, as mmcv loads it
     axis = -1 if channels.ndim == 3 else None
     return skimage_slic(channels, n_segments, compactness, start_label=0, channel_axis=axis).astype(np.uint16)
 
@@ -1164,7 +1171,7 @@ def segments_of(runner: Runner, unit: dict, pool: Pool, name: str) -> Optional[n
         return grid(pool.sizes[name], tuple(unit['size']))
     if unit['type'] != 'superpixel':
         return None
-    folder = osp.join(osp.abspath(runner.work_dir), 'superpixels')
+    folder = osp.join(osp.abspath(runner.work_dir), 'superpixels', f'{unit["n_segments"]}_{unit["compactness"]}')
     path = osp.join(folder, osp.relpath(mask_path(folder, 0, name), osp.join(folder, 'round_0', 'labelled')))
     if not osp.isfile(path):
         os.makedirs(osp.dirname(path), exist_ok=True)
@@ -1468,7 +1475,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
             begin = time.time()
             asked = query(runner, trainer, state, pool)
             if not asked:
-                reason = 'the pool is empty: everything is labelled'
+                reason = 'the pool is empty: nothing is left to ask for'
                 break
             state['rounds'][-1]['query_seconds'] = round(time.time() - begin, 1)
             add_round(runner, state, pool, asked)

@@ -89,9 +89,10 @@ def test_two_processes_train_and_ask_exactly(tmp_path, shared_data):
     assert (len(first), len(second), len({*first, *second})) == (4, 3, 7) and 'mIoU' in metrics
 
 
-def test_any_number_of_processes_asks_the_same(tmp_path, shared_data, make_cfg, build, monkeypatch):
+@pytest.mark.parametrize('unit', ['image', dict(type='region', window=2)], ids=['image', 'window'])
+def test_any_number_of_processes_asks_the_same(tmp_path, shared_data, make_cfg, build, monkeypatch, unit):
     """One run is stopped between a training and its query, and goes on in one process and in two."""
-    al = dict(initial=3, budget=4, rounds=1, strategy='tiny:entropy_or_stop')  # five batches: one process gets more
+    al = dict(unit=unit, initial=3, budget=4, rounds=1, strategy='tiny:entropy_or_stop')  # 5 batches of images
     runner = build(make_cfg(al))
     monkeypatch.setenv('TINY_STOP', '1')
     with pytest.raises(InterruptedError):
@@ -100,8 +101,10 @@ def test_any_number_of_processes_asks_the_same(tmp_path, shared_data, make_cfg, 
     for gpus in (0, 2):
         shutil.copytree(runner.work_dir, tmp_path / f'work_{gpus}')
         launch(config, gpus, tmp_path / f'work_{gpus}', '--resume', TINY_STOP='')
-        asked.append([names for names, _ in result(tmp_path / f'work_{gpus}')])
-    assert asked[0] == asked[1] and [len(names) for names in asked[0]] == [3, 4]
+        masks = {str(path)[-8:]: path.read_bytes() for path in tmp_path.glob(f'work_{gpus}/round_1/labelled/*/*.png')}
+        asked.append(([names for names, _ in result(tmp_path / f'work_{gpus}')], masks))
+    assert asked[0] == asked[1] and bool(masks) == (unit != 'image')
+    assert [len(names) if unit == 'image' else sum(n for n, _ in names.values()) for names in asked[0][0]] == [3, 4]
 
 
 def test_a_config_without_al_is_told_what_to_do(tmp_path, shared_data):
