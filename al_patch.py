@@ -1519,14 +1519,16 @@ def why_stop(state: dict) -> Optional[str]:
 
 
 def spent(state: dict) -> dict:
-    """What is labelled by now, as figures for log and table: images and, below image level, units and pixels."""
+    """What is labelled by now, as figures for log and table: images and, below image level, units, clicks (one a unit)
+    and pixels."""
     figures = dict(images=len(labelled(state)))
     if state['settings']['unit']['type'] == 'image':
         return {**figures, '% of images': round(100 * figures['images'] / state['images'], 2)}
     pixels = sum(entry.get('pixels', 0) for entry in state['rounds'])
     asked = [entry['asked'] for entry in state['rounds'] if isinstance(entry['asked'], dict)]
-    return {**figures, f'{state["settings"]["unit"]["type"]}s': sum(n for d in asked for n, _ in d.values()),
-            'pixels': pixels, '% of pixels': round(100 * pixels / state['pixels'], 3),
+    units = sum(n for names in asked for n, _ in names.values())
+    return {**figures, f'{state["settings"]["unit"]["type"]}s': units, 'clicks': units, 'pixels': pixels,
+            '% of pixels': round(100 * pixels / state['pixels'], 3),
             '% void': round(100 * sum(entry.get('void_pixels', 0) for entry in state['rounds']) / max(1, pixels), 1)}
 
 

@@ -42,7 +42,7 @@ def main() -> None:
         if cfg.optim_wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
             raise SystemExit(f'--amp needs optim_wrapper.type to be OptimWrapper, but got {cfg.optim_wrapper.type}')
         cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale=cfg.optim_wrapper.get('loss_scale', 'dynamic'))
-    if args.launcher != 'none' and not torch.cuda.is_available():
+    if args.launcher == 'pytorch' and not torch.cuda.is_available():
         al_patch.init_cpu_processes(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     runner.train()
