@@ -659,7 +659,7 @@ class SparseLabels(Compose):
 
 def keep_pixels(old_HW: np.ndarray, new_HW: np.ndarray, ignore_index: int) -> np.ndarray:
     """Put back, into a label map that was resized by nearest neighbour, the labelled pixels that it skipped."""
-    rows, cols = np.nonzero(old_HW != ignore_index)
+    rows, cols = np.divmod(np.flatnonzero(old_HW != ignore_index), old_HW.shape[1])
     r, c = rows * new_HW.shape[0] // old_HW.shape[0], cols * new_HW.shape[1] // old_HW.shape[1]
     lost = new_HW[r, c] == ignore_index
     new_HW = new_HW.copy()
