@@ -419,24 +419,30 @@ def labelled(state: dict, until: Optional[int] = None) -> dict[str, Optional[int
     return have
 
 
-def mask_path(work_dir: str, k: int, name: str) -> str:
-    """Where round ``k`` keeps the mask of what is labelled of an image. It cannot lie outside ``work_dir``.
+def png_path(folder: str, name: str) -> str:
+    """Where a folder keeps its PNG for an image. It cannot lie outside the folder.
 
     Raises:
         ValueError: The name leads elsewhere.
     """
-    folder = osp.join(osp.abspath(round_dir(work_dir, k)), 'labelled')
+    folder = osp.abspath(folder)
     path = osp.abspath(osp.join(folder, name + '.png'))
     if not path.startswith(folder + os.sep):
         raise ValueError(f'an image name should stay below its directory, but got {name!r}')
     return path
 
 
-def write_mask(path: str, mask_HW: np.ndarray) -> None:
-    """A boolean mask as a 1-bit PNG, all or nothing."""
+def mask_path(work_dir: str, k: int, name: str) -> str:
+    """Where round ``k`` keeps the mask of what is labelled of an image."""
+    return png_path(osp.join(round_dir(work_dir, k), 'labelled'), name)
+
+
+def write_png(path: str, array_HW: np.ndarray) -> None:
+    """An array as a PNG (booleans take 1 bit each), all or nothing."""
     os.makedirs(osp.dirname(path), exist_ok=True)
-    Image.fromarray(mask_HW).save(f'{path}.tmp', 'PNG')
-    os.replace(f'{path}.tmp', path)
+    temporary = f'{path}.{os.getpid()}.tmp'
+    Image.fromarray(array_HW).save(temporary, 'PNG')
+    os.replace(temporary, path)
 
 
 def read_mask(path: str) -> np.ndarray:
@@ -1094,8 +1100,7 @@ def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
     def budget(name: Optional[str]) -> int:
         if whole or isinstance(amount, int):
             return count(amount, len(pool))
-        sizes = [pool.sizes[name]] if name and al.per_image else pool.sizes.values()
-        return count(amount, sum(h * w for h, w in sizes))
+        return count(amount, math.prod(pool.sizes[name]) if al.per_image else state['pixels'])
 
     collector = Collector(strategy.select, budget, not whole and isinstance(amount, float), al.per_image,
                           (state['seed'], 'select', k))
@@ -1122,7 +1127,7 @@ def add_round(runner: Runner, state: dict, pool: Pool, asked) -> None:
         for name in list(asked)[rank::world_size]:
             old = labelled_mask(runner, pool, have, name)
             new = unit_mask(unit, asked[name], segments_of(runner, unit, pool, name), old.shape) & ~old
-            write_mask(mask_path(runner.work_dir, k, name), old | new)
+            write_png(mask_path(runner.work_dir, k, name), old | new)
             void = int((pool.load_label(name)[new] == pool.ignore_index(name)).sum())
             mine[name] = [len(asked[name]), int(new.sum()), void]
         shares = all_gather_object(mine)
@@ -1171,14 +1176,10 @@ def segments_of(runner: Runner, unit: dict, pool: Pool, name: str) -> Optional[n
         return grid(pool.sizes[name], tuple(unit['size']))
     if unit['type'] != 'superpixel':
         return None
-    folder = osp.join(osp.abspath(runner.work_dir), 'superpixels', f'{unit["n_segments"]}_{unit["compactness"]}')
-    path = osp.join(folder, osp.relpath(mask_path(folder, 0, name), osp.join(folder, 'round_0', 'labelled')))
+    settings = f'{unit["n_segments"]}_{unit["compactness"]}'
+    path = png_path(osp.join(runner.work_dir, 'superpixels', settings), name)
     if not osp.isfile(path):
-        os.makedirs(osp.dirname(path), exist_ok=True)
-        segments = slic(pool.load_image(name), unit['n_segments'], unit['compactness'])
-        temporary = f'{path}.{os.getpid()}.tmp'
-        Image.fromarray(segments).save(temporary, 'PNG')
-        os.replace(temporary, path)
+        write_png(path, slic(pool.load_image(name), unit['n_segments'], unit['compactness']))
     with Image.open(path) as image:
         return np.asarray(image).astype(np.int32)
 

@@ -14,7 +14,7 @@ from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from PIL import Image
 
 import al_patch
-from al_patch import SparseLabels, check_loss, keep_pixels, mask_path, read_mask, read_state, write_mask
+from al_patch import SparseLabels, check_loss, keep_pixels, mask_path, read_mask, read_state, write_png
 
 HALF = dict(type='Resize', scale_factor=.5)
 LOAD = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
@@ -35,7 +35,7 @@ def sparse(tmp_path, shared_data):
     def build(masks: dict, steps=(), wrap=lambda leaf: leaf, whole=(), workers=0, load=LOAD, **changes):
         work_dir = str(tmp_path / 'sparse')
         for name, mask in masks.items():
-            write_mask(mask_path(work_dir, 1, name), mask)
+            write_png(mask_path(work_dir, 1, name), mask)
         rounds = [dict(asked=list(whole)), dict(asked={name: [1, int(mask.sum())] for name, mask in masks.items()})]
         al_patch.save_state(dict(schema=1, rounds=rounds), work_dir)
         leaf = dict(type='BaseSegDataset', data_root=shared_data, img_suffix='.png', seg_map_suffix='.png',
@@ -60,7 +60,7 @@ def shown(loader) -> dict:
 
 def test_a_mask_is_an_image_of_one_bit(tmp_path):
     path, mask = mask_path(str(tmp_path), 3, 'a/x.y'), some_mask(.5)
-    write_mask(path, mask)
+    write_png(path, mask)
     assert path == str(tmp_path / 'round_3' / 'labelled' / 'a' / 'x.y.png')
     with Image.open(path) as image:
         assert image.mode == '1' and image.size == (48, 32)
@@ -79,7 +79,7 @@ def test_a_damaged_mask_is_named(tmp_path):
     path = mask_path(str(tmp_path), 0, 'x')
     with pytest.raises(ValueError, match='x.png is missing or damaged'):
         read_mask(path)
-    write_mask(path, some_mask())
+    write_png(path, some_mask())
     data = open(path, 'rb').read()
     for damaged in (b'', data[:len(data) // 2], b'no image'):
         open(path, 'wb').write(damaged)
