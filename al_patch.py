@@ -166,6 +166,9 @@ def parse_settings(block: dict) -> ConfigDict:
     if al['unit']['type'] not in ('image', 'pixel') and strategy.reduce.keywords['how'] not in ('mean', 'max'):
         raise ValueError("`al.strategy.reduce` should be 'mean' or 'max' below image level, but got "
                          f"{strategy.reduce.keywords['how']!r}")
+    if al['unit']['type'] == 'pixel' and strategy.embed in (confusion, cooccurrence):
+        raise ValueError(f"`al.unit` should be 'image', 'region' or 'superpixel' for the embedding "
+                         f"{strategy.embed.__name__}, which is a pixel's softmax over again, but got 'pixel'")
     if al['per_image'] and al['unit']['type'] == 'image':
         raise ValueError('`al.per_image` should be False for whole images, but got True')
     return ConfigDict(al)
@@ -243,6 +246,7 @@ def check_runner(al: dict, runner: Runner) -> None:
             raise ValueError(f"`al.{key}='best'` needs validation, but the config has no `val_cfg`")
         if not any(hook.save_best for hook in checkpoint_hooks):
             raise ValueError(f"`al.{key}='best'` needs `default_hooks.checkpoint.save_best`, e.g. save_best='mIoU'")
+    check_model(unwrap(runner.model), resolve_strategy(al['strategy']))
     if al['stop'] and cfg.get('val_cfg') is None:
         raise ValueError('`al.stop` needs a validation metric, but the config has no `val_cfg`')
     late = [k for k in (al['overrides'] or {}) if int(k) > al['rounds']]
@@ -887,13 +891,25 @@ def dropouts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
             if isinstance(module, kinds) and module.p > 0 and not name.startswith('auxiliary_head')]
 
 
-def repeated(output, times: int):
-    """A module's output, or containers of them, for a batch repeated along its first axis."""
-    if isinstance(output, torch.Tensor):
-        return output.repeat(times, *[1] * (output.ndim - 1))
-    if isinstance(output, dict):
-        return {key: repeated(value, times) for key, value in output.items()}
-    return type(output)(repeated(value, times) for value in output)
+def check_model(model: torch.nn.Module, strategy: 'Strategy') -> None:
+    """Refuse a strategy that the model cannot serve.
+
+    Raises:
+        ValueError: It has no dropout layer, or no penultimate features.
+    """
+    head = decode_head(model)
+    if strategy.mc > 1 and not dropouts_of(model):
+        raise ValueError(f'`al.strategy.mc` should be 1 for a {type(head).__name__} and a backbone without dropout (or '
+                         f'set `model.decode_head.dropout_ratio`), but got {strategy.mc}')
+    if strategy.asks_for('features_KHW') and (
+            not hasattr(head, 'conv_seg') or model.test_cfg.get('mode', 'whole') != 'whole'):
+        raise ValueError(no_features(model))
+
+
+def no_features(model: torch.nn.Module) -> str:
+    return ('`al.strategy.embed` should not need features here: they are the input of `conv_seg` of a BaseDecodeHead, '
+            f'run on the whole image, but the model ends in {type(decode_head(model)).__name__} with '
+            f'test_cfg.mode={model.test_cfg.get("mode", "whole")!r}')
 
 
 def tensors_of(output) -> list:
@@ -906,19 +922,13 @@ class Network:
     """A segmentor in eval mode, and its passes over a batch: one, or ``mc`` with dropout (Gal & Ghahramani, ICML 2016).
 
     With dropout, all that is computed before the first dropout layer is computed once: the output of every module
-    without dropout inside that was called before is kept, and replayed for as many passes at once as fit in 64 MB.
-    Masks come from a generator for each image and pass, so they do not depend on batches, order or processes.
-
-    Raises:
-        ValueError: ``mc`` is above 1, but the model has no dropout layer.
+    without dropout inside that was called before is kept, and replayed. Where the only dropout is that of channels
+    before ``conv_seg``, as in most decode heads, a matrix product serves all passes. Masks come from a generator for
+    each image and pass, so they do not depend on batches, order or processes.
     """
 
     def __init__(self, model: torch.nn.Module, mc: int = 1):
         self.model, self.mc, self.dropouts = model.eval(), mc, dropouts_of(model) if mc > 1 else []
-        if mc > 1 and not self.dropouts:
-            raise ValueError(f'`al.strategy.mc` should be 1 for {type(model).__name__} with '
-                             f'{type(decode_head(model)).__name__}, which has no dropout layer (set '
-                             f'`model.decode_head.dropout_ratio`), but got {mc}')
         random_parts = {part for part in model.modules() if any(inner in self.dropouts for inner in part.modules())}
         self.fixed = list(self.fixed_parts(model, random_parts)) if mc > 1 else []
 
@@ -935,41 +945,59 @@ class Network:
         if self.mc == 1:
             yield self.model.inference(inputs_NCHW, metas)[None]
             return
-        kept = {module: [] for module in self.fixed}
-        with self.keep(kept, len(inputs_NCHW)):
+        kept, last = {module: [] for module in self.fixed}, []
+        with self.keep(kept, last, len(inputs_NCHW)):
             logits = self.model.inference(inputs_NCHW, metas)
-        size = max(logits.numel(), sum(leaf.numel() for outputs in kept.values() for leaf in tensors_of(outputs)
-                                       if leaf is not None))
-        at_once = max(1, 2**24 // size)
-        for first in range(0, self.mc, at_once):
-            passes = range(first, min(first + at_once, self.mc))
-            generators = [torch.Generator(inputs_NCHW.device).manual_seed(seed_of(seed, i))
-                          for i in passes for seed in seeds]
-            with self.replay(kept, len(passes), generators):
-                logits = self.model.inference(repeated(inputs_NCHW, len(passes)), metas * len(passes))
-            yield logits.unflatten(0, (len(passes), -1))
+        draws = ([torch.Generator(logits.device).manual_seed(seed_of(seed, i)) for seed in seeds]
+                 for i in range(self.mc))
+        if last and last[-1][1] is logits and isinstance(self.dropouts[0], torch.nn.Dropout2d) and \
+                len(self.dropouts) == 1:
+            yield from self.last_layer(last[-1][0], list(draws), max(1, 2**17 // logits.numel()))
+            return
+        for generators in draws:
+            with self.replay(kept, generators):
+                yield self.model.inference(inputs_NCHW, metas)[None]
 
     @contextlib.contextmanager
-    def keep(self, kept: dict, n: int):
-        """Note the outputs of the fixed parts until a dropout layer is called."""
-        waiting = [True]
+    def keep(self, kept: dict, last: list, n: int):
+        """Keep the outputs of the fixed parts until a dropout layer is called, but not those that are written to; and
+        input and output of a plain ``conv_seg`` behind its head's dropout."""
+        waiting, head = [True], decode_head(self.model)
 
         def note(module, args, output):
             if waiting:
-                is_batch = all(isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf) == n
-                               for leaf in tensors_of(output))
-                kept[module].append(repeated(output, 1) if is_batch else None)  # a copy: others may write in place
+                leaves = tensors_of(output)
+                is_batch = all(isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf) == n for leaf in leaves)
+                kept[module].append((output, [(leaf, leaf._version) for leaf in leaves]) if is_batch else None)
 
         handles = [module.register_forward_hook(note) for module in self.fixed]
         handles += [module.register_forward_pre_hook(lambda *_: waiting.clear()) for module in self.dropouts]
+        from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+        if getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and self.dropouts[-1] is head.dropout:
+            handles.append(head.conv_seg.register_forward_hook(lambda _, args, output: last.append((args[0], output))))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+        for outputs in kept.values():
+            outputs[:] = [held[0] if held and all(leaf._version == version for leaf, version in held[1]) else None
+                          for held in outputs]
+
+    def last_layer(self, features_NKHW: torch.Tensor, draws: list, at_once: int):
+        """Logits of all passes, from the input of ``conv_seg``: dropping a channel is a zero in its weights."""
+        conv, p = decode_head(self.model).conv_seg, self.dropouts[0].p
+        weight_CK, (h, w) = conv.weight.flatten(1), features_NKHW.shape[2:]
+        for first in range(0, self.mc, at_once):
+            mask_NSK = torch.stack([torch.stack([torch.rand(weight_CK.shape[1], generator=each, device=weight_CK.device)
+                                                 for each in image]) for image in zip(*draws[first:first + at_once])])
+            weight_NSCK = weight_CK * ((mask_NSK >= p) / (1 - p)).to(weight_CK)[:, :, None]
+            logits_NMP = weight_NSCK.flatten(1, 2) @ features_NKHW.flatten(2)
+            logits_NSCHW = logits_NMP.unflatten(1, (-1, len(weight_CK))).unflatten(3, (h, w))
+            yield (logits_NSCHW + conv.bias.view(-1, 1, 1)).transpose(0, 1)
 
     @contextlib.contextmanager
-    def replay(self, kept: dict, times: int, generators: list[torch.Generator]):
+    def replay(self, kept: dict, generators: list[torch.Generator]):
         """Answer calls from what was kept, and draw from the generators, one for each image of the batch."""
 
         def replayed(forward, outputs):
@@ -977,7 +1005,7 @@ class Network:
 
             def answer(*args, **kwargs):
                 output = next(outputs, None)
-                return forward(*args, **kwargs) if output is None else repeated(output, times)
+                return forward(*args, **kwargs) if output is None else output
 
             return answer
 
@@ -986,8 +1014,8 @@ class Network:
             shape = (len(x) // images, *x.shape[1:])
             if not isinstance(module, torch.nn.Dropout):  # whole channels
                 shape = shape[:2] + (1, ) * (x.ndim - 2)
-            draws = [torch.rand(shape, generator=each, device=x.device) for each in generators[:images]]
-            return x * (torch.cat(draws) >= module.p).to(x.dtype).div_(1 - module.p)
+            mask = torch.cat([torch.rand(shape, generator=each, device=x.device) for each in generators[:images]])
+            return x * ((mask >= module.p) / (1 - module.p)).to(x.dtype)
 
         with contextlib.ExitStack() as stack:
             for module, outputs in kept.items():
@@ -1052,24 +1080,25 @@ def statistics(network: Network, data: dict, seeds: list[int], wanted: list[str]
     """
     data = network.model.data_preprocessor(data, False)
     metas, input_hw = [sample.metainfo for sample in data['data_samples']], data['inputs'].shape[2:]
-    means, features_NKHW = [[{} for _ in views] for _ in metas], [None]
-    head = decode_head(network.model)
-    hook = head.conv_seg.register_forward_pre_hook(
-        lambda _, args: features_NKHW.append(args[0]) if len(features_NKHW) == 1 else None) if with_features else None
+    means, caught, hook = [[{} for _ in views] for _ in metas], [], None
+    if with_features:  # of the pass without dropout, which is the first
+        hook = decode_head(network.model).conv_seg.register_forward_pre_hook(
+            lambda _, args: None if caught else caught.append(args[0]))
     with native_resolution(network.model):
         for logits_SNCHW in network(data['inputs'], [dict(meta) for meta in metas], seeds):
             for n, meta in enumerate(metas):
                 for view, mean in zip(views, means[n]):
-                    seen = [view(logits_CHW, meta, input_hw) for logits_CHW in logits_SNCHW[:, n]]
-                    probs_SCHW = to_probs(torch.stack(seen) if len(seen) > 1 else seen[0][None])
+                    seen_MHW = view(logits_SNCHW[:, n].flatten(0, 1), meta, input_hw)
+                    probs_SCHW = to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)))
                     for name in wanted:
                         share = STATISTICS[name](probs_SCHW)
                         share = share if network.mc == 1 else share.sum(0, keepdim=True).div_(network.mc)
                         mean[name] = mean[name].add_(share) if name in mean else share
     if hook:
         hook.remove()
-    features_NKHW = features_NKHW[-1] if len(features_NKHW) > 1 else [None] * len(metas)
-    for meta, mean, features_KHW in zip(metas, means, features_NKHW):
+        if not caught:
+            raise ValueError(no_features(network.model))
+    for meta, mean, features_KHW in zip(metas, means, caught[0] if caught else [None] * len(metas)):
         yield meta, input_hw, mean, features_KHW
 
 
@@ -1633,7 +1662,7 @@ INPUTS = dict(
     probs_CHW='class probabilities',
     features_KHW="penultimate features: the input of the decode head's last layer",
     scores_HW='the score map',
-    weights_NP='sparse shares of the P = H W cells in each of N candidates, or None where the whole map is the candidate',
+    weights_NP='sparse shares of the P = H W cells in each of N candidates, or None where the whole map is one',
     # a selector gets scores_N, budget and generator, and on demand
     vectors_ND='the embedding of the candidates',
     labelled_LD='the embedding of what is labelled',
@@ -1813,7 +1842,7 @@ def class_scores(probs_CHW: torch.Tensor, scores_HW: torch.Tensor,
 
 def topk(scores_N: torch.Tensor, budget: int, generator: torch.Generator) -> torch.Tensor:
     """The ``budget`` highest scores; ties go to the first in pool order. (K,) indices"""
-    if budget < len(scores_N) // 4:  # sort no more than can be chosen
+    if 0 < budget < len(scores_N) // 4:  # sort no more than can be chosen
         best = (scores_N >= scores_N.topk(budget).values[-1]).nonzero()[:, 0]
         return best[scores_N[best].sort(descending=True, stable=True).indices[:budget]]
     return scores_N.sort(descending=True, stable=True).indices[:budget]
@@ -2193,8 +2222,8 @@ def check_strategy(strategy: Strategy) -> None:
         raise ValueError(f'`al.strategy.embed` should be one of {", ".join(EMBEDS)} for the selector {select}, but got '
                          'None')
     if embed and not strategy.asks_for('vectors_ND'):
-        raise ValueError(f'`al.strategy.embed` should be None for the selector {select}, which takes no vectors, but got '
-                         f'{embed}')
+        raise ValueError(f'`al.strategy.embed` should be None for the selector {select}, which takes no vectors, but '
+                         f'got {embed}')
     if strategy.asks_for('scores_HW') and score == 'random':
         raise ValueError(f'`al.strategy.score` should be a score map for the embedding {embed}, but got {score}')
     if strategy.mc == 1 and any(map(strategy.asks_for, ('entropies_NHW', 'votes_NCHW', 'squares_NCHW'))):

@@ -91,7 +91,7 @@ def test_score_and_select_replace_the_presets():
 
 
 @pytest.mark.parametrize('strategy, match', [
-    (dict(type='entropy', power=2), "^`al.strategy` 'entropy' has no option power; it takes score, embed, select, mc, .*, reduce$"),
+    (dict(type='entropy', power=2), "^`al.strategy` 'entropy' has no option power; it takes score, .*, reduce$"),
     (dict(type='tiny:brightest', powr=2), 'has no option powr; .*'),
     (dict(type='entropy', budget=2), 'has no option budget'),
     (dict(type='entropy', reduce='median'), "^`al.strategy.reduce` should be 'mean', 'max' or .* 'median'"),
