@@ -874,6 +874,19 @@ def decode_head(model: torch.nn.Module) -> Optional[torch.nn.Module]:
     return head[-1] if isinstance(head, torch.nn.ModuleList) else head
 
 
+def feature_head(model: torch.nn.Module) -> Optional[torch.nn.Module]:
+    """The head whose ``conv_seg`` gets the penultimate features: of a cascade, the last that has one."""
+    heads = getattr(model, 'decode_head', None)
+    heads = list(heads) if isinstance(heads, torch.nn.ModuleList) else [heads]
+    return next((head for head in reversed(heads) if hasattr(head, 'conv_seg')), None)
+
+
+def gives_scores(model: torch.nn.Module) -> bool:
+    """Whether a model ends in class scores of masks, a sum of softmax x sigmoid over its queries, and not in logits."""
+    classifies_masks = {'MaskFormerHead', 'Mask2FormerHead', 'SideAdapterCLIPHead'}
+    return not classifies_masks.isdisjoint(cls.__name__ for cls in type(decode_head(model)).__mro__)
+
+
 def native_resolution(model: torch.nn.Module):
     """Let the decode head return logits at its own resolution, where all it does after is to enlarge them."""
     from mmseg.models.decode_heads.decode_head import BaseDecodeHead
@@ -902,7 +915,7 @@ def check_model(model: torch.nn.Module, strategy: 'Strategy') -> None:
         raise ValueError(f'`al.strategy.mc` should be 1 for a {type(head).__name__} and a backbone without dropout (or '
                          f'set `model.decode_head.dropout_ratio`), but got {strategy.mc}')
     if strategy.asks_for('features_KHW') and (
-            not hasattr(head, 'conv_seg') or model.test_cfg.get('mode', 'whole') != 'whole'):
+            feature_head(model) is None or model.test_cfg.get('mode', 'whole') != 'whole'):
         raise ValueError(no_features(model))
 
 
@@ -1051,8 +1064,11 @@ def without_padding(maps_HW: torch.Tensor, meta: dict, input_hw: tuple) -> torch
     return maps_HW
 
 
-def to_probs(logits_NCHW: torch.Tensor) -> torch.Tensor:
-    """Softmax; for a binary head with one output, its sigmoid and the rest."""
+def to_probs(logits_NCHW: torch.Tensor, are_scores: bool = False) -> torch.Tensor:
+    """Softmax; for a binary head with one output, its sigmoid and the rest; for a head that classifies masks, whose
+    class scores are not negative, their shares."""
+    if are_scores:
+        return logits_NCHW.float() / logits_NCHW.float().sum(1, keepdim=True).clamp_min(1e-12)
     if logits_NCHW.shape[1] > 1:
         return logits_NCHW.float().softmax(1)
     p = logits_NCHW.float().sigmoid()
@@ -1082,14 +1098,14 @@ def statistics(network: Network, data: dict, seeds: list[int], wanted: list[str]
     metas, input_hw = [sample.metainfo for sample in data['data_samples']], data['inputs'].shape[2:]
     means, caught, hook = [[{} for _ in views] for _ in metas], [], None
     if with_features:  # of the pass without dropout, which is the first
-        hook = decode_head(network.model).conv_seg.register_forward_pre_hook(
+        hook = feature_head(network.model).conv_seg.register_forward_pre_hook(
             lambda _, args: None if caught else caught.append(args[0]))
     with native_resolution(network.model):
         for logits_SNCHW in network(data['inputs'], [dict(meta) for meta in metas], seeds):
             for n, meta in enumerate(metas):
                 for view, mean in zip(views, means[n]):
                     seen_MHW = view(logits_SNCHW[:, n].flatten(0, 1), meta, input_hw)
-                    probs_SCHW = to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)))
+                    probs_SCHW = to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)), gives_scores(network.model))
                     for name in wanted:
                         share = STATISTICS[name](probs_SCHW)
                         share = share if network.mc == 1 else share.sum(0, keepdim=True).div_(network.mc)
