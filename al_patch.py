@@ -1587,14 +1587,14 @@ def overlay(image: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
         picture = cv2.normalize(picture.astype(np.float32), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
     scale = max(1, 800 // max(mask_HW.shape))
     picture, mask_HW = (each.repeat(scale, 0).repeat(scale, 1) for each in (picture, mask_HW))
-    picture, side = np.where(mask_HW[..., None], picture, picture // 3), max(mask_HW.shape)
+    picture, side = np.where(mask_HW[..., None], picture, picture // 2), max(mask_HW.shape)
     width = 2 + side // 1000
     pieces, _ = cv2.findContours(dilate(mask_HW, 2 * width).view(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     for piece in pieces:
         (x, y), radius = cv2.minEnclosingCircle(piece)
         for colour, line in (((0, 0, 0), width + 2), ((0, 230, 255), width)):
             if radius < side / 40:
-                cv2.circle(picture, (round(x), round(y)), side // 32, colour, line, cv2.LINE_AA)
+                cv2.circle(picture, (round(x), round(y)), round(radius) + side // 80, colour, line, cv2.LINE_AA)
             else:
                 cv2.drawContours(picture, [piece], -1, colour, line)
     return picture
