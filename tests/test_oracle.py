@@ -161,7 +161,8 @@ def test_the_script_ends_with_code_0_and_says_how_to_go_on(tmp_path, blind, trut
 
 
 def test_a_stop_between_export_and_state_asks_the_same_again(train, human, blind, truth, monkeypatch):
-    cfg, go_on = human(RUNS['region'])
+    """And predicts the same, with a query that needs no model."""
+    cfg, go_on = human(dict(RUNS['region'], strategy='random'))
     train(cfg)
     annotate(blind, truth, cfg.work_dir, 0)
     with monkeypatch.context() as patch, pytest.raises(InterruptedError):
@@ -169,13 +170,14 @@ def test_a_stop_between_export_and_state_asks_the_same_again(train, human, blind
         patch.setattr(al_patch, 'save_state', lambda state, path: (
             save(state, path) if state['phase'] != 'label' else (_ for _ in ()).throw(InterruptedError)))
         train(go_on)
-    first = {path: read_png(path) for path in [to_label(cfg.work_dir, 1, 'mask', f'{n}.png') for n in tiny.NAMES]
-             if osp.exists(path)}
+    paths = [to_label(cfg.work_dir, 1, kind, f'{n}.png') for kind in ('mask', 'prediction') for n in tiny.NAMES]
+    first = {path: read_png(path) for path in paths if osp.exists(path)}
     os.makedirs(to_label(cfg.work_dir, 1, 'mask', 'stale'))
     assert first and state_of(cfg)['phase'] == 'query' and len(state_of(cfg)['rounds']) == 1
     _, rounds = train(go_on)
     assert len(rounds) == 2 and not osp.exists(to_label(cfg.work_dir, 1, 'mask', 'stale'))
-    assert all(np.array_equal(read_png(path), mask) for path, mask in first.items())
+    assert {*first} == {*filter(osp.exists, paths)}
+    assert all(np.array_equal(read_png(path), array) for path, array in first.items())
 
 
 # --- labels that come back -------------------------------------------------------------------------------------------
@@ -458,6 +460,12 @@ def test_the_values_of_label_files_are_those_that_mmseg_reads(make_cfg, tmp_path
     assert all(classes[values[c]] == c for c in (0, 1, 255))
     assert values[[0, 1, 255]].tolist() == {'': [0, 1, 255], 'reduce_zero_label': [1, 2, 255],
                                             'metainfo': [2, 0, 255]}[next(iter(options), '')]
+    pred, new = np.random.default_rng(0).integers(0, 2, tiny.SHAPE), np.eye(*tiny.SHAPE, dtype=bool)
+    path = str(tmp_path / 'prediction' / 'a' / '01.png')
+    al_patch.write_prediction(path, pool, 'a/01', pred, ~new & False, new)
+    read = Compose(pool.label_loaders[0])({**pool.info('a/01'), 'seg_map_path': path})['gt_seg_map']
+    assert np.array_equal(read, np.where(new, pred, 255))
+    assert np.array_equal(al_patch.read_prediction(str(tmp_path), pool, 'a/01'), read)
 
 
 def test_colours_that_are_taken_give_way(make_cfg):
