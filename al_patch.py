@@ -1869,7 +1869,7 @@ def cooccurrence(probs_CHW: torch.Tensor, thresholds_C: torch.Tensor,
     (N, C * C)"""
     sets_CHW = (probs_CHW >= thresholds_C[:, None, None]).to(probs_CHW)
     matrix_NCC = class_matrix(sets_CHW, sets_CHW, weights_NP)**2
-    return (matrix_NCC / matrix_NCC.sum(2, keepdim=True).clamp_min(1e-12)).flatten(1)
+    return (matrix_NCC / matrix_NCC.sum(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).flatten(1)
 
 
 def class_scores(probs_CHW: torch.Tensor, scores_HW: torch.Tensor,
