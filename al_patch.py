@@ -1169,7 +1169,7 @@ def predictions(network: Network, data: dict, seeds: list[int], strategy: 'Strat
             if scores[0] is not None:
                 maps['scores_HW'] = crop(scores[0], meta, input_hw)
             if features_KHW is not None:
-                maps['features_KHW'] = without_padding(features_KHW, meta, input_hw)
+                maps['features_KHW'] = without_padding(features_KHW, meta, input_hw).float()
         yield map_HW, maps
 
 
