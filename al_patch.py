@@ -2069,7 +2069,7 @@ def real(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vector
     """Representative pseudo-errors (REAL; Chen et al., ECML-PKDD 2023). In each k-means cluster, those whose predicted
     class is not the cluster's majority class m are pseudo-errors; the cluster gets budget in proportion to their sum of
     1 - p_m, and draws at random among them, or where they do not suffice takes its highest 1 - p_m. (K,) indices"""
-    start = kmeanspp(scores_N, min(clusters, len(vectors_ND)), generator, vectors_ND)
+    start = kmeanspp(scores_N, min(clusters, len(vectors_ND)), generator, vectors_ND).numpy()
     vectors = vectors_ND.double().cpu().numpy()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # a cluster that falls empty keeps its centre, and gets no budget
@@ -2086,7 +2086,7 @@ def real(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vector
     picks = []
     for j, k in enumerate(quota):
         errors, members = np.flatnonzero((cluster_N == j) & error_N), np.flatnonzero(cluster_N == j)
-        picks += errors[torch.randperm(len(errors), generator=generator)[:k]].tolist() if len(errors) > k else \
+        picks += errors[torch.randperm(len(errors), generator=generator)[:k].numpy()].tolist() if len(errors) > k else \
             members[np.argsort(-doubt_N[members], kind='stable')[:k]].tolist()
     doubt_N[picks] = -1
     return torch.tensor([*picks, *np.argsort(-doubt_N, kind='stable')[:budget - len(picks)].tolist()])
