@@ -16,6 +16,7 @@ What is patched, and nothing else (see ``_PATCHES`` at the end; ``remove_patch()
 The file reads in the order of one image's journey: settings, pool and state, labelled training set, training, query,
 strategies, the human who labels, and last the rounds themselves and the patch.
 """
+import collections
 import contextlib
 import copy
 import difflib
@@ -962,7 +963,9 @@ class Network:
     def __init__(self, model: torch.nn.Module, mc: int = 1):
         self.model, self.mc, self.dropouts = model.eval(), mc, dropouts_of(model) if mc > 1 else []
         random_parts = {part for part in model.modules() if any(inner in self.dropouts for inner in part.modules())}
-        self.fixed = list(self.fixed_parts(model, random_parts)) if mc > 1 else []
+        fixed = dict.fromkeys(self.fixed_parts(model, random_parts)) if mc > 1 else ()
+        held = collections.Counter(inner for part in fixed for inner in part.modules())
+        self.fixed = [part for part in fixed if held[part] == 1]  # calls from inside of another one are not replayed
 
     def fixed_parts(self, module: torch.nn.Module, random_parts: set):
         """The largest modules without dropout in them."""
