@@ -1008,13 +1008,17 @@ class Network:
         handles = [module.register_forward_hook(note) for module in self.fixed]
         handles += [module.register_forward_pre_hook(lambda *_: waiting.clear()) for module in self.dropouts]
         from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-        if getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and self.dropouts[-1] is head.dropout:
+        if getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and self.dropouts[-1] is head.dropout and \
+                hasattr(head, 'conv_seg'):
             handles.append(head.conv_seg.register_forward_hook(lambda _, args, output: last.append((args[0], output))))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+        if waiting:
+            raise ValueError(f'`al.strategy.mc` should be 1 for a {type(head).__name__}, which calls no dropout layer '
+                             f'on the way to its logits, but got {self.mc}')
         for outputs in kept.values():
             outputs[:] = [held[0] if held and all(leaf._version == version for leaf, version in held[1]) else None
                           for held in outputs]
