@@ -192,12 +192,32 @@ def test_every_table_entry_is_in_a_preset():
         assert {preset[key] for preset in PRESETS.values() if key in preset} | {'topk'} >= set(table)
 
 
-@pytest.mark.xfail(strict=True, reason='the table of the README is behind the presets')
-def test_every_preset_has_a_row_in_the_readme_and_every_row_is_one():
+def readme_rows() -> dict:
+    """Of the table of strategies: name -> its parts, each a list of what stands in code there."""
     section = open(README).read().split('\n## Strategies\n')[1].split('\n## ')[0]
     table = re.search(r'^\|[^\n]*\bpaper\b[^\n]*\n\|[-|]+\|\n((?:\|[^\n]*\n)+)', section, re.M).group(1)
-    rows = [name for row in table.splitlines() for name in re.findall(r'`(\w+)`', row.split('|')[1])]
-    assert sorted(rows) == sorted(PRESETS)
+    rows = [[cell.strip() for cell in row.split('|')[1:]] for row in table.splitlines()]
+    return {name.strip('`'): [re.findall('`(.+?)`', part) for part in parts.split(' × ')] for name, parts, *_ in rows}
+
+
+def test_every_preset_has_a_row_in_the_readme_and_every_row_is_one():
+    assert sorted(readme_rows()) == sorted(PRESETS)
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_a_row_of_the_readme_says_what_the_preset_is(name):
+    preset, strategy, parts = PRESETS[name], resolve_strategy(name), readme_rows()[name]
+    score, embed, select = (code[:1] and code[0] for code in parts)
+    assert (score or 'random', embed or None, select) == (
+        preset['score'], preset.get('embed'), preset.get('select', 'topk'))
+    values = {}
+    for function in filter(None, (strategy.score, strategy.embed, strategy.select)):
+        values.update({key: p.default for key, p in inspect.signature(function).parameters.items()})
+    for option in [code for part in parts for code in part[1:]]:
+        key, value = option.split('=')
+        assert str(values.get(key, getattr(strategy, key, None))).removesuffix('.0') == value.strip("'"), option
+    options = {f'{key}={value!r}' for key, value in preset.items() if key not in ('score', 'embed', 'select')}
+    assert options <= {code for part in parts for code in part}
 
 
 @pytest.mark.parametrize('name', al_patch.PRESETS)
