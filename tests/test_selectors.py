@@ -370,6 +370,14 @@ def test_where_pseudo_errors_do_not_suffice_real_takes_the_most_doubtful(cluster
     assert clustered([0] * 5, probs, 3) == [3, 4, 1]
 
 
+@pytest.mark.parametrize('budget, picks', [(1, {3, 4}), (2, {1, 2}), (3, {1, 2, 3})])
+def test_pseudo_errors_are_drawn_only_where_there_are_more_than_the_quota(clustered, budget, picks):
+    """As in the authors' code: else the most doubtful of the cluster, though they be predicted as its majority."""
+    probs = torch.tensor([[.8, .1, .1], [.36, .32, .32], [.38, .31, .31], [.4, .6, 0], [.45, 0, .55]])
+    chosen = [clustered([0] * 5, probs, budget, seed) for seed in range(20)]
+    assert {i for each in chosen for i in each} == picks
+
+
 def test_without_pseudo_errors_real_takes_the_most_doubtful_of_all(clustered):
     probs = torch.tensor([[.9, .1], [.6, .4], [.2, .8], [.3, .7], [.85, .15]])
     assert clustered([0, 0, 1, 1, 0], probs, 3) == [1, 3, 2]
