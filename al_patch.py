@@ -1381,8 +1381,9 @@ def image_candidates(runner: Runner, pool: Pool, have: dict, name: str, position
 
 @torch.no_grad()
 def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, names: list[str], strategy: 'Strategy',
-            collector: Collector) -> None:
-    """Feed this rank's share of the images to the collector, scored by the model in ``trainer``, or at random."""
+            collector: Collector, closed: frozenset = frozenset()) -> None:
+    """Feed this rank's share of the images to the collector, scored by the model in ``trainer``, or at random. Of those
+    that are ``closed`` only what is labelled counts."""
     al, have, k = ConfigDict(state['settings']), labelled(state), len(state['rounds'])
     unit, whole = al.unit, al.unit.type == 'image'
     full_res = (unit.type == 'pixel' or bool(unit.get('window'))) if al.full_res is None else al.full_res
@@ -1405,9 +1406,10 @@ def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, 
             if any(not torch.isfinite(each).all() for each in (map_HW, *maps.values()) if each is not None):
                 raise ValueError(f'the score of image {name!r} is not finite: the model gives no finite logits')
             draw = generator(state['seed'], 'random', k, name)
-            limit = None if whole else shortlist(strategy, unit, collector, name, len(names))
-            collector.add(name, *image_candidates(runner, pool, have, name, position, map_HW, maps, strategy, draw,
-                                                  limit, collector.floor, unit, offered))
+            limit = None if whole else shortlist(strategy, unit, collector, name, max(1, len(names) - len(closed)))
+            free, known = image_candidates(runner, pool, have, name, position, map_HW, maps, strategy, draw, limit,
+                                           collector.floor, unit, offered)
+            collector.add(name, free.take(slice(0)) if name in closed else free, known)
         if network:
             progress.step(done)
 
@@ -1463,10 +1465,10 @@ def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
         size = max(size, count(amount, len(pool))) if whole else size
         order = torch.randperm(len(names), generator=generator(state['seed'], 'pool_size', k)).tolist()
         names = [names[i] for i in sorted(order[:size])]
-    size = len(names)
+    size, closed = len(names), frozenset()
     if strategy.asks_for('labelled_LD'):
-        scored = {*names, *have}
-        names = [name for name in pool.names if name in scored]
+        closed = frozenset(have).difference(names)
+        names = [name for name in pool.names if name in closed.union(names)]
     if strategy.needs_model:
         load_checkpoint(unwrap(trainer.model), checkpoint_path(runner, state['rounds'][-1], al.query_with),
                         map_location='cpu', logger=runner.logger)
@@ -1479,7 +1481,7 @@ def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
     device = next(unwrap(trainer.model).parameters()).device if strategy.needs_model else 'cpu'
     collector = Collector(strategy.select, budget, not whole and isinstance(amount, float), al.per_image,
                           (state['seed'], 'select', k), (k - 1) / max(1, al.rounds - 1), device)
-    collect(runner, trainer, state, pool, names, strategy, collector)
+    collect(runner, trainer, state, pool, names, strategy, collector, closed)
     chosen = collector.result()
     if not len(chosen.id):
         return {}

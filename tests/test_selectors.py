@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
+import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -539,3 +540,25 @@ def test_what_is_labelled_counts_wherever_it_was_seen(name):
     for candidates, _ in parts:
         blind.add('image', candidates)
     assert not np.array_equal(known.id, blind.result().id)
+
+
+# --- what is only looked at for what is labelled of it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize('unit, initial', [('image', 5), (dict(type='region', size=[8, 8]), 20), ('pixel', 300)],
+                         ids=['image', 'region', 'pixel'])
+def test_a_random_subset_of_the_pool_offers_all_candidates_and_the_rest_only_what_is_labelled(
+        make_cfg, train, monkeypatch, unit, initial):
+    offered, add = {}, Collector.add
+
+    def note(self, name, candidates, known=None):
+        offered.setdefault(self.seed[2], {})[name] = len(candidates.id), 0 if known is None else len(known.id)
+        return add(self, name, candidates, known)
+
+    monkeypatch.setattr(Collector, 'add', note)
+    cfg = make_cfg(dict(unit=unit, initial=initial, budget=3, pool_size=3, strategy='coreset'), changes={
+        **tiny.NO_VAL, 'train_cfg.max_iters': 1})
+    rounds = train(cfg)[1]
+    free = {name for name, (n, _) in offered[1].items() if n}
+    labelled = {name for name, (_, n) in offered[1].items() if n}
+    assert len(free) == 3 and labelled == set(rounds[0]['asked']) and set(rounds[1]['asked']) <= free
