@@ -62,6 +62,7 @@ def attempt(function) -> str:
 
 def sweep(family: str) -> dict:
     import torch
+    from mmengine.config import ConfigDict
     from mmengine.logging import MMLogger
     from mmengine.structures import PixelData
     from mmseg.registry import MODELS
@@ -99,7 +100,7 @@ def sweep(family: str) -> dict:
     segments = al_patch.grid((SIZE, SIZE), (32, 32))
 
     def query(strategy, whole: bool, **test_cfg):
-        strategy, model.test_cfg = al_patch.resolve_strategy(strategy), {**cfg.model.test_cfg, **test_cfg}
+        strategy, model.test_cfg = al_patch.resolve_strategy(strategy), ConfigDict(cfg.model.test_cfg, **test_cfg)
         al_patch.check_model(model, strategy)
         network = al_patch.Network(model, strategy.mc)
         with torch.no_grad():
