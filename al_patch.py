@@ -1870,9 +1870,9 @@ def draw_asked(classes: list, asked_RC: np.ndarray, predicted_C: Optional[np.nda
         if counts_C is not None and counts_C.any():
             shares = (100 * counts_C / counts_C.sum())[shown].clip(.01)
             axes['classes'].scatter(shares, names['yticks'], color=colour, marker=marker, label=label, alpha=.8)
-    tidy(axes['classes'], xscale='log', **names, ylim=(len(shown) - .5, -.5), title='classes of the pixels asked for',
-         xlabel='% of pixels (0.01 and less as 0.01)')
-    axes['classes'].xaxis.set_major_formatter('{x:g}')
+    tidy(axes['classes'], xscale='log', xlim=(.008, 125), xlabel='% of pixels', **names, ylim=(len(shown) - .5, -.5),
+         title='classes of the pixels asked for')
+    axes['classes'].set_xticks([.01, .1, 1, 10, 100], ['≤ 0.01', '0.1', '1', '10', '100'])
     if 'iou' in axes:
         heat = axes['iou'].imshow(iou_RC[:, shown].T, vmin=0, vmax=100, cmap='cividis', aspect='auto')
         for (k, c), value in np.ndenumerate(iou_RC[:, shown]) if len(iou_RC) <= 12 else ():
@@ -1883,7 +1883,8 @@ def draw_asked(classes: list, asked_RC: np.ndarray, predicted_C: Optional[np.nda
         queries = [f'{q + 1} → {q + 2}' for q in range(len(overlaps_Q2))]
         for values, label, style in zip(overlaps_Q2.T, ('rank correlation', 'share of the top tenth kept'), 'os'):
             axes['overlap'].plot(queries, values, style + '-', color=COLOURS['os'.index(style)], label=label)
-        tidy(axes['overlap'], xlabel='queries', title='do consecutive queries rank images alike?')
+        tidy(axes['overlap'], xlabel='queries', ylim=(min(-.05, np.nanmin(overlaps_Q2) - .05), 1.05),
+             title='do consecutive queries rank images alike?')
     if 'budget' in axes:
         percent = np.linspace(0, 100, len(units_N) + 1)
         axes['budget'].plot(percent, 100 * np.r_[0, units_N.cumsum()] / units_N.sum(), color=COLOURS[0], label='so far')
@@ -1956,16 +1957,17 @@ def draw_picture(runner: Runner, trainer: Runner, state: dict, pool: Pool, asked
     prediction, score = predict(trainer, state, pool, name)
     label = pool.load_label(name) if shares[1] else n  # the label of an image that was not asked for stays closed
     truth, image = np.where(old | new, label, n).clip(0, n), to_rgb(pool.load_image(name))
+    strength = .5
     if unit.type == 'pixel' or unit.get('window'):  # make single pixels large enough to be seen
         radius = max(old.shape) // 250
         where = scipy.ndimage.distance_transform_edt(~(old | new), return_distances=False, return_indices=True)
         truth = np.where(dilate(old | new, radius), truth[tuple(where)], n)
-        old, new = dilate(old, radius), dilate(new, radius)
+        old, new, strength = dilate(old, radius), dilate(new, radius), 1
     colours = np.r_[pool.palette, [[255] * 3]].astype(np.uint8)  # mmseg's; white is no class
     panels = {'input': image, 'prediction': colours[prediction],
               f'score: {in_words(state["settings"]["strategy"])}': score,
-              f'asked for now: {shares[0]:.2%}': tint(image, {COLOURS[1]: new}),
-              f'labelled so far: {shares[1]:.2%}': tint(image, {COLOURS[0]: old, COLOURS[1]: new}),
+              f'asked for now: {shares[0]:.2%}': tint(image, {COLOURS[1]: new}, strength),
+              f'labelled so far: {shares[1]:.2%}': tint(image, {COLOURS[0]: old, COLOURS[1]: new}, strength),
               'labels asked for': colours[truth]}
     figure = Figure((11, 1. + 2 * (.25 + 3.4 * old.shape[0] / old.shape[1])), dpi=100, layout='constrained')
     figure.suptitle(f'round {state["round"]}: {name}')
@@ -2009,11 +2011,11 @@ def to_rgb(image: np.ndarray) -> np.ndarray:
     return image.astype(np.uint8)
 
 
-def tint(image_HW3: np.ndarray, masks: dict) -> np.ndarray:
-    """An image in pale grey, and in a colour where that colour's mask is true."""
+def tint(image_HW3: np.ndarray, masks: dict, strength: float) -> np.ndarray:
+    """An image in pale grey and, where the mask of a colour is true, mixed with that colour."""
     result = np.repeat(160 + .35 * image_HW3.mean(2, keepdims=True), 3, 2)
     for colour, mask_HW in masks.items():
-        result[mask_HW] = .5 * image_HW3[mask_HW] + .5 * 255 * np.array(colour_to_rgb(colour))
+        result[mask_HW] = (1 - strength) * image_HW3[mask_HW] + strength * 255 * np.array(colour_to_rgb(colour))
     return result.clip(0, 255).astype(np.uint8)
 
 
