@@ -1470,7 +1470,7 @@ def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
                           (state['seed'], 'select', k), (k - 1) / max(1, al.rounds - 1), device)
     collect(runner, trainer, state, pool, names, strategy, collector)
     chosen = collector.result()
-    keep_scores(runner, k, collector.seen)
+    keep_scores(runner, k, {} if strategy.score is random else collector.seen)
     if not len(chosen.id):
         return {}
     (low, high, n), scores = collector.range, chosen.score
@@ -2689,19 +2689,23 @@ def draw_asked(classes: list, asked_RC: np.ndarray, predicted_C: Optional[np.nda
 
 
 @torch.no_grad()
-def predict(trainer: Runner, state: dict, pool: Pool, name: str) -> tuple[np.ndarray, Optional[np.ndarray]]:
-    """The prediction for an image and its score map (None if the strategy is random), (H, W) each, in the image's own
+def predict(trainer: Runner, state: dict, pool: Pool, name: str, strategy: Optional[Strategy] = None, **offered):
+    """The prediction for an image and, if the strategy has any, its score map, (H, W) each, in the image's own
     coordinates, from the enlarged logits."""
-    score = resolve_strategy(state['settings']['strategy']).score
-
-    def both(probs_NCHW: torch.Tensor) -> torch.Tensor:
-        maps = [probs_NCHW.argmax(1)] + ([] if score is random else [score(probs_NCHW)])
-        return torch.stack([each.float() for each in maps], 1)
-
-    data = pseudo_collate([pool.subset([name])[0]])
+    network = Network(unwrap(trainer.model), strategy.mc if strategy else 1)
+    wanted = [key for key in STATISTICS if key == 'probs_NCHW' or strategy and strategy.asks_for(key)]
+    seeds = [seed_of(state['seed'], 'mc', len(state['rounds']), name)]
+    views = [functools.partial(to_image, align_corners=network.model.align_corners)]
     with autocast(enabled=trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'):
-        maps = score_maps(unwrap(trainer.model).eval(), data, both, True, True)[0].cpu().numpy()
-    return maps[0].astype(np.int64), None if score is random else maps[1]
+        data = pseudo_collate([pool.subset([name])[0]])
+        [(_, _, [means], _)] = statistics(network, data, seeds, wanted, views)
+        scores_NHW = call(strategy.score, means['probs_NCHW'], **means, **offered) if has_map(strategy) else [None]
+    prediction_HW = means['probs_NCHW'][0].argmax(0).cpu().numpy()
+    return prediction_HW, None if scores_NHW[0] is None else scores_NHW[0].float().cpu().numpy()
+
+
+def has_map(strategy: Optional[Strategy]) -> bool:
+    return strategy is not None and strategy.score is not random
 
 
 def predicted_classes(trainer: Runner, state: dict, pool: Pool, images: int = 32) -> np.ndarray:
@@ -2714,20 +2718,24 @@ def predicted_classes(trainer: Runner, state: dict, pool: Pool, images: int = 32
 
 
 @never_stops
+@torch.no_grad()
 def draw_pictures(runner: Runner, trainer: Runner, state: dict, pool: Pool, asked) -> None:
     """Draw ``al.visualize`` images after a query: half of them those that it asks for first, the others the same in
     every round; for whole images also a contact sheet of what it asks for."""
     n, folder = state['settings'].get('visualize', 0), round_dir(runner.work_dir, state['round'])
     if not n:
         return
-    if resolve_strategy(state['settings']['strategy']).score is random:  # then the query has not loaded it
-        load_checkpoint(unwrap(trainer.model), checkpoint_path(runner, state['rounds'][-1],
-                                                               state['settings']['query_with']), 'cpu')
+    strategy, model, offered = resolve_strategy(state['settings']['strategy']), unwrap(trainer.model), {}
+    if not strategy.needs_model:  # then the query has not loaded it
+        load_checkpoint(model, checkpoint_path(runner, state['rounds'][-1], state['settings']['query_with']), 'cpu')
+    if strategy.calibration:
+        offered['thresholds_C'] = calibrate(runner, Network(model), state, pool, strategy.alpha)
     scores = mmengine.load(osp.join(folder, 'query_scores.json'))
-    first = sorted(asked, key=lambda name: -(len(asked[name]) if isinstance(asked, dict) else scores[name]))
+    first = sorted(asked, key=lambda name: -(len(asked[name]) if isinstance(asked, dict) else scores.get(name, 0)))
     order = torch.randperm(len(pool), generator=generator(state['seed'], 'pictures')).tolist()
     for name in dict.fromkeys(first[:n - n // 2] + [pool.names[i] for i in order[:n // 2]]):
-        figure = draw_picture(runner, trainer, state, pool, asked, name)
+        prediction, score = predict(trainer, state, pool, name, strategy, **offered)
+        figure = draw_picture(runner, state, pool, asked, name, prediction, score)
         path = png_path(osp.join(folder, 'pictures'), name)
         save_figure(figure, path, runner, f'picture_{name}', units_labelled(state))
     if isinstance(asked, list):
@@ -2735,7 +2743,8 @@ def draw_pictures(runner: Runner, trainer: Runner, state: dict, pool: Pool, aske
         save_figure(figure, osp.join(folder, 'contact_sheet.png'), runner, 'contact_sheet', units_labelled(state))
 
 
-def draw_picture(runner: Runner, trainer: Runner, state: dict, pool: Pool, asked, name: str) -> Figure:
+def draw_picture(runner: Runner, state: dict, pool: Pool, asked, name: str, prediction: np.ndarray,
+                 score: Optional[np.ndarray]) -> Figure:
     """An image in six panels: input, prediction, scores, asked for now, labelled so far, and the labels asked for."""
     unit, old = ConfigDict(state['settings']).unit, labelled_mask(runner, pool, labelled(state), name)
     new = np.zeros_like(old)
@@ -2743,7 +2752,6 @@ def draw_picture(runner: Runner, trainer: Runner, state: dict, pool: Pool, asked
         segments = segments_of(runner, unit, pool, name)
         new = ~old & (isinstance(asked, list) or unit_mask(unit, asked[name], segments, old.shape))
     shares, n = (new.mean(), (old | new).mean()), len(pool.classes)
-    prediction, score = predict(trainer, state, pool, name)
     label = pool.load_label(name) if shares[1] else n  # the label of an image that was not asked for stays closed
     truth, image = np.where(old | new, label, n).clip(0, n), to_rgb(pool.load_image(name))
     strength = .5
@@ -2764,7 +2772,7 @@ def draw_picture(runner: Runner, trainer: Runner, state: dict, pool: Pool, asked
         axes.set(xticks=[], yticks=[])
         axes.set_title(title, size=10)
         if panel is None:
-            axes.text(.5, .5, 'at random: no score', ha='center', va='center')
+            axes.text(.5, .5, 'no score map', ha='center', va='center')
         elif panel.ndim == 2:
             figure.colorbar(axes.imshow(panel, cmap='cividis'), ax=axes, shrink=.8)
         else:
@@ -2777,15 +2785,16 @@ def draw_picture(runner: Runner, trainer: Runner, state: dict, pool: Pool, asked
 
 
 def draw_contact_sheet(pool: Pool, names: list[str], scores: dict, at_most: int = 48) -> Figure:
-    """Small pictures of the images that a query asks for, those with the highest scores first."""
+    """Small pictures of the images that a query asks for, those with the highest scores, if any, first."""
     images = {name: to_rgb(pool.load_image(name)) for name in names[:at_most]}
     rows, (h, w) = math.ceil(len(images) / 8), np.mean([image.shape[:2] for image in images.values()], 0)
     figure = Figure((11, .4 + rows * (.45 + 1.3 * h / w)), dpi=100, layout='constrained')
-    figure.suptitle(f'{len(images)} of the {len(names)} images asked for, with their scores, highest first')
+    figure.suptitle(f'{len(images)} of {len(names)} images asked for' + ', highest scores first' * bool(scores))
     for axes in figure.subplots(rows, 8, squeeze=False).flat:
         axes.set_axis_off()
     for axes, (name, image) in zip(figure.axes, images.items()):
-        axes.set_title(f'{name if len(name) < 18 else "…" + name[-16:]}\n{scores[name]:.4g}', size=8)
+        score = f'{scores[name]:.4g}' if name in scores else ''
+        axes.set_title(f'{name if len(name) < 18 else "…" + name[-16:]}\n{score}', size=8)
         axes.imshow(image)
     return figure
 

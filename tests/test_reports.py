@@ -258,6 +258,25 @@ def test_below_image_level(make_cfg, train, shared_data, no_failure, al):
     assert len(units) == 12 and units[0] == units.max()
 
 
+@pytest.mark.parametrize('strategy', [
+    dict(type='bald', mc=3), dict(type='crc', calibration=.5, alpha=.5), dict(type='coreset')],
+    ids=['passes', 'thresholds', 'vectors'])
+def test_the_score_map_is_that_of_the_query(make_cfg, train, monkeypatch, no_failure, strategy):
+    """Whatever a strategy asks of the model: the score of an image's best cell is then the maximum of its map."""
+    maps, draw = {}, al_patch.draw_picture
+    monkeypatch.setattr(al_patch, 'draw_picture', lambda *args: maps.update({args[4]: args[6]}) or draw(*args))
+    cfg = make_cfg(dict(unit=CELL, initial=tiny.NAMES[:4], budget=2, visualize=6, full_res=True,
+                        strategy=dict(strategy, reduce='max')))
+    train(cfg)
+    scores = mmengine.load(osp.join(cfg.work_dir, 'round_0', 'query_scores.json'))
+    if strategy['type'] == 'coreset':
+        assert set(maps.values()) == {None} and scores == {}
+    else:
+        assert len(set(maps) & set(scores)) > 1
+        assert {name: map_HW.max() for name, map_HW in maps.items() if name in scores} == {
+            name: pytest.approx(scores[name], rel=1e-5) for name in maps if name in scores}
+
+
 def test_no_label_is_opened_that_was_not_asked_for(make_cfg, train, shared_data, tmp_path, no_failure, monkeypatch):
     """Pictures show images that nobody asked for; their label files do not exist."""
     _, rounds = train(make_cfg({}))
