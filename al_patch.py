@@ -2047,13 +2047,13 @@ def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator,
         rows = torch.searchsorted(total_N, (draws * total_N[-1].cpu()).to(total_N), right=True)
         rows = rows.clamp_max(len(nearest_N) - 1)
         left, right, norms = take(points, rows)
-        between = (norms[:, None] + norms - left @ right.T).double().clamp_min(0).cpu()
-        old, rows, block, chosen = nearest_N[rows].double().cpu(), rows.tolist(), [], []
-        for j in range(len(rows)):
-            now = min(old[j], between[j, chosen].min()) if chosen else old[j]
-            if rows[j] not in block and accept[j] * old[j] < now and len(picks) + len(block) < budget:
-                block.append(rows[j])
-                chosen.append(j)
+        between = (norms[:, None] + norms - left @ right.T).clamp_min(0).cpu().numpy()
+        now, rows, block = nearest_N[rows].cpu().numpy(), rows.tolist(), []
+        enough = accept.numpy() * now
+        for j, row in enumerate(rows):
+            if enough[j] < now[j] and row not in block and len(picks) + len(block) < budget:
+                block.append(row)
+                now = np.minimum(now, between[j])
         picks = picks + block
     return torch.tensor(picks)
 
