@@ -2654,13 +2654,14 @@ def draw_asked(classes: list, asked_RC: np.ndarray, predicted_C: Optional[np.nda
     figure = Figure((11, sum(heights[:len(mosaic)])), dpi=110, layout='constrained')
     axes = figure.subplot_mosaic(mosaic, height_ratios=heights[:len(mosaic)])
     names = dict(yticks=range(len(shown)), yticklabels=[classes[c] for c in shown])
-    counts = {'at the start': asked_RC[0], 'by queries': asked_RC[1:].sum(0), 'pool, as predicted': predicted_C}
+    counts = {'asked at the start': asked_RC[0], 'by queries': asked_RC[1:].sum(0), 'predicted in the pool': predicted_C}
     for (label, counts_C), colour, marker in zip(counts.items(), COLOURS, 'os^'):
         if counts_C is not None and counts_C.any():
             shares = (100 * counts_C / counts_C.sum())[shown].clip(.01)
             axes['classes'].scatter(shares, names['yticks'], color=colour, marker=marker, label=label, alpha=.8)
-    tidy(axes['classes'], xscale='log', xlim=(.008, 125), xlabel='% of pixels', **names, ylim=(len(shown) - .5, -.5),
-         title='classes of the pixels asked for')
+    tidy(axes['classes'], legend=False, xscale='log', xlim=(.008, 125), xlabel='% of pixels', **names,
+         ylim=(len(shown) - .5, -.5))
+    axes['classes'].legend(frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(.5, 1), title='classes of pixels')
     axes['classes'].set_xticks([.01, .1, 1, 10, 100], ['≤ 0.01', '0.1', '1', '10', '100'])
     if 'iou' in axes:
         heat = axes['iou'].imshow(iou_RC[:, shown].T, vmin=0, vmax=100, cmap='cividis', aspect='auto')
@@ -2756,15 +2757,15 @@ def draw_picture(runner: Runner, state: dict, pool: Pool, asked, name: str, pred
     truth, image = np.where(old | new, label, n).clip(0, n), to_rgb(pool.load_image(name))
     strength = .5
     if unit.type == 'pixel' or unit.get('window'):  # make single pixels large enough to be seen
-        radius = max(old.shape) // 250
+        radius = max(old.shape) // 120
         where = scipy.ndimage.distance_transform_edt(~(old | new), return_distances=False, return_indices=True)
         truth = np.where(dilate(old | new, radius), truth[tuple(where)], n)
         old, new, strength = dilate(old, radius), dilate(new, radius), 1
     colours = np.r_[pool.palette, [[255] * 3]].astype(np.uint8)  # mmseg's; white is no class
     panels = {'input': image, 'prediction': colours[prediction],
               f'score: {in_words(state["settings"]["strategy"])}': score,
-              f'asked for now: {shares[0]:.2%}': tint(image, {COLOURS[1]: new}, strength),
-              f'labelled so far: {shares[1]:.2%}': tint(image, {COLOURS[0]: old, COLOURS[1]: new}, strength),
+              f'asked for now: {100 * shares[0]:.3g} %': tint(image, {COLOURS[1]: new}, strength),
+              f'labelled so far: {100 * shares[1]:.3g} %': tint(image, {COLOURS[0]: old, COLOURS[1]: new}, strength),
               'labels asked for': colours[truth]}
     figure = Figure((11, 1. + 2 * (.25 + 3.4 * old.shape[0] / old.shape[1])), dpi=100, layout='constrained')
     figure.suptitle(f'round {state["round"]}: {name}')
