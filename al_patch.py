@@ -2426,12 +2426,16 @@ def keep_class_iou(runner: Runner, classes: list, iou_C: np.ndarray) -> None:
     write_atomically(osp.join(runner.work_dir, 'class_iou.json'), json.dumps(percent))
 
 
+@never_stops
+def keep_round(runner: Runner, k: int, name: str, value) -> None:
+    write_atomically(osp.join(round_dir(runner.work_dir, k), name), json.dumps(value, sort_keys=True))
+
+
 def keep_scores(runner: Runner, k: int, seen: dict) -> None:
     """Write down the highest score in every image that query ``k`` looked at, from all ranks."""
     seen = {name: score for share in all_gather_object(seen) for name, score in share.items()}
-    if k > 0 and is_main_process():
-        path = osp.join(round_dir(runner.work_dir, k - 1), 'query_scores.json')
-        write_atomically(path, json.dumps(seen, sort_keys=True, indent=0))
+    if k > 0:
+        keep_round(runner, k - 1, 'query_scores.json', seen)
 
 
 def kept(runner: Runner, name: str, rounds: int) -> list[Union[dict, list]]:
@@ -2479,7 +2483,7 @@ def asked_classes(runner: Runner, state: dict, pool: Pool) -> np.ndarray:
     for name in state['rounds'][k]['asked']:
         new = labelled_mask(runner, pool, now, name) & ~labelled_mask(runner, pool, before, name)
         counts += class_counts(pool.load_label(name), new, len(pool.classes))
-    write_atomically(osp.join(round_dir(runner.work_dir, k), 'asked_classes.json'), json.dumps(counts.tolist()))
+    keep_round(runner, k, 'asked_classes.json', counts.tolist())
     return np.array([each or [0] * len(pool.classes) for each in kept(runner, 'asked_classes.json', k + 1)])
 
 
@@ -2654,14 +2658,16 @@ def draw_asked(classes: list, asked_RC: np.ndarray, predicted_C: Optional[np.nda
     figure = Figure((11, sum(heights[:len(mosaic)])), dpi=110, layout='constrained')
     axes = figure.subplot_mosaic(mosaic, height_ratios=heights[:len(mosaic)])
     names = dict(yticks=range(len(shown)), yticklabels=[classes[c] for c in shown])
-    counts = {'asked at the start': asked_RC[0], 'by queries': asked_RC[1:].sum(0), 'predicted in the pool': predicted_C}
+    counts = {'asked at the start': asked_RC[0], 'by queries': asked_RC[1:].sum(0),
+              'predicted in the pool': predicted_C}
     for (label, counts_C), colour, marker in zip(counts.items(), COLOURS, 'os^'):
         if counts_C is not None and counts_C.any():
             shares = (100 * counts_C / counts_C.sum())[shown].clip(.01)
             axes['classes'].scatter(shares, names['yticks'], color=colour, marker=marker, label=label, alpha=.8)
     tidy(axes['classes'], legend=False, xscale='log', xlim=(.008, 125), xlabel='% of pixels', **names,
          ylim=(len(shown) - .5, -.5))
-    axes['classes'].legend(frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(.5, 1), title='classes of pixels')
+    axes['classes'].legend(frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(.5, 1), columnspacing=1,
+                           title='classes of pixels')
     axes['classes'].set_xticks([.01, .1, 1, 10, 100], ['≤ 0.01', '0.1', '1', '10', '100'])
     if 'iou' in axes:
         heat = axes['iou'].imshow(iou_RC[:, shown].T, vmin=0, vmax=100, cmap='cividis', aspect='auto')
