@@ -10,6 +10,8 @@ CONFIG=$1
 GPUS=$2
 HERE=$(cd "$(dirname "$0")" && pwd)
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
+printf -v AL_COMMAND '%q ' bash "$0" "$@" # what al_patch says to go on with
+export AL_COMMAND
 
 if [ "$GPUS" -eq 0 ]; then
     CUDA_VISIBLE_DEVICES='' exec python "$HERE/al_train.py" "$CONFIG" "${@:3}"

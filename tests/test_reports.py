@@ -146,10 +146,11 @@ def test_clicks_get_a_panel_of_their_own(tmp_path):
 @pytest.mark.parametrize('phase, rounds, text', [
     ('train', 2, 'Round 1 of 2: training on what is labelled; it last wrote'),
     ('query', 2, 'Round 1 of 2: scoring the pool; it last wrote'),
+    ('label', 2, 'Round 1 of 2: waiting for the labels that to_label/ in its folder asks for'),
     ('query', 1, 'Ended after round 1: all 1 rounds of queries are done')])
 def test_status(tmp_path, capsys, phase, rounds, text):
     state = make_state([10, 20], [40, 60], phase=phase, rounds=rounds)
-    if phase == 'train':
+    if phase != 'query':
         state['rounds'][1] = dict(asked=state['rounds'][1]['asked'])
     path = write_state(tmp_path / 'run', state)
     (tmp_path / 'run' / 'my.py').touch()
@@ -291,7 +292,21 @@ def test_no_label_is_opened_that_was_not_asked_for(make_cfg, train, shared_data,
     assert len(drawn) == 12
 
 
-@pytest.mark.parametrize('broken', ['Figure', 'predict', 'asked_classes', 'mmengine.load'])
+@pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'grid'])
+def test_a_human_has_yet_to_label_what_is_drawn(make_cfg, train, shared_data, tmp_path, no_failure, unit):
+    """The label files of what is asked for do not exist when it is drawn; those of earlier rounds are shown."""
+    root, kept = shutil.copytree(shared_data, tmp_path / 'human'), tiny.NAMES[:4]
+    for name in tiny.NAMES[4:]:
+        os.remove(root / 'ann' / 'train' / f'{name}.png')
+    cfg = make_cfg(dict(unit=unit, oracle='human', initial=kept, budget=2, visualize=24), root=str(root))
+    _, rounds = train(cfg)
+    assert len(rounds) == 2 and 'metrics' not in rounds[1] and not set(rounds[1]['asked']) & set(kept)
+    drawn = [file for _, _, files in os.walk(osp.join(cfg.work_dir, 'round_0', 'pictures')) for file in files]
+    assert len(drawn) == 12
+    main(['status', cfg.work_dir])
+
+
+@pytest.mark.parametrize('broken', ['Figure', 'predict_one', 'asked_classes', 'mmengine.load'])
 def test_a_failure_only_warns(make_cfg, train, monkeypatch, broken):
     texts = []
     monkeypatch.setattr('mmengine.logging.MMLogger.warning', lambda self, text, *args: texts.append(str(text)))
