@@ -2792,7 +2792,8 @@ def report(runner: Runner, trainer: Runner, state: dict, pool: Pool) -> None:
     iou_RC = np.array([[iou.get(name, math.nan) for name in classes] for iou in ious])
     overlaps_Q2 = np.array([ranking_overlap(*pair) for pair in zip(queries, queries[1:])]).reshape(-1, 2)
     scalars = {f'al/IoU/{name}': value for name, value in zip(classes, iou_RC[-1])}
-    scalars.update({f'al/% of asked/{name}': 100 * n / asked_RC[-1].sum() for name, n in zip(classes, asked_RC[-1])})
+    shares_C = 100 * asked_RC[-1] / max(1, asked_RC[-1].sum())
+    scalars.update({f'al/% of asked/{name}': share for name, share in zip(classes, shares_C)})
     for values in overlaps_Q2[-1:]:
         scalars.update(zip(('al/rank correlation with last query', 'al/top tenth kept since last query'), values))
     if units_N.any():
