@@ -19,6 +19,7 @@ strategies, the human who labels, the rounds themselves, reports and pictures of
 ``python al_patch.py report DIR [DIR ...]`` compares runs, and ``python al_patch.py status DIR`` says where one stands.
 """
 import argparse
+import collections
 import contextlib
 import copy
 import difflib
@@ -981,7 +982,9 @@ class Network:
     def __init__(self, model: torch.nn.Module, mc: int = 1):
         self.model, self.mc, self.dropouts = model.eval(), mc, dropouts_of(model) if mc > 1 else []
         random_parts = {part for part in model.modules() if any(inner in self.dropouts for inner in part.modules())}
-        self.fixed = list(self.fixed_parts(model, random_parts)) if mc > 1 else []
+        fixed = dict.fromkeys(self.fixed_parts(model, random_parts)) if mc > 1 else ()
+        held = collections.Counter(inner for part in fixed for inner in part.modules())
+        self.fixed = [part for part in fixed if held[part] == 1]  # calls from inside of another one are not replayed
 
     def fixed_parts(self, module: torch.nn.Module, random_parts: set):
         """The largest modules without dropout in them."""
@@ -1024,13 +1027,17 @@ class Network:
         handles = [module.register_forward_hook(note) for module in self.fixed]
         handles += [module.register_forward_pre_hook(lambda *_: waiting.clear()) for module in self.dropouts]
         from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-        if getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and self.dropouts[-1] is head.dropout:
+        if getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and self.dropouts[-1] is head.dropout and \
+                hasattr(head, 'conv_seg'):
             handles.append(head.conv_seg.register_forward_hook(lambda _, args, output: last.append((args[0], output))))
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+        if waiting:
+            raise ValueError(f'`al.strategy.mc` should be 1 for a {type(head).__name__}, which calls no dropout layer '
+                             f'on the way to its logits, but got {self.mc}')
         for outputs in kept.values():
             outputs[:] = [held[0] if held and all(leaf._version == version for leaf, version in held[1]) else None
                           for held in outputs]
@@ -1188,7 +1195,7 @@ def predictions(network: Network, data: dict, seeds: list[int], strategy: 'Strat
             if scores[0] is not None:
                 maps['scores_HW'] = crop(scores[0], meta, input_hw)
             if features_KHW is not None:
-                maps['features_KHW'] = without_padding(features_KHW, meta, input_hw)
+                maps['features_KHW'] = without_padding(features_KHW, meta, input_hw).float()
         yield map_HW, maps
 
 
@@ -1404,8 +1411,9 @@ def image_candidates(runner: Runner, pool: Pool, have: dict, name: str, position
 
 @torch.no_grad()
 def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, names: list[str], strategy: 'Strategy',
-            collector: Collector) -> None:
-    """Feed this rank's share of the images to the collector, scored by the model in ``trainer``, or at random."""
+            collector: Collector, closed: frozenset = frozenset()) -> None:
+    """Feed this rank's share of the images to the collector, scored by the model in ``trainer``, or at random. Of those
+    that are ``closed`` only what is labelled counts."""
     al, have, k = ConfigDict(state['settings']), labelled(state), len(state['rounds'])
     unit, whole = al.unit, al.unit.type == 'image'
     full_res = (unit.type == 'pixel' or bool(unit.get('window'))) if al.full_res is None else al.full_res
@@ -1428,9 +1436,10 @@ def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, 
             if any(not torch.isfinite(each).all() for each in (map_HW, *maps.values()) if each is not None):
                 raise ValueError(f'the score of image {name!r} is not finite: the model gives no finite logits')
             draw = generator(state['seed'], 'random', k, name)
-            limit = None if whole else shortlist(strategy, unit, collector, name, len(names))
-            collector.add(name, *image_candidates(runner, pool, have, name, position, map_HW, maps, strategy, draw,
-                                                  limit, collector.floor, unit, offered))
+            limit = None if whole else shortlist(strategy, unit, collector, name, max(1, len(names) - len(closed)))
+            free, known = image_candidates(runner, pool, have, name, position, map_HW, maps, strategy, draw, limit,
+                                           collector.floor, unit, offered)
+            collector.add(name, free.take(slice(0)) if name in closed else free, known)
         if network:
             progress.step(done)
 
@@ -1486,10 +1495,10 @@ def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
         size = max(size, count(amount, len(pool))) if whole else size
         order = torch.randperm(len(names), generator=generator(state['seed'], 'pool_size', k)).tolist()
         names = [names[i] for i in sorted(order[:size])]
-    size = len(names)
+    size, closed = len(names), frozenset()
     if strategy.asks_for('labelled_LD'):
-        scored = {*names, *have}
-        names = [name for name in pool.names if name in scored]
+        closed = frozenset(have).difference(names)
+        names = [name for name in pool.names if name in closed.union(names)]
     if strategy.needs_model:
         load_checkpoint(unwrap(trainer.model), checkpoint_path(runner, state['rounds'][-1], al.query_with),
                         map_location='cpu', logger=runner.logger)
@@ -1502,7 +1511,7 @@ def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
     device = next(unwrap(trainer.model).parameters()).device if strategy.needs_model else 'cpu'
     collector = Collector(strategy.select, budget, not whole and isinstance(amount, float), al.per_image,
                           (state['seed'], 'select', k), (k - 1) / max(1, al.rounds - 1), device)
-    collect(runner, trainer, state, pool, names, strategy, collector)
+    collect(runner, trainer, state, pool, names, strategy, collector, closed)
     chosen = collector.result()
     keep_scores(runner, k, {} if strategy.score is random else collector.seen)
     if not len(chosen.id):
@@ -1900,7 +1909,7 @@ def cooccurrence(probs_CHW: torch.Tensor, thresholds_C: torch.Tensor,
     (N, C * C)"""
     sets_CHW = (probs_CHW >= thresholds_C[:, None, None]).to(probs_CHW)
     matrix_NCC = class_matrix(sets_CHW, sets_CHW, weights_NP)**2
-    return (matrix_NCC / matrix_NCC.sum(2, keepdim=True).clamp_min(1e-12)).flatten(1)
+    return (matrix_NCC / matrix_NCC.sum(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).flatten(1)
 
 
 def class_scores(probs_CHW: torch.Tensor, scores_HW: torch.Tensor,
@@ -2100,7 +2109,7 @@ def real(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vector
     """Representative pseudo-errors (REAL; Chen et al., ECML-PKDD 2023). In each k-means cluster, those whose predicted
     class is not the cluster's majority class m are pseudo-errors; the cluster gets budget in proportion to their sum of
     1 - p_m, and draws at random among them, or where they do not suffice takes its highest 1 - p_m. (K,) indices"""
-    start = kmeanspp(scores_N, min(clusters, len(vectors_ND)), generator, vectors_ND)
+    start = kmeanspp(scores_N, min(clusters, len(vectors_ND)), generator, vectors_ND).numpy()
     vectors = vectors_ND.double().cpu().numpy()
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # a cluster that falls empty keeps its centre, and gets no budget
@@ -2117,7 +2126,7 @@ def real(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vector
     picks = []
     for j, k in enumerate(quota):
         errors, members = np.flatnonzero((cluster_N == j) & error_N), np.flatnonzero(cluster_N == j)
-        picks += errors[torch.randperm(len(errors), generator=generator)[:k]].tolist() if len(errors) > k else \
+        picks += errors[torch.randperm(len(errors), generator=generator)[:k].numpy()].tolist() if len(errors) > k else \
             members[np.argsort(-doubt_N[members], kind='stable')[:k]].tolist()
     doubt_N[picks] = -1
     return torch.tensor([*picks, *np.argsort(-doubt_N, kind='stable')[:budget - len(picks)].tolist()])

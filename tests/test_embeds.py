@@ -1,0 +1,280 @@
+"""Embeddings: each against its definition, pixel by pixel, for segments, windows, pixels and whole images."""
+import math
+import types
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmengine.config import ConfigDict
+
+import al_patch
+from al_patch import (
+    Collector,
+    Pool,
+    cell_weights,
+    class_scores,
+    confusion,
+    cooccurrence,
+    features,
+    generator,
+    gradient,
+    grid,
+    parse_settings,
+    parse_unit,
+    pool_map,
+    resolve_strategy,
+    unit_mask,
+)
+
+SHAPE = 13, 18  # of the image
+MAPS = [(1, 1), (4, 5), (7, 18), (13, 18), (20, 30)]  # resolutions of the logits
+EPS = np.finfo(np.float32).eps
+
+
+def blobs(shape: tuple) -> np.ndarray:
+    """Segments of no regular form, with a number that is not there."""
+    y, x = np.mgrid[:shape[0], :shape[1]]
+    segments = (np.hypot(y - 4, x - 5) // 4 + 6 * (x > y)).astype(np.int32)
+    return np.where(segments == 2, 13, segments)
+
+
+CORNERS = np.array([0, 17, 40, 100, 12 * 18, 13 * 18 - 1])
+UNITS = dict(  # unit, ids (not in order: the labelled ones come after the free ones), segments
+    grid=(parse_unit(dict(type='region', size=[4, 5])), np.array([0, 3, 15, 5, 14]), grid(SHAPE, (4, 5))),
+    blobs=(parse_unit('superpixel'), np.array([1, 13, 6, 0]), blobs(SHAPE)),
+    window=(parse_unit(dict(type='region', window=1)), CORNERS, None),
+    large_window=(parse_unit(dict(type='region', window=7)), CORNERS[::-1], None),
+    pixel=(parse_unit('pixel'), CORNERS, None))
+each_unit = pytest.mark.parametrize('unit', UNITS)
+each_map = pytest.mark.parametrize('cells', MAPS, ids=str)
+
+
+def literal_weights(unit: dict, ids, segments, cells: tuple) -> np.ndarray:
+    """Shares of the cells in each unit, pixel by pixel. (N, h, w)"""
+    weights = np.zeros((len(ids), *cells))
+    for weight_HW, i in zip(weights, ids):
+        pixels = np.argwhere(unit_mask(unit, np.array([i]), segments, SHAPE))
+        for y, x in pixels:
+            weight_HW[math.floor(y * cells[0] / SHAPE[0]), math.floor(x * cells[1] / SHAPE[1])] += 1 / len(pixels)
+    return weights
+
+
+def some_probs(cells: tuple, c: int = 4, absent: int = 2) -> torch.Tensor:
+    """Probabilities by which one class is predicted nowhere. (C, h, w)"""
+    logits = 3 * torch.randn(c, *cells, generator=generator(*cells))
+    logits[absent] -= 20
+    return logits.softmax(0)
+
+
+def weights_of(name: str, cells: tuple) -> tuple:
+    """The weights that an embedding gets and the literal ones; those of a whole image where there is no such unit."""
+    if name == 'image':
+        return None, np.full((1, *cells), 1 / math.prod(cells))
+    unit, ids, segments = UNITS[name]
+    return cell_weights(unit, ids, segments, SHAPE, cells), literal_weights(unit, ids, segments, cells)
+
+
+each_candidate = pytest.mark.parametrize('name', [*UNITS, 'image'])
+
+
+def entropy_of(p) -> float:
+    return -sum(share * math.log(share) for share in p if share > 0)
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+@each_unit
+@each_map
+def test_weights_are_the_shares_of_the_cells_in_a_unit(unit, cells):
+    got, slow = weights_of(unit, cells)
+    assert got.dtype == torch.float32 and got.to_dense().numpy().reshape(slow.shape) == pytest.approx(slow, abs=1e-6)
+    assert got.to_dense().sum(1).tolist() == pytest.approx([1] * len(got))
+    assert torch.equal(got.to_dense(), torch.sparse_coo_tensor(got.indices(), got.values(), got.shape).to_dense())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 9), st.integers(1, 9), st.integers(0, 4),
+       st.integers(0, 2**31))
+def test_a_constant_map_is_constant_in_every_unit(h, w, cell_h, cell_w, radius, seed):
+    ids = np.random.default_rng(seed).choice(h * w, min(5, h * w), False)
+    windows = parse_unit(dict(type='region', window=radius)) if radius else parse_unit('pixel')
+    for weights in (cell_weights(windows, ids, None, (h, w), (cell_h, cell_w)),
+                    cell_weights(UNITS['grid'][0], np.array([0]), grid((h, w), (4, 5)), (h, w), (cell_h, cell_w))):
+        assert pool_map(torch.full((2, cell_h, cell_w), 3.), weights).numpy() == pytest.approx(3)
+
+
+# --- embeddings ------------------------------------------------------------------------------------------------------
+
+
+@each_candidate
+@each_map
+def test_means_of_maps(name, cells):
+    maps = torch.randn(6, *cells, generator=generator(0))
+    weights, slow = weights_of(name, cells)
+    means = [[(weight * each).sum() for each in maps.double().numpy()] for weight in slow]
+    assert pool_map(maps, weights).numpy() == pytest.approx(np.array(means), abs=1e-5)
+    assert torch.equal(features(maps, weights), pool_map(maps, weights))
+
+
+@each_candidate
+@each_map
+def test_class_scores(name, cells):
+    probs, scores = some_probs(cells), torch.rand(cells, generator=generator(1))
+    weights, slow = weights_of(name, cells)
+    means = [[(weight * p * scores.double().numpy()).sum() for p in probs.double().numpy()] for weight in slow]
+    assert class_scores(probs, scores, weights).numpy() == pytest.approx(np.array(means), abs=1e-5)
+
+
+@each_unit
+@each_map
+def test_the_gradient_of_a_candidate(unit, cells):
+    probs = some_probs(cells)
+    weights, slow = weights_of(unit, cells)
+    means = np.zeros((len(slow), 4))
+    for y, x in np.ndindex(*cells):
+        p = probs[:, y, x].double().numpy()
+        means += slow[:, y, x, None] * (p - np.eye(4)[p.argmax()])
+    assert gradient(probs, weights).numpy() == pytest.approx(means, abs=1e-5)
+
+
+def test_the_gradient_is_that_of_the_predicted_labels_cross_entropy():
+    logits = torch.randn(5, 3, 4, generator=generator(0), requires_grad=True)
+    F.cross_entropy(logits[None], logits.argmax(0)[None]).backward()
+    assert gradient(logits.detach().softmax(0), size=5)[0].tolist() == pytest.approx(logits.grad.sum((1, 2)).tolist())
+
+
+@pytest.mark.parametrize('c, size, side', [(4, 400, 10), (19, 400, 5), (3, 12, 2), (150, 400, 2), (500, 400, 1)])
+@pytest.mark.parametrize('cells', [(13, 18), (20, 30), (4, 5)], ids=str)
+def test_the_gradient_of_an_image_is_a_square_grid_of_means(c, size, side, cells):
+    probs = some_probs(cells, c)
+    one_hot = np.eye(c)[probs.numpy().argmax(0)].transpose(2, 0, 1)
+    slow = np.zeros((c, side, side))
+    for i, j in np.ndindex(side, side):
+        rows, cols = ([math.floor(k * n / side), math.ceil((k + 1) * n / side)] for k, n in zip((i, j), cells))
+        slow[:, i, j] = (probs.double().numpy() - one_hot)[:, slice(*rows), slice(*cols)].mean((1, 2))
+    vectors = gradient(probs, size=size)
+    assert vectors.shape == (1, c * side**2) and vectors[0].numpy() == pytest.approx(slow.reshape(-1), abs=1e-5)
+
+
+def literal_confusion(probs_CHW: np.ndarray, weight_HW: np.ndarray) -> np.ndarray:
+    c, matrix = len(probs_CHW), np.zeros((len(probs_CHW), ) * 2)
+    total = np.zeros((c, 1))
+    for y, x in np.ndindex(*weight_HW.shape):
+        p = probs_CHW[:, y, x]
+        matrix[p.argmax()] += weight_HW[y, x] * entropy_of(p) * p
+        total[p.argmax()] += weight_HW[y, x] * entropy_of(p)
+    return np.where(total > 0, matrix / np.where(total > 0, total, 1), EPS).clip(EPS)
+
+
+@each_candidate
+@each_map
+def test_confusion_is_the_mean_softmax_by_predicted_class_weighted_by_entropy(name, cells):
+    probs = some_probs(cells)
+    weights, slow = weights_of(name, cells)
+    got = confusion(probs, weights).view(-1, 4, 4).numpy()
+    assert got == pytest.approx(np.stack([literal_confusion(probs.double().numpy(), each) for each in slow]), abs=1e-5)
+    assert (got[:, 2] == EPS).all() and (got > 0).all()  # the class that is predicted nowhere
+    sums = got.sum(2)
+    assert np.logical_or(abs(sums - 1) < 1e-4, sums <= 5 * EPS).all() and (abs(sums - 1) < 1e-4).any(1).all()
+
+
+def test_confusion_by_hand():
+    """Two pixels of class 0: one that is sure, and has no weight, and one that is not."""
+    probs = torch.tensor([[1., 0, 0], [.6, .4, 0], [.2, .2, .6]]).T[:, None]
+    assert confusion(probs).view(3, 3).tolist() == [
+        pytest.approx([.6, .4, EPS]), [pytest.approx(EPS, rel=1e-6)] * 3, pytest.approx([.2, .2, .6])]
+
+
+@each_candidate
+@each_map
+def test_cooccurrence_is_squared_and_normalised_by_row(name, cells):
+    probs, thresholds = some_probs(cells), np.array([.05, .2, .5, .3])
+    weights, slow = weights_of(name, cells)
+    together = np.zeros((len(slow), 4, 4))
+    for y, x in np.ndindex(*cells):
+        member = probs[:, y, x].double().numpy() >= thresholds
+        together += slow[:, y, x, None, None] * np.outer(member, member)
+    squared = together**2
+    expected = squared / np.where(squared.sum(2, keepdims=True) > 0, squared.sum(2, keepdims=True), 1)
+    got = cooccurrence(probs, torch.tensor(thresholds), weights).view(-1, 4, 4).numpy()
+    assert got == pytest.approx(expected, abs=1e-5) and not got[:, 2].any()  # a row of zeros where a class is absent
+
+
+# --- the vector of a place in the image ------------------------------------------------------------------------------
+
+TOP, LEFT, SIDE = 16, 32, 8  # the one bright square, in 32 x 48 pixels
+WAYS = dict(
+    plain=dict(), larger=dict(steps=[dict(type='Resize', scale=(72, 80))]),
+    padded={'model.data_preprocessor.test_cfg': dict(size_divisor=40)},
+    resized_and_padded={'steps': [dict(type='Resize', scale=(72, 48))],
+                        'model.data_preprocessor.test_cfg': dict(size_divisor=40)},
+    flipped=dict(steps=[dict(type='RandomFlip', prob=1.)]),
+    full_res=dict(full_res=True))
+PLACES = {
+    'cell': (dict(type='region', size=[SIDE, SIDE]), TOP // SIDE * 6 + LEFT // SIDE),
+    'window': (dict(type='region', window=1), (TOP + 4) * 48 + LEFT + 4), 'pixel': ('pixel', (TOP + 4) * 48 + LEFT + 4)}
+
+
+@pytest.fixture
+def collected(make_cfg, build, tmp_path, monkeypatch):
+    """A function that collects the candidates of one dark image with a bright square. Features are brightness."""
+
+    def collect(unit, strategy, steps=(), full_res=None, amp=False, **changes) -> al_patch.Candidates:
+        image = np.zeros((32, 48, 3), np.uint8)
+        image[TOP:TOP + SIDE, LEFT:LEFT + SIDE] = 255
+        (tmp_path / 'img' / 'train').mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / 'img' / 'train' / 'x.png'), image)
+        cfg = make_cfg(root=str(tmp_path), changes={'model.decode_head.num_convs': 0, **changes})
+        cfg.test_dataloader.dataset.pipeline[1:1] = steps
+        runner = build(cfg)
+        monkeypatch.setattr(runner.model.backbone, 'forward', lambda x: (
+            F.avg_pool2d(x[:, :1], 4, ceil_mode=True).repeat(1, 8, 1, 1), ))
+        optim_wrapper = ConfigDict(type='AmpOptimWrapper' if amp else 'OptimWrapper')
+        trainer = types.SimpleNamespace(model=runner.model, cfg=ConfigDict(optim_wrapper=optim_wrapper))
+        state = dict(settings=parse_settings(dict(unit=unit, full_res=full_res)).to_dict(), seed=0, rounds=[])
+        strategy, pool = resolve_strategy(strategy), Pool(runner.cfg)
+        collector = Collector(strategy.select, lambda name: 1500, False, False, (0, ))
+        al_patch.collect(runner, trainer, state, pool, pool.names, strategy, collector)
+        return al_patch.Candidates.join(collector.parts)
+
+    return collect
+
+
+@pytest.mark.parametrize('place', PLACES)
+@pytest.mark.parametrize('way', WAYS)
+def test_a_vector_is_that_of_its_place(collected, way, place):
+    unit, bright = PLACES[place]
+    strategy = dict(type='coreset', shortlist=1536)
+    rows = collected(unit, strategy, **WAYS[way])
+    [row] = np.flatnonzero(rows.id == bright) if place != 'window' else \
+        [np.abs(np.divmod(rows.id, 48) - np.array(divmod(bright, 48))[:, None]).max(0).argmin()]  # drawn, and apart
+    y, x = np.divmod(rows.id, 48)
+    far = rows.id == 0 if place == 'cell' else (np.abs(y - TOP - 4) > 12) | (np.abs(x - LEFT - 4) > 12)
+    darkness, brightness = -2., 127 / 64
+    assert rows.vector.shape == (len(rows.id), 8) and rows.vector[far] == pytest.approx(darkness)
+    assert rows.vector[row].max() > 1.2 and rows.vector.max() <= brightness + 1e-4
+    assert way not in ('plain', 'flipped') or rows.vector[row] == pytest.approx(brightness, abs=.01)
+
+
+def test_the_vector_of_an_image_leaves_out_its_padding(collected):
+    plain = collected('image', 'coreset').vector
+    assert plain.shape == (1, 8) and plain == pytest.approx(-2 + 64 / 32 / 48 * 255 / 64, abs=1e-3)
+
+
+def test_padding_is_in_no_vector_of_an_image(collected):
+    padded = collected('image', 'coreset', **WAYS['padded']).vector
+    assert padded == pytest.approx(-2 + 64 / 32 / 48 * 255 / 64, abs=1e-3)
+
+
+@pytest.mark.parametrize('unit', ['image', 'region'])
+@pytest.mark.parametrize('strategy', ['coreset', 'badge', 'contextual_diversity', 'real', 'clasp_pe'])
+def test_mixed_precision_gives_single_precision_vectors(collected, unit, strategy):
+    """As a round trained by AmpOptimWrapper, which itself needs a GPU."""
+    rows = collected(unit, strategy, amp=True, **{'model.decode_head.num_convs': 1})
+    assert rows.vector.dtype == np.float32 and len(rows.vector) == len(rows.id) and np.isfinite(rows.vector).all()
+    assert rows.probs is None or rows.probs.dtype == np.float32

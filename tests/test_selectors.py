@@ -1,0 +1,564 @@
+"""Selectors: against slow, literal ones, by the frequency of what they draw, and for any number of processes."""
+import functools
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import al_patch
+from al_patch import (
+    SELECTS,
+    Candidates,
+    Collector,
+    barycentre,
+    class_balance,
+    class_balanced_power,
+    generator,
+    kcenter,
+    kmeanspp,
+    power,
+    real,
+    softmax,
+    softrank,
+    stochastic_batches,
+    topk,
+)
+
+
+def uniform(*shape: int, seed=0) -> torch.Tensor:
+    return torch.rand(*shape, generator=generator('uniform', seed, *shape), dtype=torch.float64)
+
+
+def vectors(n: int, d: int, seed=0) -> torch.Tensor:
+    """Positive rows that sum to 1: of use for all distances."""
+    return (2 * uniform(n, d, seed=seed)).softmax(1).float()
+
+
+def draws(select, times: int, *args, **options) -> list:
+    return [tuple(select(*args[:2], generator(seed), *args[2:], **options).tolist()) for seed in range(times)]
+
+
+def is_plausible(picks: list, expected: dict) -> bool:
+    """Whether draws follow a distribution, by a chi-square test."""
+    assert set(picks) <= set(expected) and sum(expected.values()) == pytest.approx(1)
+    counts = [picks.count(outcome) for outcome in expected]
+    return scipy.stats.chisquare(counts, [share * len(picks) for share in expected.values()]).pvalue > 1e-3
+
+
+# --- all of them -----------------------------------------------------------------------------------------------------
+
+
+def offer(n: int, labelled: int, classes: int, seed: int, coarse: bool) -> dict:
+    """All that a selector can ask for; with many copies and ties if coarse."""
+    some = vectors(n + labelled, classes, seed)
+    some = (some * 4).round().clamp_min(.1) if coarse else some
+    scores = uniform(n + labelled, seed=seed)
+    scores = (scores * 3).floor() if coarse else scores
+    return dict(scores_N=scores[:n], vectors_ND=some[:n], labelled_LD=some[n:], labelled_scores_L=scores[n:],
+                probs_NC=some[:n], progress=.5)
+
+
+@pytest.mark.parametrize('name', SELECTS)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(1, 40), st.integers(0, 3), st.integers(2, 5), st.floats(0, 1), st.integers(0, 999), st.booleans())
+def test_a_budget_of_different_candidates_is_chosen_and_the_same_again(name, n, labelled, classes, share, seed, coarse):
+    budget, offered = max(1, round(share * n)), offer(n, labelled, classes, seed, coarse)
+    first, again = (al_patch.call(SELECTS[name], offered['scores_N'], budget, generator(seed), **offered).tolist()
+                    for _ in range(2))
+    assert first == again and len(first) == len(set(first)) == budget and set(first) <= set(range(n))
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.floats(0, 1))
+def test_topk_with_ties_in_pool_order(scores, share):
+    budget = max(1, round(share * len(scores)))
+    expected = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:budget]
+    assert topk(torch.tensor(scores, dtype=torch.float64), budget, generator(0)).tolist() == expected
+
+
+# --- Gumbel noise ----------------------------------------------------------------------------------------------------
+
+
+def literal_order(select, scores: np.ndarray, beta: float, seed: int) -> list:
+    noise = [-math.log(-math.log(u)) / beta for u in
+             torch.rand(len(scores), generator=generator(seed), dtype=torch.float64).tolist()]
+    ranks = 1 + scipy.stats.rankdata(-scores, 'ordinal') - 1
+    base = {power: np.log(scores), softmax: scores, softrank: -np.log(ranks)}[select]
+    return np.argsort(-(base + noise), kind='stable').tolist()
+
+
+LAWS = {power: lambda s, rank, beta: s**beta, softmax: lambda s, rank, beta: math.exp(beta * s),
+        softrank: lambda s, rank, beta: rank**-beta}
+each_law = pytest.mark.parametrize('select', LAWS, ids=lambda select: select.__name__)
+
+
+@each_law
+@pytest.mark.parametrize('beta', [.5, 1, 8])
+def test_the_highest_of_the_literal_formula_with_the_same_noise(select, beta):
+    scores = uniform(300) + .01
+    for seed, budget in itertools.product(range(5), (1, 40, 300)):
+        expected = literal_order(select, scores.numpy(), beta, seed)[:budget]
+        assert select(scores, budget, generator(seed), beta=beta).tolist() == expected
+
+
+@each_law
+@pytest.mark.parametrize('beta', [1, 2])
+def test_draws_are_in_proportion(select, beta):
+    scores = torch.tensor([.2, 1.1, .4, .7], dtype=torch.float64)
+    ranks = [4, 1, 3, 2]
+    weights = [LAWS[select](s, rank, beta) for s, rank in zip(scores.tolist(), ranks)]
+    pairs = {(i, j): weights[i] / sum(weights) * weights[j] / (sum(weights) - weights[i])
+             for i, j in itertools.permutations(range(4), 2)}
+    assert is_plausible(draws(select, 1500, scores, 2, beta=beta), pairs)
+
+
+def test_the_noise_is_gumbels():
+    noise = al_patch.gumbel(20000, 4., generator(0), torch.zeros(1))
+    assert scipy.stats.kstest(noise.numpy(), scipy.stats.gumbel_r(scale=1 / 4).cdf).pvalue > .01
+
+
+@each_law
+@pytest.mark.parametrize('budget', [1, 7])
+def test_one_draw_a_candidate(select, budget):
+    used, expected = generator(0), generator(0)
+    select(uniform(30), budget, used)
+    torch.rand(30, generator=expected, dtype=torch.float64)
+    assert torch.equal(used.get_state(), expected.get_state())
+
+
+@each_law
+def test_without_noise_it_is_topk(select):
+    scores = uniform(100)
+    assert select(scores, 20, generator(0), beta=1e9).tolist() == topk(scores, 20, generator(0)).tolist()
+
+
+def test_power_takes_what_scores_nothing_last():
+    scores = torch.tensor([0., 2, -1, 1e-3])
+    assert {tuple(sorted(each)) for each in draws(power, 20, scores, 2)} == {(1, 3)}
+
+
+# --- stochastic batches ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('n, budget, batches', [(60, 7, 100), (60, 7, 3), (60, 1, 100), (60, 31, 10), (60, 60, 4)])
+def test_the_best_of_the_batches_that_were_drawn(n, budget, batches):
+    scores, drawn, g = uniform(n), [], generator(3)
+    while len(drawn) < batches:
+        order = torch.randperm(n, generator=g).tolist()
+        drawn += [order[i:i + budget] for i in range(0, n - budget + 1, budget)]
+    expected = max(drawn[:batches], key=lambda batch: scores[batch].mean())
+    assert stochastic_batches(scores, budget, generator(3), batches=batches).tolist() == expected
+
+
+def test_one_batch_is_random_and_many_are_better():
+    scores = uniform(200)
+
+    def mean(batches: int) -> float:
+        picks = draws(stochastic_batches, 60, scores, 5, batches=batches)
+        return scores.numpy()[np.array(picks)].mean()
+
+    assert mean(1) == pytest.approx(float(scores.mean()), abs=.05) and mean(1) + .1 < mean(10) < mean(1000) - .05
+    assert set(itertools.chain(*draws(stochastic_batches, 600, scores, 5, batches=1))) == set(range(200))
+
+
+# --- k-center --------------------------------------------------------------------------------------------------------
+
+
+def distances_to(points: np.ndarray, centre: np.ndarray, distance: str) -> np.ndarray:
+    """Squared Euclidean, or the symmetric Kullback-Leibler divergence."""
+    return ((points - centre)**2).sum(1) if distance == 'euclidean' else \
+        ((points - centre) * np.log(points / centre)).sum(1)
+
+
+def naive_kcenter(points: np.ndarray, budget: int, centres: np.ndarray, distance: str, first: int) -> list:
+    nearest, picks = np.full(len(points), np.inf), []
+    for centre in centres:
+        nearest = np.minimum(nearest, distances_to(points, centre, distance))
+    while len(picks) < budget:
+        picks.append(int(nearest.argmax()) if picks or len(centres) else first)
+        nearest = np.minimum(nearest, distances_to(points, points[picks[-1]], distance))
+        nearest[picks] = -1
+    return picks
+
+
+def kcenter_of(points: torch.Tensor, budget: int, labelled: int = 0, distance='euclidean', scores=None) -> list:
+    """The picks among all points but the first few, which are labelled."""
+    scores = uniform(len(points) - labelled, seed='scores') if scores is None else scores
+    return kcenter(scores, budget, generator(0), points[labelled:], points[:labelled], distance).tolist()
+
+
+@pytest.mark.parametrize('distance', ['euclidean', 'kl'])
+@pytest.mark.parametrize('labelled', [0, 1, 9])
+@pytest.mark.parametrize('n, d, budget', [(30, 2, 30), (1024, 3, 50), (3000, 3, 150), (5000, 8, 200), (2000, 40, 60)])
+def test_kcenter_picks_as_the_naive_loop(monkeypatch, distance, labelled, n, d, budget):
+    points, blocks = vectors(n + labelled, d), []
+    approach = al_patch.approach
+    monkeypatch.setattr(al_patch, 'approach', lambda *args: blocks.append(len(args[2][0])) or approach(*args))
+    if distance == 'euclidean':
+        points = points * 10 + 5  # far from the origin
+    exact = points.double().numpy()
+    first = int(uniform(n, seed='scores').argmax())
+    expected = naive_kcenter(exact[labelled:], budget, exact[:labelled], distance, first)
+    assert kcenter_of(points, budget, labelled, distance) == expected
+    blocks = blocks[bool(labelled):]
+    assert sum(blocks) == budget and (n < 3000 or 1 < len(blocks) < budget / 2)  # it waited, and looked again
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(st.integers(1, 60), st.integers(1, 3), st.integers(0, 3), st.floats(0, 1), st.integers(0, 999))
+def test_among_ties_and_copies_kcenter_picks_one_of_the_farthest(n, d, labelled, share, seed):
+    points = (4 * uniform(n + labelled, d, seed=seed)).floor()
+    exact, budget = points.numpy(), max(1, round(share * n))
+    nearest = np.full(n, np.inf)
+    for centre in exact[:labelled]:
+        nearest = np.minimum(nearest, distances_to(exact[labelled:], centre, 'euclidean'))
+    picks = kcenter_of(points.float(), budget, labelled)
+    for i, pick in enumerate(picks):
+        assert nearest[pick] >= 0 and (i == labelled == 0 or nearest[pick] == pytest.approx(nearest.max(), abs=1e-4))
+        nearest = np.minimum(nearest, distances_to(exact[labelled:], exact[labelled + pick], 'euclidean'))
+        nearest[picks[:i + 1]] = -1
+
+
+@pytest.mark.parametrize('distance', ['euclidean', 'kl'])
+def test_kcenter_with_copies_in_a_large_pool(distance):
+    some = vectors(700, 3)
+    points = some.repeat(4, 1)[torch.randperm(2800, generator=generator(0))]
+    picks = kcenter_of(points, 750, 0, distance)
+    assert len(points[picks[:700]].unique(dim=0)) > 690  # hardly a copy, as long as there is something else
+    assert len(set(picks)) == 750
+
+
+def test_kcenter_starts_with_the_highest_score_and_goes_far_away():
+    points = torch.tensor([[0., 0], [1, 0], [9, 0], [0, 5]])
+    assert kcenter_of(points, 3, scores=torch.tensor([.1, .9, .3, .4])) == [1, 2, 3]
+    assert kcenter_of(torch.cat([torch.tensor([[8., 0]]), points]), 2, 1) == [3, 1]
+
+
+def test_a_distance_that_is_none():
+    with pytest.raises(ValueError, match="^`al.strategy.distance` should be 'euclidean' or 'kl', but got 'cosine'"):
+        kcenter_of(vectors(5, 2), 2, distance='cosine')
+
+
+# --- k-means++ -------------------------------------------------------------------------------------------------------
+
+
+def seeding_law(points: np.ndarray) -> dict:
+    """The probability of each (second, third) pick."""
+    first, law = int((points**2).sum(1).argmax()), {}
+    near = distances_to(points, points[first], 'euclidean')
+    for second in np.flatnonzero(near):
+        then = np.minimum(near, distances_to(points, points[second], 'euclidean'))
+        law.update({(second, third): near[second] / near.sum() * then[third] / then.sum()
+                    for third in np.flatnonzero(then)})
+    return law
+
+
+def test_the_second_and_third_pick_are_drawn_by_squared_distance():
+    points = torch.tensor([[3., 0], [0, 1], [1, -1], [-2, 0], [-1, .5]])
+    picks = draws(kmeanspp, 600, torch.zeros(5), 3, points)
+    assert {each[0] for each in picks} == {0}
+    assert is_plausible([each[1:] for each in picks], seeding_law(points.double().numpy()))
+
+
+def test_a_third_pick_from_a_second_block_is_drawn_so_too(monkeypatch):
+    """One point is so far off that nearly all draws of a block are spent on it."""
+    blocks = []
+    approach = al_patch.approach
+    monkeypatch.setattr(al_patch, 'approach', lambda *args: blocks.append(1) or approach(*args))
+    points = torch.tensor([[1010., 0], [-1000, 0], [1000, 14], [1004, -9], [990, 4], [1002, 12]])
+    picks = draws(kmeanspp, 500, torch.zeros(6), 3, points)
+    law = {third: share for (second, third), share in seeding_law(points.double().numpy()).items() if second == 1}
+    third = [each[2] for each in picks if each[:2] == (0, 1)]
+    assert len(third) > .98 * len(picks) and len(blocks) > 1.8 * len(picks)
+    assert is_plausible(third, {k: v / sum(law.values()) for k, v in law.items()})
+
+
+@pytest.mark.parametrize('n, budget', [(400, 300), (400, 400), (9000, 700)])
+def test_kmeanspp_of_many_blocks(n, budget):
+    points = vectors(n, 4)
+    picks = kmeanspp(torch.zeros(n), budget, generator(0), points).tolist()
+    assert len(set(picks)) == budget and picks[0] == int((points**2).sum(1).argmax())
+    assert picks != kmeanspp(torch.zeros(n), budget, generator(1), points).tolist()
+
+
+def test_kmeanspp_spreads_better_than_chance():
+    points = vectors(2000, 4).double().numpy()
+
+    def cost(picks) -> float:
+        return np.min([distances_to(points, points[i], 'euclidean') for i in picks], 0).mean()
+
+    drawn = np.mean([cost(each) for each in draws(kmeanspp, 4, torch.zeros(2000), 150, torch.from_numpy(points))])
+    chance = np.mean([cost(np.random.default_rng(seed).choice(2000, 150, False)) for seed in range(4)])
+    assert drawn < .95 * chance
+
+
+def test_of_copies_kmeanspp_takes_each_once_and_the_rest_at_random():
+    points = torch.tensor([[1., 0]] * 3 + [[0, 2]] * 3)
+    picks = draws(kmeanspp, 60, torch.zeros(6), 5, points)
+    assert {each[0] for each in picks} == {3} and {each[1] for each in picks} == {0, 1, 2}
+    assert all(len(set(each)) == 5 for each in picks) and {each[4] for each in picks} == {0, 1, 2, 4, 5}
+    assert len(set(draws(kmeanspp, 60, torch.zeros(6), 6, torch.ones(6, 2)))) > 40
+
+
+# --- REAL ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clustered(monkeypatch):
+    """A function that selects by REAL with given clusters."""
+
+    def choose(cluster_N: list, probs_NC: torch.Tensor, budget: int, seed=0, clusters=None) -> list:
+        monkeypatch.setattr('scipy.cluster.vq.kmeans2', lambda *args, **kwargs: (None, np.array(cluster_N)))
+        clusters = max(cluster_N) + 1 if clusters is None else clusters
+        n = len(cluster_N)
+        return real(torch.zeros(n), budget, generator(seed), vectors(n, 3), probs_NC, clusters).tolist()
+
+    return choose
+
+
+def literal_real(cluster_N: list, p: np.ndarray, budget: int, g: torch.Generator) -> list:
+    n, clusters, doubt = len(p), range(max(cluster_N) + 1), np.zeros(len(p))
+    predicted, value, errors = [int(each.argmax()) for each in p], {}, {}
+    for j in clusters:
+        members = [i for i in range(n) if cluster_N[i] == j]
+        votes = [predicted[i] for i in members]
+        majority = max(range(p.shape[1]), key=votes.count)
+        for i in members:
+            doubt[i] = 1 - p[i, majority]
+        errors[j] = [i for i in members if predicted[i] != majority]
+        value[j] = sum(doubt[i] for i in errors[j])
+    quota = {j: math.floor(budget * value[j] / sum(value.values())) for j in clusters}
+    for j in sorted(clusters, key=lambda j: -value[j])[:budget - sum(quota.values())]:
+        quota[j] += 1
+    picks = []
+    for j in clusters:
+        if len(errors[j]) > quota[j]:
+            picks += [errors[j][i] for i in torch.randperm(len(errors[j]), generator=g)[:quota[j]].tolist()]
+        else:
+            members = [i for i in range(n) if cluster_N[i] == j]
+            picks += sorted(members, key=lambda i: -doubt[i])[:quota[j]]
+    rest = sorted(set(range(n)) - set(picks), key=lambda i: (-doubt[i], i))
+    return picks + rest[:budget - len(picks)]
+
+
+@pytest.mark.parametrize('n, clusters, budget', [(60, 4, 9), (60, 4, 30), (60, 7, 3), (60, 1, 20), (60, 3, 60)])
+@pytest.mark.parametrize('sharpness', [1, 4])
+def test_real_follows_its_definition(clustered, n, clusters, budget, sharpness):
+    cluster_N = torch.randint(clusters, (n, ), generator=generator(n, clusters)).tolist()
+    cluster_N[0] = clusters - 1
+    probs = (sharpness * torch.randn(n, 4, generator=generator(0)) + torch.tensor([2., 0, 0, 0])).softmax(1)
+    g = generator(7)
+    kmeanspp(torch.zeros(n), clusters, g, vectors(n, 3))  # what clustering draws before
+    assert clustered(cluster_N, probs, budget, 7) == literal_real(cluster_N, probs.double().numpy(), budget, g)
+
+
+def test_the_quotas_of_real_by_hand(clustered):
+    """Two clusters of majority 0, with two and four pseudo-errors of doubt .8: a third and two thirds of the budget."""
+    probs = torch.tensor([[.9, .1]] * 5 + [[.2, .8]] * 2 + [[.9, .1]] * 5 + [[.2, .8]] * 4)
+    picks = [clustered([0] * 7 + [1] * 9, probs, 3, seed) for seed in range(80)]
+    assert all(sum(i in (5, 6) for i in each) == 1 and sum(i >= 12 for i in each) == 2 for each in picks)
+    assert {i for each in picks for i in each} == {5, 6, 12, 13, 14, 15}
+
+
+def test_where_pseudo_errors_do_not_suffice_real_takes_the_most_doubtful(clustered):
+    probs = torch.tensor([[.9, .1], [.7, .3], [.8, .2], [.4, .6], [.55, .45]])
+    assert clustered([0] * 5, probs, 3) == [3, 4, 1]
+
+
+@pytest.mark.parametrize('budget, picks', [(1, {3, 4}), (2, {1, 2}), (3, {1, 2, 3})])
+def test_pseudo_errors_are_drawn_only_where_there_are_more_than_the_quota(clustered, budget, picks):
+    """As in the authors' code: else the most doubtful of the cluster, though they be predicted as its majority."""
+    probs = torch.tensor([[.8, .1, .1], [.36, .32, .32], [.38, .31, .31], [.4, .6, 0], [.45, 0, .55]])
+    chosen = [clustered([0] * 5, probs, budget, seed) for seed in range(20)]
+    assert {i for each in chosen for i in each} == picks
+
+
+def test_without_pseudo_errors_real_takes_the_most_doubtful_of_all(clustered):
+    probs = torch.tensor([[.9, .1], [.6, .4], [.2, .8], [.3, .7], [.85, .15]])
+    assert clustered([0, 0, 1, 1, 0], probs, 3) == [1, 3, 2]
+
+
+def test_a_cluster_that_fell_empty_gets_nothing(clustered):
+    probs = torch.tensor([[.9, .1], [.8, .2], [.4, .6], [.1, .9]])
+    assert sorted(clustered([0, 0, 0, 2], probs, 1, clusters=4)) == [2]
+
+
+def test_real_clusters_for_itself():
+    """Two clouds; in each, some that are predicted as the other one."""
+    points = torch.cat([torch.randn(50, 3, generator=generator(i)) + 20 * i for i in range(2)])
+    probs = torch.tensor([[.9, .1]] * 50 + [[.1, .9]] * 50)
+    wrong = [3, 20, 41, 60, 77, 98]
+    probs[wrong] = probs[wrong].flip(1)
+    assert sorted(real(torch.zeros(100), 6, generator(0), points, probs, clusters=2).tolist()) == wrong
+
+
+# --- class balance ---------------------------------------------------------------------------------------------------
+
+
+def test_class_balance_follows_its_definition():
+    probs, scores = vectors(80, 4).double(), 3 * uniform(80) - 1
+    predicted = probs.argmax(1).tolist()
+    low, high = float(scores.min()), float(scores.max())
+    value = [(s - low) / (high - low) * math.exp(-predicted.count(c) / 80) for s, c in zip(scores.tolist(), predicted)]
+    for budget in (1, 15, 80):
+        expected = sorted(range(80), key=lambda i: (-value[i], i))[:budget]
+        assert class_balance(scores, budget, generator(0), probs).tolist() == expected
+
+
+def test_of_equally_informative_ones_those_of_the_rare_class_come_first():
+    probs = torch.eye(3)[[0, 0, 1, 0, 2, 0, 1]]
+    assert class_balance(torch.tensor([1., 1, 1, 1, 1, 1, 0]), 3, generator(0), probs).tolist() == [4, 2, 0]
+
+
+def literal_class_power(scores, vectors_ND, budget, g, beta, share) -> list:
+    (n, classes), picks = vectors_ND.shape, []
+    balanced = int(budget * share)
+    extra = torch.randperm(classes, generator=g)[:balanced % classes].tolist()
+    quota = [balanced // classes + (c in extra) for c in range(classes)] + [budget - balanced]
+    for column, k in zip([*vectors_ND.T.tolist(), scores.tolist()], quota):
+        noise = [-math.log(-math.log(u)) / beta for u in torch.rand(n, generator=g, dtype=torch.float64).tolist()]
+        noisy = [math.log(value) + each for value, each in zip(column, noise)]
+        left = sorted(set(range(n)) - set(picks), key=lambda i: (-noisy[i], i))
+        picks += left[:k]
+    return picks
+
+
+@pytest.mark.parametrize('progress, beta', [(0, 1), (.5, 10), (1, 100)])
+@pytest.mark.parametrize('budget', [1, 10, 47, 100])
+def test_class_balanced_power_follows_its_definition_and_its_beta_grows(progress, beta, budget):
+    scores, some = uniform(100), uniform(100, 3, seed=1)
+    expected = literal_class_power(scores, some, budget, generator(5), beta, .66)
+    assert class_balanced_power(scores, budget, generator(5), some, progress).tolist() == expected
+
+
+def test_the_schedule_of_beta_can_be_set(monkeypatch):
+    betas, gumbel = [], al_patch.gumbel
+    monkeypatch.setattr(al_patch, 'gumbel', lambda n, beta, *args: betas.append(beta) or gumbel(n, beta, *args))
+    for progress in (0, .5, 1):
+        class_balanced_power(uniform(9), 4, generator(0), uniform(9, 1), progress, betas=[4., 1.])
+    assert betas == pytest.approx([4, 4, 2, 2, 1, 1])
+
+
+def test_every_class_gets_its_part_and_the_remainder_goes_to_any():
+    """Candidate i is of class i % 4 alone; what the scores ask for is of class 0."""
+    some = torch.eye(4)[torch.arange(400) % 4]
+    scores = some[:, 0]
+    counts = [np.bincount(np.array(each) % 4, minlength=4).tolist()
+              for each in draws(class_balanced_power, 60, scores, 21, some, 1.)]
+    assert {sum(each) for each in counts} == {21}  # int(.66 * 21) = 13 = 3 * 4 + 1, and 8 by score
+    assert {tuple(each) for each in counts} == {(12, 3, 3, 3), (11, 4, 3, 3), (11, 3, 4, 3), (11, 3, 3, 4)}
+
+
+# --- barycentre ------------------------------------------------------------------------------------------------------
+
+
+def naive_barycentre(points: np.ndarray, scores: np.ndarray, labelled: int, budget: int, tau: float) -> list:
+    """Points and scores of the labelled ones come first."""
+
+    def away(i: int, j: int) -> float:
+        return np.linalg.norm(points[i] - points[j])**tau * (scores[j] / (scores[i] + scores[j]))**(1 - tau)
+
+    have, free = list(range(labelled)), list(range(labelled, len(points)))
+    for _ in range(budget):
+        value = [np.mean([away(i, j) for i in have]) + min(away(i, j) for i in have) if have else scores[j]
+                 for j in free]
+        have.append(free.pop(int(np.argmax(value))))
+    return [i - labelled for i in have[labelled:]]
+
+
+@pytest.mark.parametrize('labelled', [0, 1, 6])
+@pytest.mark.parametrize('tau', [0., .5, 1.])
+def test_barycentre_follows_its_definition(labelled, tau):
+    points, scores = vectors(40 + labelled, 3), uniform(40 + labelled) + .01
+    picks = barycentre(scores[labelled:], 12, generator(0), points[labelled:], points[:labelled], scores[:labelled],
+                       tau=tau).tolist()
+    assert picks == naive_barycentre(points.double().numpy(), scores.numpy(), labelled, 12, tau)
+
+
+def test_barycentre_by_hand():
+    """From the labelled one at 0 with score 1: 4^.5 (1/2)^.5 = 1.41 and 9^.5 (.2/1.2)^.5 = 1.22."""
+    args = torch.tensor([[4.], [9.]]), torch.tensor([[0.]]), torch.tensor([1.])
+    assert barycentre(torch.tensor([1., .2]), 1, generator(0), *args).tolist() == [0]
+    assert barycentre(torch.tensor([1., .2]), 1, generator(0), *args, tau=1.).tolist() == [1]
+
+
+def test_barycentre_of_scores_of_zero():
+    picks = barycentre(torch.zeros(6), 4, generator(0), vectors(6, 2), vectors(2, 2, 1), torch.zeros(2)).tolist()
+    assert len(set(picks)) == 4
+
+
+# --- any number of processes -----------------------------------------------------------------------------------------
+
+
+def some_candidates(images: int, rows: int) -> list:
+    """Of each image its candidates, and what is labelled of it."""
+    parts = []
+    for i in range(images):
+        n = rows if i % 4 else 0
+        columns = [np.full(rows + 5, i, np.int32), np.arange(rows + 5), uniform(rows + 5, seed=i).numpy(),
+                   np.full(rows + 5, 3, np.int32), vectors(rows + 5, 4, i).numpy(), vectors(rows + 5, 4, -i).numpy()]
+        everything = Candidates(*columns)
+        parts.append((everything.take(slice(n)), everything.take(slice(n, None))))
+    return parts
+
+
+def collected(parts: list, select) -> Collector:
+    collector = Collector(select, lambda name: 30, False, False, (0, 'test'), .5)
+    for candidates, known in parts:
+        collector.add(f'image {known.image[0]}', candidates, known)
+    return collector
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 3])
+@pytest.mark.parametrize('name', [name for name in SELECTS if name != 'topk'])
+def test_the_choice_does_not_depend_on_the_number_of_processes(monkeypatch, name, ranks):
+    parts, select = some_candidates(9, 60), SELECTS[name]
+    if name == 'real':
+        select = functools.partial(real, clusters=5)
+    expected = collected(parts, select).result()
+    share = [collected(parts[rank::ranks], select) for rank in range(ranks)]
+    gathered = [(Candidates.join(each.parts), Candidates.join(each.known), each.range) for each in share]
+    monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: gathered[::-1])
+    for each in share:
+        got = each.result()
+        assert np.array_equal(got.image, expected.image) and np.array_equal(got.id, expected.id)
+        assert np.array_equal(got.score, expected.score) and got.vector is None is got.probs
+    assert len(expected.id) == 30 and len(set(zip(expected.image, expected.id))) == 30
+
+
+@pytest.mark.parametrize('name', ['kcenter', 'barycentre'])
+def test_what_is_labelled_counts_wherever_it_was_seen(name):
+    parts = some_candidates(9, 60)
+    known = collected(parts, SELECTS[name]).result()
+    blind = Collector(SELECTS[name], lambda name: 30, False, False, (0, 'test'))
+    for candidates, _ in parts:
+        blind.add('image', candidates)
+    assert not np.array_equal(known.id, blind.result().id)
+
+
+# --- what is only looked at for what is labelled of it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize('unit, initial', [('image', 5), (dict(type='region', size=[8, 8]), 20), ('pixel', 300)],
+                         ids=['image', 'region', 'pixel'])
+def test_a_random_subset_of_the_pool_offers_all_candidates_and_the_rest_only_what_is_labelled(
+        make_cfg, train, monkeypatch, unit, initial):
+    offered, add = {}, Collector.add
+
+    def note(self, name, candidates, known=None):
+        offered.setdefault(self.seed[2], {})[name] = len(candidates.id), 0 if known is None else len(known.id)
+        return add(self, name, candidates, known)
+
+    monkeypatch.setattr(Collector, 'add', note)
+    cfg = make_cfg(dict(unit=unit, initial=initial, budget=3, pool_size=3, strategy='coreset'), changes={
+        **tiny.NO_VAL, 'train_cfg.max_iters': 1})
+    rounds = train(cfg)[1]
+    free = {name for name, (n, _) in offered[1].items() if n}
+    labelled = {name for name, (_, n) in offered[1].items() if n}
+    assert len(free) == 3 and labelled == set(rounds[0]['asked']) and set(rounds[1]['asked']) <= free
