@@ -14,8 +14,11 @@ What is patched, and nothing else (see ``_PATCHES`` at the end; ``remove_patch()
   it is called, by name, and not when mmseg is imported.
 
 The file reads in the order of one image's journey: settings, pool and state, labelled training set, training, query,
-strategies, the human who labels, and last the rounds themselves and the patch.
+strategies, the human who labels, the rounds themselves, reports and pictures of them, and last the patch.
+
+``python al_patch.py report DIR [DIR ...]`` compares runs, and ``python al_patch.py status DIR`` says where one stands.
 """
+import argparse
 import collections
 import contextlib
 import copy
@@ -54,8 +57,11 @@ import scipy.ndimage
 import scipy.sparse
 import torch
 import torch.nn.functional as F
+from matplotlib.colors import to_rgb as colour_to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import BaseDataset, Compose
+from mmengine.dataset import BaseDataset, Compose, pseudo_collate
 from mmengine.dist import all_gather_object, barrier, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
@@ -65,6 +71,7 @@ from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
 from PIL import Image
 from prettytable import PrettyTable
+from rich.progress import MofNCompleteColumn, Progress
 from torch.utils.data import ConcatDataset, Subset
 
 __version__ = '0.1.0'
@@ -87,6 +94,7 @@ DEFAULTS = dict(
     oracle='simulated',   # simulated: labels are on disk, hidden until asked for | human: stop and wait for them
     overrides=None,       # config overrides for single rounds, e.g. {2: {'train_cfg.max_iters': 4000}}
     stop=None,            # stop early: dict(metric='mIoU', value=75) and / or dict(metric='mIoU', patience=2)
+    visualize=0,          # images to draw after each query: those asked for first, and as many that stay the same
     seed=None)            # of every random choice; defaults to randomness.seed
 
 UNIT_OPTIONS = dict(
@@ -95,7 +103,7 @@ UNIT_OPTIONS = dict(
     superpixel=dict(n_segments=1024, compactness=10.),  # SLIC segments
     pixel=dict(radius=0))                            # single pixels, of which no two lie within radius of each other
 
-MAY_CHANGE_ON_RESUME = ('rounds', 'budget', 'stop')  # they only extend a run
+MAY_CHANGE_ON_RESUME = ('rounds', 'budget', 'stop', 'visualize')  # they extend a run, or only look at it
 
 
 def _is_amount(value) -> bool:
@@ -137,6 +145,7 @@ _CHECKS = dict(
                "{2: {'train_cfg.max_iters': 4000}}"),
     stop=(lambda v: v is None or _is_stop(v), "None or a dict of 'metric' with 'value' and / or 'patience', e.g. "
           "dict(metric='mIoU', value=75)"),
+    visualize=(lambda v: type(v) is int and v >= 0, 'an int >= 0'),
     seed=(lambda v: v is None or (type(v) is int and v >= 0), 'None or an int >= 0'))
 
 
@@ -358,6 +367,15 @@ class Pool:
         """The label map of an image that was asked for, (H, W), as training loads it."""
         leaf, index = self.where[name]
         return Compose(self.label_loaders[leaf])(self.leaves[leaf].get_data_info(index))['gt_seg_map']
+
+    @property
+    def classes(self) -> list[str]:
+        return list(self.leaves[0].metainfo['classes'])
+
+    @property
+    def palette(self) -> np.ndarray:
+        """The classes' colours, RGB. (C, 3)"""
+        return np.array(self.leaves[0].metainfo['palette'])
 
     def ignore_index(self, name: str) -> int:
         return getattr(self.leaves[self.where[name][0]], 'ignore_index', 255)
@@ -832,6 +850,7 @@ def build_round(runner: Runner, state: dict, resumed: bool) -> Runner:
     cfg = round_config(runner, state, resumed)
     trainer = type(runner).from_cfg(cfg)
     trainer.register_hook(RoundHook(seed_of(state['seed'], 'train', state['round'])))
+    trainer.register_hook(ClassIoU())
     if state['settings']['unit']['type'] != 'image':
         prepare_losses(trainer)
     runner.model = trainer.model
@@ -1198,14 +1217,23 @@ def query_dataloader(cfg: dict, pool: Pool, names: list[str], shared: bool = Tru
 
 
 class QueryProgress:
-    """Log lines for the query pass in the form of mmengine's."""
+    """Progress of the query pass: a bar where a person is watching, else log lines in the form of mmengine's."""
 
     def __init__(self, runner: Runner, total: int):
-        self.logger, self.total, self.begin = runner.logger, total, time.time()
+        self.logger, self.total, self.begin, self.bar = runner.logger, total, time.time(), None
         self.interval = next((hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)), 50)
+        if sys.stdout.isatty() and is_main_process():
+            self.bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn())
+            self.task = self.bar.add_task('Query', total=total)
+            self.bar.start()
+            self.bar.console.show_cursor(True)  # it would stay hidden after an error
 
     def step(self, done: int) -> None:
-        if done % self.interval == 0 or done == self.total:
+        if self.bar:
+            self.bar.update(self.task, completed=done)
+            if done == self.total:
+                self.bar.stop()
+        if done == self.total or not self.bar and done % self.interval == 0:
             each = (time.time() - self.begin) / done
             eta = time.strftime('%H:%M:%S', time.gmtime(each * (self.total - done)))
             self.logger.info(f'Iter(query) [{done:{len(str(self.total))}d}/{self.total}]  eta: {eta}  time: {each:.4f}')
@@ -1255,6 +1283,7 @@ class Collector:
         self.progress, self.device = progress, device
         self.parts, self.known, self.rows, self.kept = [], [], 0, 0
         self.floor = -math.inf  # what scores lower cannot be chosen any more
+        self.seen = {}  # name of an image -> the highest score in it
         self.range = [math.inf, -math.inf, 0]  # lowest and highest score and number of all candidates that were seen
 
     def add(self, name: str, candidates: Candidates, known: Optional[Candidates] = None) -> None:
@@ -1264,6 +1293,7 @@ class Collector:
             self.known.append(known)
         if not len(scores):
             return
+        self.seen[name] = float(scores.max())
         self.range = [min(self.range[0], scores.min()), max(self.range[1], scores.max()), self.range[2] + len(scores)]
         if self.per_image:
             candidates = self.choose(candidates, self.budget(name), known, name)
@@ -1483,6 +1513,7 @@ def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
                           (state['seed'], 'select', k), (k - 1) / max(1, al.rounds - 1), device)
     collect(runner, trainer, state, pool, names, strategy, collector, closed)
     chosen = collector.result()
+    keep_scores(runner, k, {} if strategy.score is random else collector.seen)
     if not len(chosen.id):
         return {}
     (low, high, n), scores = collector.range, chosen.score
@@ -2598,6 +2629,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
             if state['phase'] == 'train':
                 train_round(runner, trainer, state)
                 log_metrics(runner, state)
+                report(runner, trainer, state, pool)
             reason = why_stop(state)
             if reason:
                 break
@@ -2607,6 +2639,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
                 reason = 'the pool is empty: nothing is left to ask for'
                 break
             state['rounds'][-1]['query_seconds'] = round(time.time() - begin, 1)
+            draw_pictures(runner, trainer, state, pool, asked)
             add_round(runner, state, pool, asked, trainer)
             close_round(trainer)
             del trainer
@@ -2677,11 +2710,10 @@ def log_metrics(runner: Runner, state: dict) -> None:
     entry = state['rounds'][-1]
     scalars = {f'al/{key}': value for key, value in {**entry['labelled'], **entry['metrics']}.items()}
     scalars.update({'al/round': state['round'], 'al/train_seconds': entry['train_seconds']})
-    unit = state['settings']['unit']['type']
-    runner.visualizer.add_scalars(scalars, step=entry['labelled'][f'{unit}s'])
+    runner.visualizer.add_scalars(scalars, step=units_labelled(state))
 
 
-def rounds_table(state: dict) -> str:
+def rounds_table(state: dict) -> PrettyTable:
     """The run so far, one row a round."""
     metrics = list(dict.fromkeys(key for entry in state['rounds'] for key in entry.get('metrics', {})))
     table = PrettyTable(['round', *spent(state), *metrics, 'train s', 'query s'])
@@ -2689,7 +2721,512 @@ def rounds_table(state: dict) -> str:
         table.add_row([k, *entry['labelled'].values(), *(entry['metrics'].get(key, '-') for key in metrics),
                        entry['train_seconds'], entry.get('query_seconds', '-')])
     table.align = 'r'
-    return table.get_string()
+    return table
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reports: a run in tables and curves, after each round and from the command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+COLOURS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'  # Okabe & Ito, less the yellow
+
+
+def never_stops(look: Callable) -> Callable:
+    """Make a function that only looks at a run do so on rank 0, and turn whatever goes wrong in it into a warning."""
+
+    @functools.wraps(look)
+    def wrapper(runner: Runner, *args) -> None:
+        try:
+            if is_main_process():
+                look(runner, *args)
+        except Exception as error:
+            runner.logger.warning(f'{look.__name__} failed, the run goes on: {type(error).__name__}: {error}')
+
+    return wrapper
+
+
+class ClassIoU(Hook):
+    """Keeps the IoU of every class, as of a round's last validation, if the metric is mmseg's IoUMetric or like it."""
+
+    def before_val_epoch(self, runner: Runner) -> None:
+        for metric in runner.val_loop.evaluator.metrics:
+            compute = getattr(metric, 'total_area_to_metrics', None)
+            if compute and 'total_area_to_metrics' not in vars(metric):  # IoUMetric itself returns means only
+                metric.total_area_to_metrics = functools.partial(self.compute, runner, metric, compute)
+
+    @staticmethod
+    def compute(runner: Runner, metric, compute: Callable, *args, **kwargs) -> dict:
+        figures = compute(*args, **kwargs)
+        keep_class_iou(runner, metric.dataset_meta['classes'], figures.get('IoU', ()))
+        return figures
+
+
+@never_stops
+def keep_class_iou(runner: Runner, classes: list, iou_C: np.ndarray) -> None:
+    percent = {name: round(100 * float(value), 2) for name, value in zip(classes, iou_C) if np.isfinite(value)}
+    write_atomically(osp.join(runner.work_dir, 'class_iou.json'), json.dumps(percent))
+
+
+@never_stops
+def keep_round(runner: Runner, k: int, name: str, value) -> None:
+    write_atomically(osp.join(round_dir(runner.work_dir, k), name), json.dumps(value, sort_keys=True))
+
+
+def keep_scores(runner: Runner, k: int, seen: dict) -> None:
+    """Write down the highest score in every image that query ``k`` looked at, from all ranks."""
+    seen = {name: score for share in all_gather_object(seen) for name, score in share.items()}
+    if k > 0:
+        keep_round(runner, k - 1, 'query_scores.json', seen)
+
+
+def kept(runner: Runner, name: str, rounds: int) -> list[Union[dict, list]]:
+    """What each of the first rounds keeps in its file of that name; an empty dict where there is none."""
+    paths = [osp.join(round_dir(runner.work_dir, k), name) for k in range(rounds)]
+    return [mmengine.load(path) if osp.isfile(path) else {} for path in paths]
+
+
+@never_stops
+def report(runner: Runner, trainer: Runner, state: dict, pool: Pool) -> None:
+    """After a round's training: write ``learning_curve.csv``, ``learning_curve.png`` and ``asked.png``, and hand the
+    figures, and the numbers in them, to the run's visualizer."""
+    table = rounds_table(state).get_csv_string(lineterminator='\n')
+    write_atomically(osp.join(runner.work_dir, 'learning_curve.csv'), re.sub(r'(?<=,)-(?=[,\n])', '', table))
+    metric, step, k, classes = main_metric(state), units_labelled(state), state['round'], pool.classes
+    if metric:
+        points = curve(state, metric)
+        figure = draw_curves({in_words(state['settings']['strategy']): points[None]}, metric, full_level([points]))
+        save_figure(figure, osp.join(runner.work_dir, 'learning_curve.png'), runner, 'learning_curve', step)
+    asked_RC, units_N = asked_classes(runner, state, pool), units_per_image(state, len(pool))
+    queries, ious = kept(runner, 'query_scores.json', k), kept(runner, 'class_iou.json', k + 1)
+    iou_RC = np.array([[iou.get(name, math.nan) for name in classes] for iou in ious])
+    overlaps_Q2 = np.array([ranking_overlap(*pair) for pair in zip(queries, queries[1:])]).reshape(-1, 2)
+    scalars = {f'al/IoU/{name}': value for name, value in zip(classes, iou_RC[-1])}
+    shares_C = 100 * asked_RC[-1] / max(1, asked_RC[-1].sum())
+    scalars.update({f'al/% of asked/{name}': share for name, share in zip(classes, shares_C)})
+    for values in overlaps_Q2[-1:]:
+        scalars.update(zip(('al/rank correlation with last query', 'al/top tenth kept since last query'), values))
+    if units_N.any():
+        scalars['al/% of units in a tenth of images'] = 100 * units_N[:max(1, len(pool) // 10)].sum() / units_N.sum()
+    runner.visualizer.add_scalars({key: float(v) for key, v in scalars.items() if np.isfinite(v)}, step=step)
+    predicted_C = predicted_classes(trainer, state, pool) if state['settings'].get('visualize') else None
+    figure = draw_asked(classes, asked_RC, predicted_C, iou_RC, overlaps_Q2, units_N)
+    save_figure(figure, osp.join(runner.work_dir, 'asked.png'), runner, 'asked', step)
+
+
+def class_counts(label_HW: np.ndarray, mask_HW: np.ndarray, classes: int) -> np.ndarray:
+    """Pixels of every class under a mask; void is none. (C,)"""
+    labels = label_HW[mask_HW]
+    return np.bincount(labels[labels < classes], minlength=classes)
+
+
+def asked_classes(runner: Runner, state: dict, pool: Pool) -> np.ndarray:
+    """Pixels of every class among those that each round asked for: the last is counted, the others were. (R, C)"""
+    k, masks, counts = state['round'], asked_masks(runner, state, pool), 0
+    for name in state['rounds'][k]['asked']:
+        counts += class_counts(pool.load_label(name), masks(name)[1], len(pool.classes))
+    keep_round(runner, k, 'asked_classes.json', counts.tolist())
+    return np.array([each or [0] * len(pool.classes) for each in kept(runner, 'asked_classes.json', k + 1)])
+
+
+def ranking_overlap(before: dict, after: dict) -> tuple[float, float]:
+    """How alike two queries rank the images that both scored: Spearman's rank correlation, and the share of the highest
+    tenth of the one that is in the highest tenth of the other. Not a number where there are fewer than two."""
+    names = [name for name in before if name in after]
+    if len(names) < 2:
+        return math.nan, math.nan
+    orders = [np.argsort([-scores[name] for name in names], kind='stable') for scores in (before, after)]
+    tops = [set(order[:max(1, len(names) // 10)].tolist()) for order in orders]
+    return float(np.corrcoef(*map(np.argsort, orders))[0, 1]), len(tops[0] & tops[1]) / len(tops[0])
+
+
+def units_per_image(state: dict, images: int) -> np.ndarray:
+    """How many units queries have asked for in every image, most first; 0 of whole images. (N,)"""
+    units = {}
+    for entry in state['rounds'][1:]:
+        for name, (n, _) in entry['asked'].items() if isinstance(entry['asked'], dict) else ():
+            units[name] = units.get(name, 0) + n
+    return np.array(sorted(units.values(), reverse=True) + [0] * (images - len(units)))
+
+
+def main_metric(state: dict) -> Optional[str]:
+    """The metric to look at: that of ``al.stop``, mIoU, or the first there is."""
+    have = list(state['rounds'][0].get('metrics', ()))
+    wanted = [(state['settings'].get('stop') or {}).get('metric'), 'mIoU', *have]
+    return next((metric for metric in wanted if metric in have), None)
+
+
+def units_labelled(state: dict) -> int:
+    """The step of scalars and figures: how many units, or images, are labelled."""
+    return state['rounds'][-1]['labelled'][f'{state["settings"]["unit"]["type"]}s']
+
+
+def curve(state: dict, metric: Optional[str]) -> np.ndarray:
+    """After each finished round, the labelled share in percent, clicks (not a number for whole images), and a metric.
+    (3, R)"""
+    rows = []
+    for entry in (entry for entry in state['rounds'] if metric in entry.get('metrics', ())):
+        have, value = entry['labelled'], entry['metrics'][metric]
+        rows.append((have.get('% of pixels', have.get('% of images')), have.get('clicks', math.nan), value))
+    return np.array(rows, float).reshape(-1, 3).T
+
+
+def in_words(value) -> str:
+    """A setting in few words: ``name``, or ``name(option=value)``."""
+    if not isinstance(value, dict) or 'type' not in value:
+        return str(value)
+    options = ', '.join(f'{key}={option}' for key, option in value.items() if key != 'type' and option is not None)
+    return f'{value["type"]}({options})' if options else value['type']
+
+
+def group_runs(runs: dict, metric: str) -> dict[str, np.ndarray]:
+    """Group runs that differ in their seeds alone.
+
+    Args:
+        runs: Directory -> state. Left out are runs without a finished round, and of a single round on all labels.
+
+    Returns:
+        Label that says what sets the group apart -> its curves, as far as all of them are. (S, 3, R)
+    """
+    groups, result = {}, {}
+    for path, state in runs.items():
+        points = curve(state, metric)
+        if points.size and not (points.shape[1] == 1 and points[0, 0] == 100):
+            settings = {key: value for key, value in state['settings'].items() if key not in ('seed', 'visualize')}
+            config = {key: value for key, value in state['config'].items() if key != 'randomness'}
+            groups.setdefault(json.dumps([settings, config], sort_keys=True), []).append((path, settings, points))
+    every = [members[0][1] for members in groups.values()]
+    differ = [key for key in DEFAULTS if any(each.get(key) != every[0].get(key) for each in every)] or ['strategy']
+    for members in groups.values():
+        path, settings, _ = members[0]
+        label = ', '.join(('' if key in ('strategy', 'unit') else f'{key}=') + in_words(settings.get(key))
+                          for key in differ)
+        if label in result:  # then their configs differ
+            label = f'{label} ({osp.basename(osp.abspath(path))})'
+        rounds = min(points.shape[1] for *_, points in members)
+        result[label] = np.stack([points[:, :rounds] for *_, points in members])
+    return result
+
+
+def full_level(curves: list[np.ndarray]) -> Optional[float]:
+    """The mean metric of those runs that have come to label everything, or None."""
+    values = [each[2, -1] for each in curves if each.size and each[0, -1] == 100]
+    return float(np.mean(values)) if values else None
+
+
+def area_under_curve(share_R: np.ndarray, values_R: np.ndarray) -> float:
+    """The metric's mean height between the first and the last labelled share, by the trapezoid rule."""
+    if len(share_R) < 2:
+        return math.nan
+    return float(((values_R[1:] + values_R[:-1]) / 2 * np.diff(share_R)).sum() / (share_R[-1] - share_R[0]))
+
+
+def share_needed(share_R: np.ndarray, values_R: np.ndarray, level: float) -> float:
+    """The labelled share at which the metric, linear between rounds, first reaches a level; not a number if never."""
+    reached = np.flatnonzero(values_R >= level)
+    if not len(reached):
+        return math.nan
+    around = slice(max(0, reached[0] - 1), reached[0] + 1)
+    return float(np.interp(level, values_R[around], share_R[around]))
+
+
+def mean_and_std(values: list) -> str:
+    if not np.isfinite(values).all():
+        return f'- ({np.isfinite(values).sum()} of {len(values)})' if np.isfinite(values).any() else '-'
+    return f'{np.mean(values):.2f}' + (f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else '')
+
+
+def groups_table(groups: dict[str, np.ndarray], metric: str, full: Optional[float]) -> PrettyTable:
+    """One row a group: the metric at its end, area under the curve, labels needed for 90 and 95 % of full supervision;
+    means and standard deviations over seeds, or how many of the seeds came that far."""
+    levels = {f'% for {level:.0%} of full': level * full for level in (.9, .95)} if full else {}
+    table = PrettyTable(['runs', 'seeds', 'rounds', '% labelled', f'last {metric}', 'area under curve', *levels])
+    for label, curves in groups.items():
+        share_R, last_S = curves[:, 0].mean(0), curves[:, 2, -1]
+        table.add_row([label, *curves.shape[::2], f'{share_R[0]:.4g} to {share_R[-1]:.4g}', mean_and_std(last_S),
+                       mean_and_std([area_under_curve(share, values) for share, _, values in curves]),
+                       *(mean_and_std([share_needed(share, values, level) for share, _, values in curves])
+                         for level in levels.values())])
+    table.align = 'r'
+    table.align['runs'] = 'l'
+    return table
+
+
+def save_figure(figure: Figure, path: str, runner: Optional[Runner] = None, tag: str = '', step: int = 0) -> None:
+    """Write a figure, all or nothing, and hand it to the visualizer of the run, if there is one."""
+    os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
+    temporary = f'{path}.{os.getpid()}.tmp'
+    figure.savefig(temporary, format=osp.splitext(path)[1][1:] or 'png')
+    os.replace(temporary, path)
+    if runner:
+        with Image.open(path) as image:  # a tag without slashes: LocalVisBackend makes a file name of it
+            runner.visualizer.add_image('al_' + re.sub(r'[^\w.-]+', '_', tag), np.array(image.convert('RGB')), step)
+
+
+def tidy(axes, legend: bool = True, **labels) -> None:
+    axes.set(**labels)
+    axes.grid(alpha=.3)
+    axes.spines[['top', 'right']].set_visible(False)
+    if legend:
+        axes.legend(frameon=False)
+
+
+def draw_curves(groups: dict[str, np.ndarray], metric: str, full: Optional[float]) -> Figure:
+    """The metric over the labelled share and, where there are any, over clicks: means, and one standard deviation."""
+    has_clicks = any(np.isfinite(curves[:, 1]).any() for curves in groups.values())
+    xlabels = ['labelled share (%)', 'clicks'][:1 + has_clicks]
+    figure = Figure((5.6 * len(xlabels), 3.8), dpi=120, layout='constrained')
+    for row, axes in enumerate(figure.subplots(1, len(xlabels), squeeze=False)[0]):
+        for i, (label, curves) in enumerate(groups.items()):
+            colour, x_R, mean_R = COLOURS[i % len(COLOURS)], curves[:, row].mean(0), curves[:, 2].mean(0)
+            axes.plot(x_R, mean_R, 'os^Dv<>X'[i % 8] + '-', color=colour,
+                      label=f'{label} ({len(curves)} seeds)' if len(curves) > 1 else label)
+            if len(curves) > 1:
+                std_R = curves[:, 2].std(0, ddof=1)
+                axes.fill_between(x_R, mean_R - std_R, mean_R + std_R, color=colour, alpha=.2, linewidth=0)
+        if full is not None:
+            axes.axhline(full, color='#555555', linestyle=':', label=f'all labels: {full:.2f}')
+        tidy(axes, legend=row == 0, xlabel=xlabels[row], ylabel=metric)
+    return figure
+
+
+def draw_asked(classes: list, asked_RC: np.ndarray, predicted_C: Optional[np.ndarray], iou_RC: np.ndarray,
+               overlaps_Q2: np.ndarray, units_N: np.ndarray) -> Figure:
+    """What was asked for: classes against predictions, IoU of classes, overlap of rankings, and budget over images."""
+    shown = np.sort(np.argsort(-asked_RC.sum(0), kind='stable')[:30])  # more could not be read
+    rows = [['classes'] + ['iou'] * bool(np.isfinite(iou_RC).any()),
+            ['overlap'] * bool(np.isfinite(overlaps_Q2).any()) + ['budget'] * bool(units_N.any())]
+    mosaic, heights = [(row * 2)[:2] for row in rows if row], (1.3 + .24 * len(shown), 3.)
+    figure = Figure((11, sum(heights[:len(mosaic)])), dpi=110, layout='constrained')
+    axes = figure.subplot_mosaic(mosaic, height_ratios=heights[:len(mosaic)])
+    names = dict(yticks=range(len(shown)), yticklabels=[classes[c] for c in shown])
+    counts = {'asked at the start': asked_RC[0], 'by queries': asked_RC[1:].sum(0),
+              'predicted in the pool': predicted_C}
+    for (label, counts_C), colour, marker in zip(counts.items(), COLOURS, 'os^'):
+        if counts_C is not None and counts_C.any():
+            shares = (100 * counts_C / counts_C.sum())[shown].clip(.01)
+            axes['classes'].scatter(shares, names['yticks'], color=colour, marker=marker, label=label, alpha=.8)
+    tidy(axes['classes'], legend=False, xscale='log', xlim=(.008, 125), xlabel='% of pixels', **names,
+         ylim=(len(shown) - .5, -.5))
+    axes['classes'].legend(frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(.5, 1), columnspacing=1,
+                           title='classes of pixels')
+    axes['classes'].set_xticks([.01, .1, 1, 10, 100], ['≤ 0.01', '0.1', '1', '10', '100'])
+    if 'iou' in axes:
+        heat = axes['iou'].imshow(iou_RC[:, shown].T, vmin=0, vmax=100, cmap='cividis', aspect='auto')
+        for (k, c), value in np.ndenumerate(iou_RC[:, shown]) if len(iou_RC) <= 12 else ():
+            axes['iou'].text(k, c, f'{value:.0f}', ha='center', va='center', size=8, color='wk'[int(value > 50)])
+        axes['iou'].set(xlabel='round', title='IoU (%)', xticks=range(0, len(iou_RC), len(iou_RC) // 13 + 1), **names)
+        figure.colorbar(heat, ax=axes['iou'])
+    if 'overlap' in axes:
+        queries = [f'{q + 1} → {q + 2}' for q in range(len(overlaps_Q2))]
+        for values, label, style in zip(overlaps_Q2.T, ('rank correlation', 'share of the top tenth kept'), 'os'):
+            axes['overlap'].plot(queries, values, style + '-', color=COLOURS['os'.index(style)], label=label)
+        tidy(axes['overlap'], xlabel='queries', ylim=(min(-.05, np.nanmin(overlaps_Q2) - .05), 1.05),
+             title='do consecutive queries rank images alike?')
+    if 'budget' in axes:
+        percent = np.linspace(0, 100, len(units_N) + 1)
+        axes['budget'].plot(percent, 100 * np.r_[0, units_N.cumsum()] / units_N.sum(), color=COLOURS[0], label='so far')
+        axes['budget'].plot([0, 100], [0, 100], color='#555555', linestyle=':', label='if all images got the same')
+        tidy(axes['budget'], xlabel='% of images, those asked most first', ylabel='% of units asked for',
+             title='do a few images take it all?')
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures: a few images of each query
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predict_one(trainer: Runner, state: dict, pool: Pool, name: str, strategy: Optional[Strategy] = None, **offered):
+    """The prediction for an image and, if the strategy has any, its score map, (H, W) each, in the image's own
+    coordinates, from the enlarged logits."""
+    network = Network(unwrap(trainer.model), strategy.mc if strategy else 1)
+    wanted = [key for key in STATISTICS if key == 'probs_NCHW' or strategy and strategy.asks_for(key)]
+    seeds = [seed_of(state['seed'], 'mc', len(state['rounds']), name)]
+    views = [functools.partial(to_image, align_corners=network.model.align_corners)]
+    with autocast(enabled=trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'):
+        data = pseudo_collate([pool.subset([name])[0]])
+        [(_, _, [means], _)] = statistics(network, data, seeds, wanted, views)
+        scores_NHW = call(strategy.score, means['probs_NCHW'], **means, **offered) if has_map(strategy) else [None]
+    prediction_HW = means['probs_NCHW'][0].argmax(0).cpu().numpy()
+    return prediction_HW, None if scores_NHW[0] is None else scores_NHW[0].float().cpu().numpy()
+
+
+def has_map(strategy: Optional[Strategy]) -> bool:
+    return strategy is not None and strategy.score is not random
+
+
+def predicted_classes(trainer: Runner, state: dict, pool: Pool, images: int = 32) -> np.ndarray:
+    """Pixels of every class that the model predicts in a few images of the pool, drawn at random. (C,)"""
+    have = labelled(state)
+    names = [name for name in pool.names if have.get(name, 0) is not None]
+    order = torch.randperm(len(names), generator=generator(state['seed'], 'predicted', state['round'])).tolist()
+    maps = [predict_one(trainer, state, pool, names[i])[0].reshape(-1) for i in order[:images]]
+    return sum((np.bincount(each, minlength=len(pool.classes)) for each in maps), np.zeros(len(pool.classes), int))
+
+
+@never_stops
+@torch.no_grad()
+def draw_pictures(runner: Runner, trainer: Runner, state: dict, pool: Pool, asked) -> None:
+    """Draw ``al.visualize`` images after a query: half of them those that it asks for first, the others the same in
+    every round; for whole images also a contact sheet of what it asks for."""
+    n, folder = state['settings'].get('visualize', 0), round_dir(runner.work_dir, state['round'])
+    if not n:
+        return
+    strategy, model, offered = resolve_strategy(state['settings']['strategy']), unwrap(trainer.model), {}
+    if not strategy.needs_model:  # then the query has not loaded it
+        load_checkpoint(model, checkpoint_path(runner, state['rounds'][-1], state['settings']['query_with']), 'cpu')
+    if strategy.calibration:
+        offered['thresholds_C'] = calibrate(runner, Network(model), state, pool, strategy.alpha)
+    scores = mmengine.load(osp.join(folder, 'query_scores.json'))
+    first = sorted(asked, key=lambda name: -(len(asked[name]) if isinstance(asked, dict) else scores.get(name, 0)))
+    order = torch.randperm(len(pool), generator=generator(state['seed'], 'pictures')).tolist()
+    for name in dict.fromkeys(first[:n - n // 2] + [pool.names[i] for i in order[:n // 2]]):
+        prediction, score = predict_one(trainer, state, pool, name, strategy, **offered)
+        figure = draw_picture(runner, state, pool, asked, name, prediction, score)
+        path = png_path(osp.join(folder, 'pictures'), name)
+        save_figure(figure, path, runner, f'picture_{name}', units_labelled(state))
+    if isinstance(asked, list):
+        figure = draw_contact_sheet(pool, first, scores)
+        save_figure(figure, osp.join(folder, 'contact_sheet.png'), runner, 'contact_sheet', units_labelled(state))
+
+
+def draw_picture(runner: Runner, state: dict, pool: Pool, asked, name: str, prediction: np.ndarray,
+                 score: Optional[np.ndarray]) -> Figure:
+    """An image in six panels: input, prediction, scores, asked for now, labelled so far, and the labels asked for."""
+    unit, old = ConfigDict(state['settings']).unit, labelled_mask(runner, pool, labelled(state), name)
+    new = np.zeros_like(old)
+    if name in asked:
+        segments = segments_of(runner, unit, pool, name)
+        new = ~old & (isinstance(asked, list) or unit_mask(unit, asked[name], segments, old.shape))
+    shares, n = (new.mean(), (old | new).mean()), len(pool.classes)
+    known = old if state['settings'].get('oracle') == 'human' else old | new  # a human has yet to label what is new
+    label = pool.load_label(name) if known.any() else n  # that of an image that was not asked for stays closed
+    truth, image, strength = np.where(known, label, n).clip(0, n), to_rgb(pool.load_image(name)), .5
+    if unit.type == 'pixel' or unit.get('window'):  # make single pixels large enough to be seen
+        radius = max(old.shape) // 120
+        where = scipy.ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+        truth = np.where(dilate(known, radius), truth[tuple(where)], n)
+        old, new, strength = dilate(old, radius), dilate(new, radius), 1
+    colours = np.r_[pool.palette, [[255] * 3]].astype(np.uint8)  # mmseg's; white is no class
+    panels = {'input': image, 'prediction': colours[prediction],
+              f'score: {in_words(state["settings"]["strategy"])}': score,
+              f'asked for now: {100 * shares[0]:.3g} %': tint(image, {COLOURS[1]: new}, strength),
+              f'labelled so far: {100 * shares[1]:.3g} %': tint(image, {COLOURS[0]: old, COLOURS[1]: new}, strength),
+              'labels asked for': colours[truth]}
+    figure = Figure((11, 1. + 2 * (.25 + 3.4 * old.shape[0] / old.shape[1])), dpi=100, layout='constrained')
+    figure.suptitle(f'round {state["round"]}: {name}')
+    for axes, (title, panel) in zip(figure.subplots(2, 3).flat, panels.items()):
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title, size=10)
+        if panel is None:
+            axes.text(.5, .5, 'no score map', ha='center', va='center')
+        elif panel.ndim == 2:
+            figure.colorbar(axes.imshow(panel, cmap='cividis'), ax=axes, shrink=.8)
+        else:
+            axes.imshow(panel)
+    number = np.bincount(np.r_[prediction.flat, truth.flat], minlength=n)[:n]
+    biggest = np.sort(np.argsort(-number, kind='stable')[:min(16, np.count_nonzero(number))])
+    figure.legend(handles=[Patch(facecolor=colours[c] / 255, edgecolor='k', label=pool.classes[c]) for c in biggest],
+                  ncols=8, loc='outside lower center', frameon=False, fontsize=9)
+    return figure
+
+
+def draw_contact_sheet(pool: Pool, names: list[str], scores: dict, at_most: int = 48) -> Figure:
+    """Small pictures of the images that a query asks for, those with the highest scores, if any, first."""
+    images = {name: to_rgb(pool.load_image(name)) for name in names[:at_most]}
+    rows, (h, w) = math.ceil(len(images) / 8), np.mean([image.shape[:2] for image in images.values()], 0)
+    figure = Figure((11, .4 + rows * (.45 + 1.3 * h / w)), dpi=100, layout='constrained')
+    figure.suptitle(f'{len(images)} of {len(names)} images asked for' + ', highest scores first' * bool(scores))
+    for axes in figure.subplots(rows, 8, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, (name, image) in zip(figure.axes, images.items()):
+        score = f'{scores[name]:.4g}' if name in scores else ''
+        axes.set_title(f'{name if len(name) < 18 else "…" + name[-16:]}\n{score}', size=8)
+        axes.imshow(image)
+    return figure
+
+
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """An image as loaded, (H, W[, C]) and BGR, for the eye: (H, W, 3) uint8."""
+    image = image.reshape(*image.shape[:2], -1)
+    image = image[..., 2::-1] if image.shape[2] > 2 else image[..., [0, 0, 0]]
+    if image.dtype != np.uint8:  # e.g. 16 bits of a satellite
+        low, high = np.percentile(image, (1, 99))
+        image = 255 * ((image - low) / max(high - low, 1e-9)).clip(0, 1)
+    return image.astype(np.uint8)
+
+
+def tint(image_HW3: np.ndarray, masks: dict, strength: float) -> np.ndarray:
+    """An image in pale grey and, where the mask of a colour is true, mixed with that colour."""
+    result = np.repeat(160 + .35 * image_HW3.mean(2, keepdims=True), 3, 2)
+    for colour, mask_HW in masks.items():
+        result[mask_HW] = (1 - strength) * image_HW3[mask_HW] + strength * 255 * np.array(colour_to_rgb(colour))
+    return result.clip(0, 255).astype(np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line: compare runs, and see where one stands
+# ---------------------------------------------------------------------------------------------------------------------
+
+PHASES = dict(train='training on what is labelled', query='scoring the pool',
+              label='waiting for the labels that to_label/ in its folder asks for')
+
+
+def compare_runs(dirs: list[str], out: str, metric: Optional[str], full: Optional[float]) -> str:
+    """Draw the learning curves of finished or running runs into one figure.
+
+    Returns:
+        Their table.
+
+    Raises:
+        ValueError: No run has finished a round with the metric.
+    """
+    runs = {path: read_state(osp.join(path, STATE_FILE)) for path in dirs}
+    metric = metric or next(filter(None, map(main_metric, runs.values())), None)
+    groups = group_runs(runs, metric)
+    if not groups:
+        raise ValueError(f'no run has finished a round with {metric or "a validation"}')
+    full = full_level([curve(state, metric) for state in runs.values()]) if full is None else full
+    save_figure(draw_curves(groups, metric, full), out)
+    return f'{groups_table(groups, metric, full)}\nCurves: {out}'
+
+
+def status(path: str) -> str:
+    """Where a run stands, what it waits for, and the command to go on."""
+    state = read_state(osp.join(path, STATE_FILE))
+    k, al, done = state['round'], state['settings'], [entry for entry in state['rounds'] if 'metrics' in entry]
+    reason = why_stop(state) if state['phase'] == 'query' else None
+    logs = [log for depth in ('*', '*/*') for log in glob.glob(osp.join(glob.escape(path), depth, '*.log'))]
+    ago = time.time() - max(map(osp.getmtime, [osp.join(path, STATE_FILE), *logs]))
+    config = max(glob.glob(osp.join(glob.escape(path), '*.py')), key=osp.getmtime, default='<config>')
+    when = 'To go on with more `al.rounds`' if reason else \
+        'With the labels in place' if state['phase'] == 'label' else 'If it has stopped, go on with'
+    return '\n'.join([
+        f'{path}: {in_words(al["strategy"])}, unit {in_words(al["unit"])}, seed {state["seed"]}',
+        f'Ended after round {k}: {reason}' if reason else
+        f'Round {k} of {al["rounds"]}: {PHASES.get(state["phase"], state["phase"])}; it last wrote {ago:.0f} s ago',
+        'Labelled: ' + ', '.join(f'{value} {key}' for key, value in spent(state).items()),
+        *([str(rounds_table(dict(state, rounds=done)))] if done else []),
+        f'{when}: bash dist_al_train.sh {config} <GPUs> --work-dir {path} --resume'])
+
+
+def main(argv: Optional[list] = None) -> None:
+    parser = argparse.ArgumentParser(prog='al_patch.py', description='Look at runs of active learning')
+    commands = parser.add_subparsers(dest='command', required=True)
+    compare = commands.add_parser('report', help='compare runs: learning curves, their area, labels needed')
+    compare.add_argument('dirs', nargs='+', metavar='DIR', help='work dirs; those that differ in seeds are averaged')
+    compare.add_argument('-o', '--out', default='report.png', metavar='FILE', help='figure: .png, .pdf or .svg')
+    compare.add_argument('--metric', help='by default that of `al.stop`, or mIoU')
+    compare.add_argument('--full', type=float, metavar='VALUE', help='the metric with all labels; by default that of '
+                         'a DIR in which everything is labelled')
+    commands.add_parser('status', help='where a run stands, and how to go on').add_argument('dir', metavar='DIR')
+    args = parser.parse_args(argv)
+    try:
+        print(status(args.dir) if args.command == 'status' else
+              compare_runs(args.dirs, args.out, args.metric, args.full))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f'al_patch.py {args.command}: {error}') from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2827,4 +3364,7 @@ def remove_patch() -> None:
     _ORIGINALS.clear()
 
 
-apply_patch()
+if __name__ == '__main__':  # scripts import the module under its name: it patches then, and only once
+    main()
+else:
+    apply_patch()

@@ -1,0 +1,375 @@
+"""Reports and pictures: curves, tables and figures of runs, against values computed by hand; and the command line."""
+import csv
+import json
+import math
+import os
+import os.path as osp
+import shutil
+import subprocess
+import sys
+
+import mmengine
+import numpy as np
+import pytest
+import tiny
+from mmengine.config import Config
+from PIL import Image
+from tensorboard.backend.event_processing import event_accumulator
+
+import al_patch
+from al_patch import (
+    STATE_FILE,
+    Pool,
+    area_under_curve,
+    group_runs,
+    main,
+    mean_and_std,
+    ranking_overlap,
+    read_state,
+    share_needed,
+)
+
+ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
+CELL = dict(type='region', size=[8, 8])  # 24 of them in each of 12 images
+
+
+def make_state(shares: list, values: list, seed: int = 0, phase: str = 'query', clicks: bool = False, **settings):
+    """The state of a run on 100 images: the labelled share and mIoU after each round."""
+    al = al_patch.parse_settings(dict(dict(rounds=len(shares) - 1, seed=seed), **settings)).to_dict()
+    labelled = [{'images': share, '% of images': float(share)} for share in shares]
+    asked = [[f'{i}' for i in range(a, b)] for a, b in zip([0, *shares], shares)]
+    if clicks:
+        labelled = [{'images': 1, 'regions': 10 * share, 'clicks': 10 * share, '% of pixels': float(share)}
+                    for share in shares]
+    rounds = [dict(asked=names, labelled=have, metrics=dict(aAcc=1., mIoU=value), train_seconds=9., query_seconds=1.)
+              for names, have, value in zip(asked, labelled, values)]
+    return dict(schema=1, phase=phase, round=len(rounds) - 1, seed=seed, settings=al, images=100, rounds=rounds,
+                config=dict(model='m', randomness=f'r{seed}'))
+
+
+def write_state(folder, state: dict) -> str:
+    os.makedirs(folder, exist_ok=True)
+    (folder / STATE_FILE).write_text(json.dumps(state))
+    return str(folder)
+
+
+def cells_of(table: str) -> dict:
+    """First cell of a row -> the others."""
+    rows = [[cell.strip() for cell in line.split('|')[1:-1]] for line in table.splitlines() if '|' in line]
+    return {first: others for first, *others in rows}
+
+
+def size_of(path) -> tuple:
+    with Image.open(path) as image:
+        assert np.asarray(image.convert('L')).std() > 5, 'an empty figure'
+        return image.size
+
+
+# --- numbers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('share, values, area', [
+    ([10, 20], [40, 60], 50), ([0, 10, 40], [0, 20, 50], (10 * 10 + 30 * 35) / 40), ([5], [70], math.nan)])
+def test_area_under_curve(share, values, area):
+    assert area_under_curve(np.array(share, float), np.array(values, float)) == pytest.approx(area, nan_ok=True)
+
+
+@pytest.mark.parametrize('level, needed', [
+    (50, 15),  # half way between 40 and 60
+    (60, 20), (72, 30 + 10 * 22 / 30),  # up again from the dip at 50
+    (40, 10), (30, 10),  # reached at the first point
+    (80, 40), (81, math.nan)])
+def test_share_needed(level, needed):
+    share, values = np.array([10., 20., 30., 40.]), np.array([40., 60., 50., 80.])
+    assert share_needed(share, values, level) == pytest.approx(needed, nan_ok=True)
+
+
+def test_mean_and_std():
+    assert mean_and_std([10., 12., 14.]) == '12.00 ± 2.00' and mean_and_std([3.]) == '3.00'
+    assert mean_and_std([math.nan, 1.]) == '- (1 of 2)' and mean_and_std([math.nan]) == '-'
+
+
+def test_ranking_overlap():
+    before = dict(zip('abcde', [5, 4, 3, 2, 1]), gone=9)
+    assert ranking_overlap(before, dict(zip('abcde', [.5, .4, .3, .2, .1]))) == (pytest.approx(1), 1.)
+    assert ranking_overlap(before, dict(zip('abcde', [1, 2, 3, 4, 5]))) == (pytest.approx(-1), 0.)
+    # ranks 1 2 3 4 5 against 1 3 2 4 5: 1 - 6 (1 + 1) / (5 * 24)
+    assert ranking_overlap(before, dict(zip('abcde', [5, 3, 4, 2, 1]))) == (pytest.approx(.9), 1.)
+    assert all(map(math.isnan, ranking_overlap(before, dict(a=1, new=2))))
+
+
+def test_runs_are_grouped_by_all_but_their_seeds():
+    runs = {'a0': make_state([10, 20, 30], [40, 50, 60], 0), 'a1': make_state([10, 20], [42, 54], 1, rounds=2),
+            'a2': make_state([10, 20, 30], [1, 2, 3], 2, visualize=3),
+            'b': make_state([10, 20, 30], [30, 40, 50], 0, strategy='random'),
+            'young': dict(make_state([10], [0], 0, rounds=2), rounds=[dict(asked=['0'])])}
+    groups = group_runs(runs, 'mIoU')
+    assert list(groups) == ['entropy', 'random']
+    assert groups['entropy'].shape == (3, 3, 2)  # as far as all three are
+    assert groups['entropy'][:, 2].tolist() == [[40, 50], [42, 54], [1, 2]]
+    other = make_state([10, 20, 30], [7, 8, 9], 0)
+    other['config']['model'] = 'another'
+    assert list(group_runs({**runs, 'c': other}, 'mIoU')) == ['entropy', 'random', 'entropy (c)']
+    assert list(group_runs(dict(a=runs['a0'], d=make_state([10, 20, 30], [1, 1, 1], budget=7)), 'mIoU')) == [
+        'budget=0.05', 'budget=7']
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_report_by_hand(tmp_path, capsys):
+    """Two seeds from 40 to 60, and from 44 to 68, over 10 to 20 %; all labels give 70."""
+    dirs = [write_state(tmp_path / 'a', make_state([10, 20], [40, 60], 0)),
+            write_state(tmp_path / 'b', make_state([10, 20], [44, 68], 1)),
+            write_state(tmp_path / 'r', make_state([10, 20], [30, 40], 0, strategy='random')),
+            write_state(tmp_path / 'full', make_state([100], [70], 0, initial=1.))]
+    main(['report', *dirs, '-o', str(tmp_path / 'out' / 'curves.png')])
+    cells = cells_of(capsys.readouterr().out)
+    assert cells['runs'] == ['seeds', 'rounds', '% labelled', 'last mIoU', 'area under curve', '% for 90% of full',
+                             '% for 95% of full']
+    # 90 % is 63 and 95 % is 66.5: the first seed ends below; the second gets there at 10 + 10 * 19 / 24 and 19.375
+    assert cells['entropy'] == ['2', '2', '10 to 20', '64.00 ± 5.66', '53.00 ± 4.24', '- (1 of 2)', '- (1 of 2)']
+    assert cells['random'] == ['1', '2', '10 to 20', '40.00', '35.00', '-', '-'] and len(cells) == 3
+    assert size_of(tmp_path / 'out' / 'curves.png') == (672, 456)
+    main(['report', *dirs[:2], '--full', '60', '-o', str(tmp_path / 'curves.pdf')])
+    # 54 at 17 and at 10 + 10 * 10 / 24 = 14.17 %, 57 at 18.5 and at 15.42; of two, std = difference / sqrt 2
+    assert cells_of(capsys.readouterr().out)['entropy'][-2:] == ['15.58 ± 2.00', '16.96 ± 2.18']
+    assert (tmp_path / 'curves.pdf').read_bytes().startswith(b'%PDF')
+
+
+def test_clicks_get_a_panel_of_their_own(tmp_path):
+    path = write_state(tmp_path / 'a', make_state([10, 20], [40, 60], clicks=True, unit=CELL))
+    main(['report', path, '-o', str(tmp_path / 'curves.png')])
+    assert size_of(tmp_path / 'curves.png') == (1344, 456)
+
+
+@pytest.mark.parametrize('phase, rounds, text', [
+    ('train', 2, 'Round 1 of 2: training on what is labelled; it last wrote'),
+    ('query', 2, 'Round 1 of 2: scoring the pool; it last wrote'),
+    ('label', 2, 'Round 1 of 2: waiting for the labels that to_label/ in its folder asks for'),
+    ('query', 1, 'Ended after round 1: all 1 rounds of queries are done')])
+def test_status(tmp_path, capsys, phase, rounds, text):
+    state = make_state([10, 20], [40, 60], phase=phase, rounds=rounds)
+    if phase != 'query':
+        state['rounds'][1] = dict(asked=state['rounds'][1]['asked'])
+    path = write_state(tmp_path / 'run', state)
+    (tmp_path / 'run' / 'my.py').touch()
+    main(['status', path])
+    out = capsys.readouterr().out
+    assert text in out and 'entropy, unit image, seed 0' in out and 'Labelled: 20 images, 20.0 % of images' in out
+    assert f'bash dist_al_train.sh {path}/my.py <GPUs> --work-dir {path} --resume' in out
+    assert '|     0 |     10 |        10.0 |' in out and ('|     1 |     20 |' in out) == (phase == 'query')
+
+
+@pytest.mark.parametrize('command, error', [
+    (['status', 'nowhere'], 'No such file'), (['report', 'nowhere'], 'No such file'),
+    (['report', '{run}', '--metric', 'mDice'], 'no run has finished a round with mDice'),
+    (['report', '{run}', '-o', 'x.docx'], 'docx')])
+def test_what_cannot_be_shown_is_an_error_in_words(tmp_path, monkeypatch, command, error):
+    monkeypatch.chdir(tmp_path)
+    run = write_state(tmp_path / 'a', make_state([10, 20], [40, 60]))
+    with pytest.raises(SystemExit, match=error):
+        main([part.format(run=run) for part in command])
+
+
+def test_the_module_is_a_script_that_patches_nothing(tmp_path):
+    """Run as a script and imported under its name in one process: the patch must be applied once."""
+    path = write_state(tmp_path / 'a', make_state([10, 20], [40, 60]))
+    code = ('import runpy, sys; sys.argv = ["al_patch.py", "status", sys.argv[1]]; from mmengine.runner import Runner; '
+            'stock = Runner.train; runpy.run_path("al_patch.py", run_name="__main__"); assert Runner.train is stock; '
+            'import al_patch; al_patch.remove_patch(); assert Runner.train is stock')
+    done = subprocess.run([sys.executable, '-c', code, path], cwd=ROOT, capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0 and 'all 1 rounds of queries' in done.stdout, done.stderr
+
+
+# --- in a run --------------------------------------------------------------------------------------------------------
+
+
+def asked_of(rounds: list) -> list:
+    return [entry['asked'] for entry in rounds]
+
+
+def read_class_counts(cfg, k: int) -> list:
+    return mmengine.load(osp.join(cfg.work_dir, f'round_{k}', 'asked_classes.json'))
+
+
+def labels_of(root: str, names: list) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(osp.join(root, 'ann', 'train', f'{name}.png'))) for name in names])
+
+
+@pytest.fixture
+def no_failure(monkeypatch):
+    """Let what goes wrong in a report stop the run, for once: else a test of its files would not say why."""
+    monkeypatch.setattr('mmengine.logging.MMLogger.warning', lambda self, text, *args: (
+        pytest.fail(text) if 'failed, the run goes on' in text else None))
+
+
+def test_whole_images(make_cfg, train, shared_data, tmp_path, no_failure):
+    """Curve, table, classes, scores, pictures; and what is asked for does not depend on being looked at."""
+    _, unseen = train(make_cfg(dict(rounds=2), work_dir=str(tmp_path / 'unseen')))
+    cfg = make_cfg(dict(rounds=2, visualize=4))
+    _, rounds = train(cfg)
+    assert asked_of(rounds) == asked_of(unseen) and rounds[2]['metrics'] == unseen[2]['metrics']
+    with open(osp.join(cfg.work_dir, 'learning_curve.csv'), newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['images'] for row in rows] == ['4', '6', '8'] and [row['round'] for row in rows] == ['0', '1', '2']
+    assert [float(row['mIoU']) for row in rows] == [entry['metrics']['mIoU'] for entry in rounds]
+    assert float(rows[0]['query s']) == rounds[0]['query_seconds'] and rows[2]['query s'] == ''
+    assert size_of(osp.join(cfg.work_dir, 'learning_curve.png')) == (672, 456)
+    assert size_of(osp.join(cfg.work_dir, 'asked.png'))[0] == 1210
+    for k, entry in enumerate(rounds):
+        counts = np.bincount(labels_of(shared_data, entry['asked']).reshape(-1), minlength=3)
+        assert read_class_counts(cfg, k) == counts.tolist()
+        iou = mmengine.load(osp.join(cfg.work_dir, f'round_{k}', 'class_iou.json'))
+        assert list(iou) == ['dark', 'grey', 'bright']
+        assert np.mean(list(iou.values())) == pytest.approx(entry['metrics']['mIoU'], abs=.01)
+    for k in range(2):
+        folder = osp.join(cfg.work_dir, f'round_{k}')
+        scores = mmengine.load(osp.join(folder, 'query_scores.json'))
+        assert set(rounds[k + 1]['asked']) == set(sorted(scores, key=scores.get)[-2:])
+        assert set(scores) == set(tiny.NAMES) - set(sum(asked_of(rounds[:k + 1]), []))
+        names = {osp.relpath(osp.join(where, file), osp.join(folder, 'pictures'))[:-4]
+                 for where, _, files in os.walk(osp.join(folder, 'pictures')) for file in files}
+        fixed = names if k == 0 else fixed & names  # noqa: F821
+        assert set(rounds[k + 1]['asked']) <= names and 2 <= len(names) <= 4
+        assert all(size_of(osp.join(folder, 'pictures', f'{name}.png'))[0] == 1100 for name in names)
+        assert size_of(osp.join(folder, 'contact_sheet.png'))[0] == 1100
+    assert len(fixed) >= 2 and not osp.exists(osp.join(cfg.work_dir, 'round_2', 'pictures'))
+
+
+@pytest.mark.parametrize('al', [
+    dict(unit=CELL, initial=20, budget=15), dict(unit=CELL, initial=20, budget=15, strategy='random'),
+    dict(unit='pixel', strategy='pixelpick', per_image=True, initial=3, budget=3),
+    dict(unit=dict(type='region', window=2), strategy='ripu', initial=9, budget=5)],
+    ids=['grid', 'random', 'pixel', 'window'])
+def test_below_image_level(make_cfg, train, shared_data, no_failure, al):
+    cfg = make_cfg(dict(al, rounds=1, visualize=2))
+    _, rounds = train(cfg)
+    for k in range(2):
+        assert sum(read_class_counts(cfg, k)) == rounds[k]['pixels']
+    masks = {name: al_patch.read_mask(al_patch.mask_path(cfg.work_dir, 0, name)) for name in rounds[0]['asked']}
+    counts = np.bincount(np.concatenate([labels_of(shared_data, [name])[0][mask] for name, mask in masks.items()]))
+    assert read_class_counts(cfg, 0) == counts.tolist()
+    assert size_of(osp.join(cfg.work_dir, 'learning_curve.png')) == (1344, 456)
+    first = max(rounds[1]['asked'], key=lambda name: rounds[1]['asked'][name][0])
+    assert size_of(osp.join(cfg.work_dir, 'round_0', 'pictures', f'{first}.png'))[0] == 1100
+    assert not osp.exists(osp.join(cfg.work_dir, 'round_0', 'contact_sheet.png'))
+    units = al_patch.units_per_image(read_state(osp.join(cfg.work_dir, STATE_FILE)), 12)
+    assert sorted(filter(None, units)) == sorted(n for n, _ in rounds[1]['asked'].values())
+    assert len(units) == 12 and units[0] == units.max()
+
+
+@pytest.mark.parametrize('strategy', [
+    dict(type='bald', mc=3), dict(type='crc', calibration=.5, alpha=.5), dict(type='coreset')],
+    ids=['passes', 'thresholds', 'vectors'])
+def test_the_score_map_is_that_of_the_query(make_cfg, train, monkeypatch, no_failure, strategy):
+    """Whatever a strategy asks of the model: the score of an image's best cell is then the maximum of its map."""
+    maps, draw = {}, al_patch.draw_picture
+    monkeypatch.setattr(al_patch, 'draw_picture', lambda *args: maps.update({args[4]: args[6]}) or draw(*args))
+    cfg = make_cfg(dict(unit=CELL, initial=tiny.NAMES[:4], budget=2, visualize=6, full_res=True,
+                        strategy=dict(strategy, reduce='max')))
+    train(cfg)
+    scores = mmengine.load(osp.join(cfg.work_dir, 'round_0', 'query_scores.json'))
+    if strategy['type'] == 'coreset':
+        assert set(maps.values()) == {None} and scores == {}
+    else:
+        assert len(set(maps) & set(scores)) > 1
+        assert {name: map_HW.max() for name, map_HW in maps.items() if name in scores} == {
+            name: pytest.approx(scores[name], rel=1e-5) for name in maps if name in scores}
+
+
+def test_no_label_is_opened_that_was_not_asked_for(make_cfg, train, shared_data, tmp_path, no_failure, monkeypatch):
+    """Pictures show images that nobody asked for; their label files do not exist."""
+    _, rounds = train(make_cfg({}))
+    root, asked = shutil.copytree(shared_data, tmp_path / 'blind'), sum(asked_of(rounds), [])
+    for name in set(tiny.NAMES) - set(asked):
+        os.remove(root / 'ann' / 'train' / f'{name}.png')
+    opened, load = [], Pool.load_label
+    monkeypatch.setattr(Pool, 'load_label', lambda pool, name: opened.append(name) or load(pool, name))
+    cfg = make_cfg(dict(visualize=24), root=str(root), work_dir=str(tmp_path / 'blind_work'))
+    assert asked_of(train(cfg)[1]) == asked_of(rounds) and set(opened) == set(asked)
+    drawn = [file for _, _, files in os.walk(osp.join(cfg.work_dir, 'round_0', 'pictures')) for file in files]
+    assert len(drawn) == 12
+
+
+@pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'grid'])
+def test_a_human_has_yet_to_label_what_is_drawn(make_cfg, train, shared_data, tmp_path, no_failure, unit):
+    """The label files of what is asked for do not exist when it is drawn; those of earlier rounds are shown."""
+    root, kept = shutil.copytree(shared_data, tmp_path / 'human'), tiny.NAMES[:4]
+    for name in tiny.NAMES[4:]:
+        os.remove(root / 'ann' / 'train' / f'{name}.png')
+    cfg = make_cfg(dict(unit=unit, oracle='human', initial=kept, budget=2, visualize=24), root=str(root))
+    _, rounds = train(cfg)
+    assert len(rounds) == 2 and 'metrics' not in rounds[1] and not set(rounds[1]['asked']) & set(kept)
+    drawn = [file for _, _, files in os.walk(osp.join(cfg.work_dir, 'round_0', 'pictures')) for file in files]
+    assert len(drawn) == 12
+    main(['status', cfg.work_dir])
+
+
+@pytest.mark.parametrize('broken', ['Figure', 'predict_one', 'asked_classes', 'mmengine.load'])
+def test_a_failure_only_warns(make_cfg, train, monkeypatch, broken):
+    texts = []
+    monkeypatch.setattr('mmengine.logging.MMLogger.warning', lambda self, text, *args: texts.append(str(text)))
+    monkeypatch.setattr(f'al_patch.{broken}', lambda *args, **kwargs: 1 / 0)
+    _, rounds = train(make_cfg(dict(visualize=2)))
+    assert len(rounds) == 2 and 'metrics' in rounds[1]
+    failed = [text for text in texts if 'failed, the run goes on: ZeroDivisionError' in text]
+    assert any(text.startswith('report ') for text in failed) and len(failed) <= 3
+
+
+def test_tensorboard_shows_numbers_and_figures(make_cfg, train, no_failure):
+    cfg = make_cfg(dict(unit=CELL, initial=20, budget=15, rounds=2, visualize=1), visualizer=dict(
+        type='SegLocalVisualizer', vis_backends=[dict(type='TensorboardVisBackend')]))
+    _, rounds = train(cfg)
+    [folder] = {where for where, _, files in os.walk(cfg.work_dir) for file in files
+                if 'tfevents' in file and 'round_' not in where}
+    events = event_accumulator.EventAccumulator(folder).Reload()
+    steps = [20, 35, 50]  # units
+    assert [(e.step, e.value) for e in events.Scalars('al/mIoU')] == [
+        (step, pytest.approx(entry['metrics']['mIoU'])) for step, entry in zip(steps, rounds)]
+    counts = np.array([read_class_counts(cfg, k) for k in range(3)])
+    assert [e.value for e in events.Scalars('al/% of asked/grey')] == pytest.approx(100 * counts[:, 1] / counts.sum(1))
+    assert [e.step for e in events.Scalars('al/rank correlation with last query')] == [50]
+    assert [e.step for e in events.Scalars('al/IoU/dark')] == steps
+    units = al_patch.units_per_image(read_state(osp.join(cfg.work_dir, STATE_FILE)), 12)
+    assert events.Scalars('al/% of units in a tenth of images')[-1].value == pytest.approx(100 * units[0] / 30)
+    tags = events.Tags()['images']
+    assert {'al_learning_curve', 'al_asked'} <= set(tags) and any(tag.startswith('al_picture_') for tag in tags)
+    assert [e.step for e in events.Images('al_learning_curve')] == steps
+
+
+def test_without_validation_there_is_a_table_but_no_curve(make_cfg, train, no_failure):
+    cfg = make_cfg({}, changes=tiny.NO_VAL)
+    train(cfg)
+    assert osp.isfile(osp.join(cfg.work_dir, 'learning_curve.csv')) and osp.isfile(osp.join(cfg.work_dir, 'asked.png'))
+    assert not osp.exists(osp.join(cfg.work_dir, 'learning_curve.png'))
+
+
+@pytest.mark.parametrize('watched', [True, False])
+def test_progress_is_a_bar_for_people_and_lines_for_files(make_cfg, build, monkeypatch, capsys, watched):
+    runner, lines = build(make_cfg()), []
+    monkeypatch.setattr(runner.logger, 'info', lines.append)
+    monkeypatch.setattr(sys.stdout, 'isatty', lambda: watched, raising=False)
+    progress = al_patch.QueryProgress(runner, 5)
+    for done in range(1, 6):
+        progress.step(done)
+    assert [line.split(']')[0] for line in lines] == ['Iter(query) [5/5'] if watched else [
+        'Iter(query) [2/5', 'Iter(query) [4/5', 'Iter(query) [5/5']
+    assert ('5/5' in capsys.readouterr().out) == watched
+
+
+def test_visualize_is_a_setting():
+    with pytest.raises(ValueError, match='`al.visualize` should be an int >= 0, but got True'):
+        al_patch.parse_settings(dict(visualize=True))
+
+
+def test_a_resumed_run_may_be_looked_at(make_cfg, train):
+    """`visualize` may change, and a state without it is one of an earlier version."""
+    cfg = make_cfg({}, changes=tiny.NO_VAL)
+    train(cfg)
+    path = osp.join(cfg.work_dir, STATE_FILE)
+    state = mmengine.load(path)
+    del state['settings']['visualize']
+    mmengine.dump(state, path)
+    again = Config(make_cfg(dict(rounds=2, visualize=2), changes=tiny.NO_VAL, resume=True).to_dict())
+    assert len(train(again)[1]) == 3 and osp.isdir(osp.join(cfg.work_dir, 'round_1', 'pictures'))
