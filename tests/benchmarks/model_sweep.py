@@ -47,6 +47,8 @@ def config_of(family: str):
             strip(child)
 
     strip(cfg.model)
+    if 'img_size' in cfg.model.get('backbone', ()):
+        cfg.model.backbone.img_size = (SIZE, SIZE)
     cfg.model.data_preprocessor.update(size=(SIZE, SIZE), size_divisor=None, test_cfg=None)
     return cfg
 
