@@ -47,11 +47,11 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset, Compose
-from mmengine.dist import all_gather_object, barrier, broadcast_object_list, get_dist_info, is_main_process
+from mmengine.dist import all_gather_object, barrier, broadcast, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.registry import DATASETS, DefaultScope
-from mmengine.runner import Runner, find_latest_checkpoint, load_checkpoint
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint, load_checkpoint
 from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
 from PIL import Image
@@ -736,12 +736,28 @@ def check_loss(loss: torch.nn.Module, channels: int, ignore_index: int) -> None:
 
 
 class RoundHook(Hook):
-    """Keeps a round's last validation metrics, and makes its random draws a function of the iteration, so that a
-    resumed round trains as an uninterrupted one."""
+    """Keeps a round's last validation metrics, and makes its random draws and validations a function of the iteration,
+    so that a resumed round trains as an uninterrupted one."""
     priority = 'VERY_LOW'
 
     def __init__(self, seed: int):
         self.seed, self.metrics, self.validated_at = seed, {}, -1
+
+    def before_train(self, runner: Runner) -> None:
+        """Validate again what was resumed from: mmengine saves before it validates, and a run that is stopped in
+        between would have lost the metrics and the best checkpoint."""
+        loop = runner.train_loop
+        if runner.val_loop is None or not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
+            return
+        by_epoch = isinstance(loop, EpochBasedTrainLoop)
+        at, end = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
+        if at > 0 and at >= loop.val_begin and (at % loop.val_interval == 0 or at == end):
+            runner.val_loop.run()
+
+    def before_val(self, runner: Runner) -> None:
+        """Validate what rank 0 saves: without SyncBN, each process has running statistics of its own."""
+        for buffer in unwrap(runner.model).buffers():
+            broadcast(buffer)
 
     def before_train_epoch(self, runner: Runner) -> None:
         seed = seed_of(self.seed, runner.rank, 'epoch', runner.epoch)
