@@ -19,19 +19,27 @@ strategies, and last the rounds themselves and the patch.
 import contextlib
 import copy
 import difflib
+import fcntl
 import functools
 import gc
 import glob
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import os.path as osp
+import pickle
 import random as python_random
 import re
+import shlex
+import signal
+import socket
+import sys
+import threading
 import time
 import types
 import zipfile
@@ -46,7 +54,7 @@ import scipy.ndimage
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import BaseDataset, Compose
+from mmengine.dataset import BaseDataset, Compose, InfiniteSampler
 from mmengine.dist import all_gather_object, barrier, broadcast, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
@@ -203,9 +211,9 @@ def _plain(value):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value):
         return value
-    raise ValueError(f'`al` should hold only numbers, strings, lists and dicts, but got {value!r} '
+    raise ValueError(f'`al` should hold only finite numbers, strings, lists and dicts, but got {value!r} '
                      f'({type(value).__name__})')
 
 
@@ -245,6 +253,14 @@ def check_runner(al: dict, runner: Runner) -> None:
     late = [k for k in (al['overrides'] or {}) if int(k) > al['rounds']]
     if late:
         raise ValueError(f'`al.overrides` should name rounds from 0 to {al["rounds"]}, but got {", ".join(late)}')
+    for k, override in (al['overrides'] or {}).items():
+        try:
+            copy.deepcopy(cfg).merge_from_dict(override)
+        except Exception as error:
+            raise ValueError(f'`al.overrides[{k}]` should fit the config, but got {override} ({error})') from error
+    if resolve_strategy(al['strategy']).score is not random and not hasattr(unwrap(runner.model), 'inference'):
+        raise ValueError(f'`model` should be a segmentor of mmseg, whose `inference` returns logits, for every '
+                         f"`al.strategy` but 'random', but got {type(unwrap(runner.model)).__name__}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -290,6 +306,33 @@ def loads_labels(step: dict) -> bool:
     return re.match(r'Load\w*Ann', str(step['type']).rsplit('.')[-1]) is not None
 
 
+@contextlib.contextmanager
+def reading(path: str, errors: type = Exception):
+    """Let an error name the file that it is about.
+
+    Raises:
+        ValueError: It is, in one line, what went wrong inside.
+    """
+    try:
+        yield
+    except errors as error:
+        why = f'{type(error).__name__}: {error}'
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text, of many lines, tells to drop the protection
+            why = 'it holds more than weights and training state, and reading that could run any code: ' + why[-200:]
+        raise ValueError(f'{path} cannot be used ({" ".join(why.split())})') from error
+
+
+class NamedSubset(Subset):
+    """Some images of a leaf data set. One that cannot be read is an error that names it."""
+
+    def __getitem__(self, i: int) -> dict:
+        with reading(self.dataset.get_data_info(self.indices[i])['img_path']):
+            return self.dataset[self.indices[i]]
+
+    def __getitems__(self, indices: list) -> list:
+        return [self[i] for i in indices]
+
+
 class Pool:
     """Every image of the training set, labelled or not, in the data set's order, readable without its label.
 
@@ -318,6 +361,8 @@ class Pool:
             for index in range(len(leaf)):
                 info = leaf.get_data_info(index)
                 name, path = image_name(leaf, info), info['img_path']
+                with reading(path):
+                    name.encode()  # the state is UTF-8: a file's name that is not has no place there
                 if paths.setdefault(name, path) != path:
                     raise ValueError(f'image names should be unique, but {paths[name]} and {path} are both {name!r}')
                 self.where.setdefault(name, (len(self.leaves), index))
@@ -339,6 +384,27 @@ class Pool:
         leaf, index = self.where[name]
         return Compose(self.label_loaders[leaf])(self.leaves[leaf].get_data_info(index))['gt_seg_map']
 
+    def check_label(self, name: str, classes: Optional[int], mask_HW: Optional[np.ndarray] = None) -> np.ndarray:
+        """The label map of an image that was asked for, or its values (N,) under the mask of what was.
+
+        Raises:
+            ValueError: Image or label map cannot be read, they differ in size, or a label is none of the classes.
+        """
+        leaf, index = self.where[name]
+        info = self.leaves[leaf].get_data_info(index)
+        with reading(info['img_path']):
+            shape = self.load_image(name).shape[:2]
+        with reading(info.get('seg_map_path') or f'the label map of {name!r}'):
+            label = self.load_label(name)
+            if label.shape != shape:
+                raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}')
+            label = label if mask_HW is None else label[mask_HW]
+            strange = np.setdiff1d(label, [*range(classes or 0), self.ignore_index(name)])
+            if classes and len(strange):
+                raise ValueError(f'labels should be below {classes}, the number of classes, or '
+                                 f'{self.ignore_index(name)} for none, but got {", ".join(map(str, strange[:5]))}')
+        return label
+
     def ignore_index(self, name: str) -> int:
         return getattr(self.leaves[self.where[name][0]], 'ignore_index', 255)
 
@@ -350,7 +416,7 @@ class Pool:
             try:
                 with Image.open(self.leaves[leaf].get_data_info(index)['img_path']) as image:
                     sizes[name] = image.size[::-1]
-            except (OSError, ValueError):  # not a local file, or a format that only the pipeline reads
+            except (OSError, ValueError, Image.DecompressionBombError):  # not local, or only the pipeline reads it
                 sizes[name] = self.load_image(name).shape[:2]
         return sizes
 
@@ -361,7 +427,7 @@ class Pool:
             leaf, index = self.where[name]
             chosen[leaf].append(index)
         # not leaf.get_subset: its copies share a memo by id() for as long as the process lives, and mix objects up
-        return ConcatDataset([Subset(leaf, indices) for leaf, indices in zip(self.leaves, chosen) if indices])
+        return ConcatDataset([NamedSubset(leaf, indices) for leaf, indices in zip(self.leaves, chosen) if indices])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -372,14 +438,26 @@ SCHEMA = 1
 STATE_FILE = 'al_state.json'
 
 
-def write_atomically(path: str, text: str) -> None:
-    """Replace a file's content as a whole or, whenever the process is killed, not at all."""
-    temporary = f'{path}.tmp'
-    with open(temporary, 'w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_atomically(path: str, content: Union[str, bytes]) -> None:
+    """Replace a file's content as a whole or, whenever the process is killed, not at all.
+
+    Raises:
+        OSError: There is no space left, or the like. What was there is left as it was.
+    """
+    content, temporary = content.encode() if isinstance(content, str) else content, f'{path}.tmp'
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)  # left by a run that was killed; or a link, which is not to be written through
+        with open(temporary, 'xb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise OSError(f'{path} cannot be written and is left as it was ({error}): go on with --resume when it can'
+                      ) from error
     directory = os.open(osp.dirname(path), os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
@@ -402,6 +480,8 @@ def read_state(path: str) -> dict:
         with open(path, encoding='utf-8') as file:
             state = json.load(file)
         schema = state['schema']
+        if type(state.get('round', 0)) is not int:  # it names a directory
+            raise ValueError(f'its round is {state["round"]!r}')
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is damaged ({error}): restore a copy, or start in another work_dir') from error
     if schema != SCHEMA:
@@ -419,30 +499,33 @@ def labelled(state: dict, until: Optional[int] = None) -> dict[str, Optional[int
     return have
 
 
-def png_path(folder: str, name: str) -> str:
-    """Where a folder keeps its PNG for an image. It cannot lie outside the folder.
+def png_path(folder: str, name: str, root: Optional[str] = None) -> str:
+    """Where a folder keeps its PNG for an image. It cannot lie outside the folder nor, through links, outside ``root``
+    (default: the folder).
 
     Raises:
-        ValueError: The name leads elsewhere.
+        ValueError: The name, or a link on the way, leads elsewhere.
     """
     folder = osp.abspath(folder)
     path = osp.abspath(osp.join(folder, name + '.png'))
     if not path.startswith(folder + os.sep):
         raise ValueError(f'an image name should stay below its directory, but got {name!r}')
+    if not osp.realpath(path).startswith(osp.join(osp.realpath(root or folder), '')):
+        raise ValueError(f'{path} should lie in {root or folder}, but a symbolic link leads to {osp.realpath(path)}')
     return path
 
 
 def mask_path(work_dir: str, k: int, name: str) -> str:
     """Where round ``k`` keeps the mask of what is labelled of an image."""
-    return png_path(osp.join(round_dir(work_dir, k), 'labelled'), name)
+    return png_path(osp.join(round_dir(work_dir, k), 'labelled'), name, work_dir)
 
 
 def write_png(path: str, array_HW: np.ndarray) -> None:
     """An array as a PNG (booleans take 1 bit each), all or nothing."""
     os.makedirs(osp.dirname(path), exist_ok=True)
-    temporary = f'{path}.{os.getpid()}.tmp'
-    Image.fromarray(array_HW).save(temporary, 'PNG')
-    os.replace(temporary, path)
+    png = io.BytesIO()
+    Image.fromarray(array_HW).save(png, 'PNG')
+    write_atomically(path, png.getvalue())
 
 
 def read_mask(path: str) -> np.ndarray:
@@ -464,6 +547,26 @@ def labelled_mask(runner: Runner, pool: Pool, have: dict, name: str) -> np.ndarr
         return np.zeros(pool.sizes[name], bool)
     return np.ones(pool.sizes[name], bool) if have[name] is None else \
         read_mask(mask_path(runner.work_dir, have[name], name))
+
+
+def on_all_ranks(function: Callable, names: list[str]) -> dict:
+    """What a function makes of each name; every rank does its share.
+
+    Raises:
+        ValueError: On every rank, with what went wrong on any.
+    """
+    rank, world_size = get_dist_info()
+    mine, errors = {}, []
+    for name in names[rank::world_size]:
+        try:
+            mine[name] = function(name)
+        except ValueError as error:
+            errors.append(str(error))
+    shares = all_gather_object((mine, errors))
+    errors = [error for share in shares for error in share[1]]
+    if errors:
+        raise ValueError('; '.join(errors[:5]) + (f'; and {len(errors) - 5} more' if len(errors) > 5 else ''))
+    return {name: share[0][name] for name in names for share in shares if name in share[0]}
 
 
 def seed_of(*parts) -> int:
@@ -591,6 +694,9 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     finally:
         _LABELLED.reset(token)
     check_filtered(loader.dataset)
+    if not len(loader) and not isinstance(loader.sampler, InfiniteSampler):
+        raise ValueError(f'`train_dataloader.batch_size` should be at most the {len(loader.dataset)} labelled images, '
+                         f'or drop_last=False, but got {loader.batch_size}: there is no batch to train with')
     return loader
 
 
@@ -602,7 +708,7 @@ def keep_labelled(dataset: BaseDataset, have: dict) -> None:
     dataset.get_subset_([i for i, name in enumerate(names) if name in have])
     dataset.is_labelled = True
     masks = {info['img_path']: have[name] for info, name in zip(infos, names) if have.get(name)}
-    if masks:
+    if masks or type(dataset.pipeline) is Compose:
         dataset.pipeline = SparseLabels(dataset.pipeline.transforms, masks, getattr(dataset, 'ignore_index', 255))
 
 
@@ -618,7 +724,8 @@ def check_filtered(dataset) -> None:
 
 
 class SparseLabels(Compose):
-    """A data set's pipeline that shows only the labelled pixels of an image, and takes care not to lose them.
+    """A data set's pipeline that shows only the labelled pixels of an image, and takes care not to lose them. A file
+    that cannot be read is named.
 
     - The mask is applied by the transform that loads the label map, before any geometry.
     - A random transform that leaves no labelled pixel, as a crop can, is drawn again, up to ten times.
@@ -636,8 +743,10 @@ class SparseLabels(Compose):
 
     def __call__(self, results: dict) -> Optional[dict]:
         path = self.masks.get(results['img_path'])
-        if path is None:
-            return super().__call__(results)
+        with reading(f'{results["img_path"]} or its label map'):
+            return super().__call__(results) if path is None else self.show_labelled(results, path)
+
+    def show_labelled(self, results: dict, path: str) -> Optional[dict]:
         for transform in self.transforms:
             before, results = results, transform(copy.copy(results))
             if results is None:
@@ -813,6 +922,12 @@ def checkpoint_path(runner: Runner, entry: dict, which: str) -> str:
     return path
 
 
+def load_weights(runner: Runner, trainer: Runner, path: str) -> None:
+    """Load a checkpoint into the round's model; an error names it."""
+    with reading(path):
+        load_checkpoint(unwrap(trainer.model), path, map_location='cpu', logger=runner.logger)
+
+
 def build_round(runner: Runner, state: dict, resumed: bool) -> Runner:
     """A fresh runner for the state's round, of the caller's class; the caller's own takes over its model."""
     cfg = round_config(runner, state, resumed)
@@ -827,7 +942,8 @@ def build_round(runner: Runner, state: dict, resumed: bool) -> Runner:
 def train_round(runner: Runner, trainer: Runner, state: dict) -> None:
     """Run the round's training, and note its metrics and checkpoints in the state."""
     begin = time.time()
-    trainer.train()
+    with reading(trainer._load_from, pickle.UnpicklingError):
+        trainer.train()
     hook = next(hook for hook in trainer.hooks if isinstance(hook, RoundHook))
     if trainer.val_loop is not None and hook.validated_at != trainer.iter:  # e.g. resumed after the last iteration
         trainer.val_loop.run()
@@ -908,6 +1024,12 @@ def to_probs(logits_NCHW: torch.Tensor) -> torch.Tensor:
     return torch.cat([1 - p, p], 1)
 
 
+def check_logits(logits_NCHW, model: torch.nn.Module, n: int) -> None:
+    if not (isinstance(logits_NCHW, torch.Tensor) and logits_NCHW.ndim == 4 and len(logits_NCHW) == n):
+        what = tuple(logits_NCHW.shape) if isinstance(logits_NCHW, torch.Tensor) else type(logits_NCHW).__name__
+        raise ValueError(f'{type(model).__name__}.inference should return logits ({n}, classes, H, W), but got {what}')
+
+
 def score_maps(model: torch.nn.Module, data: dict, score: Callable, full_res: bool, whole: bool) -> list[torch.Tensor]:
     """Score maps of a batch, one (H, W) tensor an image.
 
@@ -924,6 +1046,7 @@ def score_maps(model: torch.nn.Module, data: dict, score: Callable, full_res: bo
     in_h, in_w = input_hw = data['inputs'].shape[2:]
     with contextlib.nullcontext() if full_res else native_resolution(model):
         logits_NCHW = model.inference(data['inputs'], [dict(meta) for meta in metas])
+    check_logits(logits_NCHW, model, len(metas))
     maps = []
     for logits_CHW, meta in zip(logits_NCHW, metas):
         if full_res:
@@ -1110,8 +1233,7 @@ def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
         order = torch.randperm(len(names), generator=generator(state['seed'], 'pool_size', k)).tolist()
         names = [names[i] for i in sorted(order[:size])]
     if strategy.score is not random:
-        load_checkpoint(unwrap(trainer.model), checkpoint_path(runner, state['rounds'][-1], al.query_with),
-                        map_location='cpu', logger=runner.logger)
+        load_weights(runner, trainer, checkpoint_path(runner, state['rounds'][-1], al.query_with))
 
     def budget(name: Optional[str]) -> int:
         if whole or isinstance(amount, int):
@@ -1136,18 +1258,19 @@ def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
 def add_round(runner: Runner, state: dict, pool: Pool, asked) -> None:
     """Label what was asked for: write the masks, then commit the state of the next round."""
     k, have, unit = len(state['rounds']), labelled(state), ConfigDict(state['settings']).unit
-    entry = dict(asked=asked)
+    classes, entry = getattr(unwrap(runner.model), 'num_classes', None), dict(asked=asked)
+
+    def label_units(name: str) -> list:
+        old = labelled_mask(runner, pool, have, name)
+        new = unit_mask(unit, asked[name], segments_of(runner, unit, pool, name), old.shape) & ~old
+        void = int((pool.check_label(name, classes, new) == pool.ignore_index(name)).sum())
+        write_png(mask_path(runner.work_dir, k, name), old | new)
+        return [len(asked[name]), int(new.sum()), void]
+
+    if isinstance(asked, list):
+        on_all_ranks(lambda name: len(pool.check_label(name, classes)), asked)
     if isinstance(asked, dict):
-        rank, world_size = get_dist_info()
-        mine = {}
-        for name in list(asked)[rank::world_size]:
-            old = labelled_mask(runner, pool, have, name)
-            new = unit_mask(unit, asked[name], segments_of(runner, unit, pool, name), old.shape) & ~old
-            write_png(mask_path(runner.work_dir, k, name), old | new)
-            void = int((pool.load_label(name)[new] == pool.ignore_index(name)).sum())
-            mine[name] = [len(asked[name]), int(new.sum()), void]
-        shares = all_gather_object(mine)
-        figures = {name: share[name] for name in asked for share in shares if name in share}
+        figures = on_all_ranks(label_units, list(asked))
         entry = dict(asked={name: figures[name][:2] for name in asked},
                      pixels=sum(pixels for _, pixels, _ in figures.values()),
                      void_pixels=sum(void for _, _, void in figures.values()))
@@ -1193,10 +1316,10 @@ def segments_of(runner: Runner, unit: dict, pool: Pool, name: str) -> Optional[n
     if unit['type'] != 'superpixel':
         return None
     settings = f'{unit["n_segments"]}_{unit["compactness"]}'
-    path = png_path(osp.join(runner.work_dir, 'superpixels', settings), name)
+    path = png_path(osp.join(runner.work_dir, 'superpixels', settings), name, runner.work_dir)
     if not osp.isfile(path):
         write_png(path, slic(pool.load_image(name), unit['n_segments'], unit['compactness']))
-    with Image.open(path) as image:
+    with reading(path), Image.open(path) as image:
         return np.asarray(image).astype(np.int32)
 
 
@@ -1501,8 +1624,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
             gc.collect()
             resumed = False
         if resumed:
-            load_checkpoint(unwrap(trainer.model), checkpoint_path(runner, state['rounds'][-1], 'last'),
-                            map_location='cpu', logger=runner.logger)
+            load_weights(runner, trainer, checkpoint_path(runner, state['rounds'][-1], 'last'))
     close_round(trainer)
     runner.logger.info(f'Active learning has ended: {reason}\n{rounds_table(state)}')
     runner._has_loaded = True  # `runner.test()` goes on with this model, not with `load_from`
@@ -1578,6 +1700,78 @@ def rounds_table(state: dict) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One run at a time, and how to go on with one that was stopped
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOCK_FILE = 'al.lock'
+
+
+class Stopped(SystemExit):
+    """SIGTERM as an exception, so that it unwinds like Ctrl-C does. The exit code is a shell's, 128 + 15."""
+
+
+def run_alone(runner: Runner) -> torch.nn.Module:
+    """``run_rounds``, as the only run in its work_dir. When it is stopped, the log says how to go on."""
+    with only_run(runner), stops_with_a_word(runner):
+        return run_rounds(runner)
+
+
+@contextlib.contextmanager
+def only_run(runner: Runner):
+    """Hold ``work_dir/al.lock``, from rank 0.
+
+    It is a record lock (``lockf``): forked dataloader workers do not inherit it, as they would one of ``flock``, so
+    that the kernel frees it in the instant in which the process dies, though its workers live on for seconds. Over NFS
+    it counts for all machines, if the server locks at all. Closing any descriptor of the file would free it.
+
+    Raises:
+        RuntimeError: Another run holds it.
+    """
+    path, file, holder = osp.join(runner.work_dir, LOCK_FILE), None, [None]
+    if is_main_process():
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(file, 0)
+            os.write(file, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+        except BlockingIOError:
+            holder = [os.read(file, 999).decode(errors='replace') or 'another process']
+        except OSError as error:
+            runner.logger.warning(f'{path} cannot be locked ({error}): take care that no other run uses this work_dir')
+    broadcast_object_list(holder)
+    try:
+        if holder[0]:
+            raise RuntimeError(f'{runner.work_dir} is in use by {holder[0]}: wait for that run, stop it, or choose '
+                               'another --work-dir')
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+@contextlib.contextmanager
+def stops_with_a_word(runner: Runner):
+    """On SIGTERM, unless somebody handles it already, and on Ctrl-C, log the command that goes on with the run."""
+
+    def stop(number, frame):
+        raise Stopped(128 + number)
+
+    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    if ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped):
+        command = os.environ.get('AL_COMMAND') or shlex.join(['python', *sys.argv])
+        command += '' if '--resume' in command.split() else ' --resume'
+        runner.logger.warning(f'Stopped. Nothing is lost; go on with: {command}')
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What the stack needs: checkpoints under torch >= 2.6, and mmcv without compiled ops
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1640,7 +1834,7 @@ def _wrap_train(train: Callable) -> Callable:
 
     @functools.wraps(train)
     def wrapper(self, *args, **kwargs):
-        return train(self, *args, **kwargs) if self.cfg.get('al') is None else run_rounds(self)
+        return train(self, *args, **kwargs) if self.cfg.get('al') is None else run_alone(self)
 
     return wrapper
 

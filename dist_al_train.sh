@@ -9,6 +9,8 @@ fi
 CONFIG=$1
 GPUS=$2
 HERE=$(cd "$(dirname "$0")" && pwd)
+AL_COMMAND=$(printf '%q ' bash "$0" "$@") # what the log says to repeat when the run is stopped
+export AL_COMMAND=${AL_COMMAND% }
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
 
 if [ "$GPUS" -eq 0 ]; then

@@ -154,7 +154,7 @@ def run_until(options: list, processes: int, log: str, rng=None, seconds: float 
 
 def masks_of(work_dir: str, state: dict) -> dict:
     """Every mask that the state refers to."""
-    return {name: al_patch.read_mask(al_patch.mask_path(work_dir, k, name)).tobytes()
+    return {name: al_patch.read_mask(al_patch.mask_path(work_dir, k, name)).tolist()
             for name, k in al_patch.labelled(state).items() if k is not None}
 
 
@@ -170,7 +170,8 @@ def outcome(work_dir: str) -> tuple:
         names = [name for entry in rounds for name in entry['asked']]
         assert len(names) == len(set(names)), 'an image was asked for twice'
     else:
-        assert sum(entry['pixels'] for entry in rounds) == sum(mask.count(1) for mask in masks.values())
+        labelled = sum(sum(map(sum, mask)) for mask in masks.values())
+        assert sum(entry['pixels'] for entry in rounds) == labelled, 'pixels were asked for twice'
     return [(entry['asked'], entry['metrics'], entry['checkpoints']) for entry in rounds], masks
 
 
