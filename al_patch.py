@@ -1751,24 +1751,30 @@ def only_run(runner: Runner):
 
 @contextlib.contextmanager
 def stops_with_a_word(runner: Runner):
-    """On SIGTERM, unless somebody handles it already, and on Ctrl-C, log the command that goes on with the run."""
+    """On SIGTERM and Ctrl-C, unless somebody handles them already, log the command that goes on with the run."""
+    stopped, before = [], {}
 
-    def stop(number, frame):
-        raise Stopped(128 + number)
+    def stop(number, frame=None):
+        stopped.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(128 + number)
 
-    ours = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    if ours:
-        signal.signal(signal.SIGTERM, stop)
+    for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == default:
+            before[number] = signal.signal(number, stop)
     try:
         yield
-    except (KeyboardInterrupt, Stopped):
+    except BaseException as error:
+        if not stopped:
+            raise
         command = os.environ.get('AL_COMMAND') or shlex.join(['python', *sys.argv])
         command += '' if '--resume' in command.split() else ' --resume'
         runner.logger.warning(f'Stopped. Nothing is lost; go on with: {command}')
-        raise
+        if isinstance(error, (KeyboardInterrupt, Stopped)):
+            raise
+        stop(stopped[0])  # a bare `except` on the way, as there is in mmengine, had made another error of it
     finally:
-        if ours:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
