@@ -318,7 +318,8 @@ def reading(path: str, errors: type = Exception):
     except errors as error:
         why = f'{type(error).__name__}: {error}'
         if isinstance(error, pickle.UnpicklingError):  # torch's own text, of many lines, tells to drop the protection
-            why = 'it holds more than weights and training state, and reading that could run any code: ' + why[-200:]
+            what = ', '.join(re.findall(r'GLOBAL ([\w.]+)', why)) or 'what no checkpoint has'
+            why = f'beside weights and training state it holds {what}: reading that could run any code'
         raise ValueError(f'{path} cannot be used ({" ".join(why.split())})') from error
 
 
@@ -377,7 +378,9 @@ class Pool:
     def load_image(self, name: str) -> np.ndarray:
         """An image as its pipeline loads it, (H, W[, C]), before any other transform."""
         leaf, index = self.where[name]
-        return self.leaves[leaf].pipeline.transforms[0](self.leaves[leaf].get_data_info(index))['img']
+        info = self.leaves[leaf].get_data_info(index)
+        with reading(info['img_path']):
+            return self.leaves[leaf].pipeline.transforms[0](info)['img']
 
     def load_label(self, name: str) -> np.ndarray:
         """The label map of an image that was asked for, (H, W), as training loads it."""
@@ -391,10 +394,8 @@ class Pool:
             ValueError: Image or label map cannot be read, they differ in size, or a label is none of the classes.
         """
         leaf, index = self.where[name]
-        info = self.leaves[leaf].get_data_info(index)
-        with reading(info['img_path']):
-            shape = self.load_image(name).shape[:2]
-        with reading(info.get('seg_map_path') or f'the label map of {name!r}'):
+        path, shape = self.leaves[leaf].get_data_info(index).get('seg_map_path'), self.load_image(name).shape[:2]
+        with reading(path or f'the label map of {name!r}'):
             label = self.load_label(name)
             if label.shape != shape:
                 raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}')
