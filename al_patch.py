@@ -14,7 +14,7 @@ What is patched, and nothing else (see ``_PATCHES`` at the end; ``remove_patch()
   it is called, by name, and not when mmseg is imported.
 
 The file reads in the order of one image's journey: settings, pool and state, labelled training set, training, query,
-strategies, and last the rounds themselves and the patch.
+strategies, and last the rounds themselves, what guards them, and the patch.
 """
 import contextlib
 import copy
@@ -866,7 +866,7 @@ class RoundHook(Hook):
 
     def before_val(self, runner: Runner) -> None:
         """Validate what rank 0 saves: without SyncBN, each process has running statistics of its own."""
-        for buffer in unwrap(runner.model).buffers():
+        for buffer in filter(torch.is_floating_point, unwrap(runner.model).buffers()):
             broadcast(buffer)
 
     def before_train_epoch(self, runner: Runner) -> None:
@@ -943,7 +943,7 @@ def build_round(runner: Runner, state: dict, resumed: bool) -> Runner:
 def train_round(runner: Runner, trainer: Runner, state: dict) -> None:
     """Run the round's training, and note its metrics and checkpoints in the state."""
     begin = time.time()
-    with reading(trainer._load_from, pickle.UnpicklingError):
+    with reading(trainer._load_from or 'a checkpoint of the config', pickle.UnpicklingError):
         trainer.train()
     hook = next(hook for hook in trainer.hooks if isinstance(hook, RoundHook))
     if trainer.val_loop is not None and hook.validated_at != trainer.iter:  # e.g. resumed after the last iteration
@@ -1026,6 +1026,7 @@ def to_probs(logits_NCHW: torch.Tensor) -> torch.Tensor:
 
 
 def check_logits(logits_NCHW, model: torch.nn.Module, n: int) -> None:
+    """Raise a ValueError, which names the model, if they are not logits of ``n`` images."""
     if not (isinstance(logits_NCHW, torch.Tensor) and logits_NCHW.ndim == 4 and len(logits_NCHW) == n):
         what = tuple(logits_NCHW.shape) if isinstance(logits_NCHW, torch.Tensor) else type(logits_NCHW).__name__
         raise ValueError(f'{type(model).__name__}.inference should return logits ({n}, classes, H, W), but got {what}')
@@ -1708,7 +1709,7 @@ LOCK_FILE = 'al.lock'
 
 
 class Stopped(SystemExit):
-    """SIGTERM as an exception, so that it unwinds like Ctrl-C does. The exit code is a shell's, 128 + 15."""
+    """SIGTERM as an exception, so that it unwinds as Ctrl-C does, with a shell's exit code: 128 + 15."""
 
 
 def run_alone(runner: Runner) -> torch.nn.Module:
