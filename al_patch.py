@@ -42,6 +42,7 @@ import sys
 import threading
 import time
 import types
+import warnings
 import zipfile
 from contextvars import ContextVar
 from typing import Callable, NamedTuple, Optional, Union
@@ -50,7 +51,9 @@ import cv2
 import mmcv.utils.ext_loader
 import mmengine
 import numpy as np
+import scipy.cluster.vq
 import scipy.ndimage
+import scipy.sparse
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
@@ -171,6 +174,9 @@ def parse_settings(block: dict) -> ConfigDict:
     if al['unit']['type'] not in ('image', 'pixel') and strategy.reduce.keywords['how'] not in ('mean', 'max'):
         raise ValueError("`al.strategy.reduce` should be 'mean' or 'max' below image level, but got "
                          f"{strategy.reduce.keywords['how']!r}")
+    if al['unit']['type'] == 'pixel' and strategy.embed in (confusion, cooccurrence):
+        raise ValueError(f"`al.unit` should be 'image', 'region' or 'superpixel' for the embedding "
+                         f"{strategy.embed.__name__}, which is a pixel's softmax over again, but got 'pixel'")
     if al['per_image'] and al['unit']['type'] == 'image':
         raise ValueError('`al.per_image` should be False for whole images, but got True')
     return ConfigDict(al)
@@ -248,6 +254,7 @@ def check_runner(al: dict, runner: Runner) -> None:
             raise ValueError(f"`al.{key}='best'` needs validation, but the config has no `val_cfg`")
         if not any(hook.save_best for hook in checkpoint_hooks):
             raise ValueError(f"`al.{key}='best'` needs `default_hooks.checkpoint.save_best`, e.g. save_best='mIoU'")
+    check_model(unwrap(runner.model), resolve_strategy(al['strategy']))
     if al['stop'] and cfg.get('val_cfg') is None:
         raise ValueError('`al.stop` needs a validation metric, but the config has no `val_cfg`')
     late = [k for k in (al['overrides'] or {}) if int(k) > al['rounds']]
@@ -258,9 +265,6 @@ def check_runner(al: dict, runner: Runner) -> None:
             copy.deepcopy(cfg).merge_from_dict(override)
         except Exception as error:
             raise ValueError(f'`al.overrides[{k}]` should fit the config, but got {override} ({error})') from error
-    if resolve_strategy(al['strategy']).score is not random and not hasattr(unwrap(runner.model), 'inference'):
-        raise ValueError(f'`model` should be a segmentor of mmseg, whose `inference` returns logits, for every '
-                         f"`al.strategy` but 'random', but got {type(unwrap(runner.model)).__name__}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -687,7 +691,10 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     """
     dataloader = copy.copy(dataloader)
     where = dataloader.pop('labelled')
-    have = labelled(read_state(where['state']), where['round'])
+    state = read_state(where['state'])
+    have = labelled(state, where['round'])
+    for name in state['rounds'][where['round']].get('held_out', ()):
+        del have[name]
     token = _LABELLED.set({name: None if k is None else mask_path(osp.dirname(where['state']), k, name)
                            for name, k in have.items()})
     try:
@@ -981,20 +988,188 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
 
 
 @contextlib.contextmanager
-def native_resolution(model: torch.nn.Module):
-    """Let the decode head return logits at its own resolution, where all it does after is to enlarge them."""
-    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-    head = getattr(model, 'decode_head', None)
-    head = head[-1] if isinstance(head, torch.nn.ModuleList) else head
-    only_resizes = getattr(type(head), 'predict_by_feat', None) is BaseDecodeHead.predict_by_feat
-    if not only_resizes or model.test_cfg.get('mode', 'whole') != 'whole':
-        yield
-        return
-    head.predict_by_feat = lambda seg_logits, batch_img_metas: seg_logits
+def attribute(owner, name: str, value):
+    """Set an object's own attribute for a while."""
+    had, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
     try:
         yield
     finally:
-        del head.predict_by_feat
+        setattr(owner, name, before) if had else delattr(owner, name)
+
+
+def decode_head(model: torch.nn.Module) -> Optional[torch.nn.Module]:
+    """The head that gives a segmentor's logits: of a cascade, the last."""
+    head = getattr(model, 'decode_head', None)
+    return head[-1] if isinstance(head, torch.nn.ModuleList) else head
+
+
+def native_resolution(model: torch.nn.Module):
+    """Let the decode head return logits at its own resolution, where all it does after is to enlarge them."""
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+    head = decode_head(model)
+    only_resizes = getattr(type(head), 'predict_by_feat', None) is BaseDecodeHead.predict_by_feat
+    if not only_resizes or model.test_cfg.get('mode', 'whole') != 'whole':
+        return contextlib.nullcontext()
+    return attribute(head, 'predict_by_feat', lambda seg_logits, batch_img_metas: seg_logits)
+
+
+def dropouts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The dropout layers that are in the way from image to logits."""
+    kinds = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d)
+    return [module for name, module in model.named_modules()
+            if isinstance(module, kinds) and module.p > 0 and not name.startswith('auxiliary_head')]
+
+
+def check_model(model: torch.nn.Module, strategy: 'Strategy') -> None:
+    """Refuse a strategy that the model cannot serve.
+
+    Raises:
+        ValueError: It gives no logits, or has no dropout layer, or no penultimate features.
+    """
+    if strategy.needs_model and not hasattr(model, 'inference'):
+        raise ValueError('`model` should be a segmentor of mmseg, whose `inference` returns logits, for all that '
+                         f"`al.strategy` can be but 'random', but got {type(model).__name__}")
+    head = decode_head(model)
+    if strategy.mc > 1 and not dropouts_of(model):
+        raise ValueError(f'`al.strategy.mc` should be 1 for a {type(head).__name__} and a backbone without dropout (or '
+                         f'set `model.decode_head.dropout_ratio`), but got {strategy.mc}')
+    if strategy.asks_for('features_KHW') and (
+            not hasattr(head, 'conv_seg') or model.test_cfg.get('mode', 'whole') != 'whole'):
+        raise ValueError(no_features(model))
+
+
+def no_features(model: torch.nn.Module) -> str:
+    return ('`al.strategy.embed` should not need features here: they are the input of `conv_seg` of a BaseDecodeHead, '
+            f'run on the whole image, but the model ends in {type(decode_head(model)).__name__} with '
+            f'test_cfg.mode={model.test_cfg.get("mode", "whole")!r}')
+
+
+def tensors_of(output) -> list:
+    """The leaves of a module's output."""
+    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else None
+    return [output] if values is None else [leaf for value in values for leaf in tensors_of(value)]
+
+
+class Network:
+    """A segmentor in eval mode, and its passes over a batch: one, or ``mc`` with dropout (Gal & Ghahramani, ICML 2016).
+
+    With dropout, all that is computed before the first dropout layer is computed once: the output of every module
+    without dropout inside that was called before is kept, and replayed. Where the only dropout is that of channels
+    before ``conv_seg``, as in most decode heads, a matrix product serves all passes. Masks come from a generator for
+    each image and pass, so they do not depend on batches, order or processes.
+    """
+
+    def __init__(self, model: torch.nn.Module, mc: int = 1):
+        self.model, self.mc, self.dropouts = model.eval(), mc, dropouts_of(model) if mc > 1 else []
+        random_parts = {part for part in model.modules() if any(inner in self.dropouts for inner in part.modules())}
+        self.fixed = list(self.fixed_parts(model, random_parts)) if mc > 1 else []
+
+    def fixed_parts(self, module: torch.nn.Module, random_parts: set):
+        """The largest modules without dropout in them."""
+        for part in module.children():
+            if part in random_parts or isinstance(part, (torch.nn.ModuleList, torch.nn.ModuleDict)):
+                yield from self.fixed_parts(part, random_parts)
+            else:
+                yield part
+
+    def __call__(self, inputs_NCHW: torch.Tensor, metas: list[dict], seeds: list[int]):
+        """Yield logits (S, N, C, h, w) of S passes at a time."""
+        if self.mc == 1:
+            yield self.logits(inputs_NCHW, metas)[None]
+            return
+        kept, last = {module: [] for module in self.fixed}, []
+        with self.keep(kept, last, len(inputs_NCHW)):
+            logits = self.logits(inputs_NCHW, metas)
+        draws = ([torch.Generator(logits.device).manual_seed(seed_of(seed, i)) for seed in seeds]
+                 for i in range(self.mc))
+        if last and last[-1][1] is logits and isinstance(self.dropouts[0], torch.nn.Dropout2d) and \
+                len(self.dropouts) == 1:
+            yield from self.last_layer(last[-1][0], list(draws), max(1, 2**17 // logits.numel()))
+            return
+        for generators in draws:
+            with self.replay(kept, generators):
+                yield self.logits(inputs_NCHW, metas)[None]
+
+    def logits(self, inputs_NCHW: torch.Tensor, metas: list[dict]) -> torch.Tensor:
+        """Logits of one pass, (N, C, h, w).
+
+        Raises:
+            ValueError: The model gives something else.
+        """
+        logits, n = self.model.inference(inputs_NCHW, metas), len(metas)
+        if not (isinstance(logits, torch.Tensor) and logits.ndim == 4 and len(logits) == n):
+            what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise ValueError(f'{type(self.model).__name__}.inference should return logits ({n}, classes, H, W), but '
+                             f'got {what}')
+        return logits
+
+    @contextlib.contextmanager
+    def keep(self, kept: dict, last: list, n: int):
+        """Keep the outputs of the fixed parts until a dropout layer is called, but not those that are written to; and
+        input and output of a plain ``conv_seg`` behind its head's dropout."""
+        waiting, head = [True], decode_head(self.model)
+
+        def note(module, args, output):
+            if waiting:
+                leaves = tensors_of(output)
+                is_batch = all(isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf) == n for leaf in leaves)
+                kept[module].append((output, [(leaf, leaf._version) for leaf in leaves]) if is_batch else None)
+
+        handles = [module.register_forward_hook(note) for module in self.fixed]
+        handles += [module.register_forward_pre_hook(lambda *_: waiting.clear()) for module in self.dropouts]
+        from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+        if getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and self.dropouts[-1] is head.dropout:
+            handles.append(head.conv_seg.register_forward_hook(lambda _, args, output: last.append((args[0], output))))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        for outputs in kept.values():
+            outputs[:] = [held[0] if held and all(leaf._version == version for leaf, version in held[1]) else None
+                          for held in outputs]
+
+    def last_layer(self, features_NKHW: torch.Tensor, draws: list, at_once: int):
+        """Logits of all passes, from the input of ``conv_seg``: dropping a channel is a zero in its weights."""
+        conv, p = decode_head(self.model).conv_seg, self.dropouts[0].p
+        weight_CK, (h, w) = conv.weight.flatten(1), features_NKHW.shape[2:]
+        for first in range(0, self.mc, at_once):
+            mask_NSK = torch.stack([torch.stack([torch.rand(weight_CK.shape[1], generator=each, device=weight_CK.device)
+                                                 for each in image]) for image in zip(*draws[first:first + at_once])])
+            weight_NSCK = weight_CK * ((mask_NSK >= p) / (1 - p)).to(weight_CK)[:, :, None]
+            logits_NMP = weight_NSCK.flatten(1, 2) @ features_NKHW.flatten(2)
+            logits_NSCHW = logits_NMP.unflatten(1, (-1, len(weight_CK))).unflatten(3, (h, w))
+            yield (logits_NSCHW + conv.bias.view(-1, 1, 1)).transpose(0, 1)
+
+    @contextlib.contextmanager
+    def replay(self, kept: dict, generators: list[torch.Generator]):
+        """Answer calls from what was kept, and draw from the generators, one for each image of the batch."""
+
+        def replayed(forward, outputs):
+            outputs = iter(outputs)
+
+            def answer(*args, **kwargs):
+                output = next(outputs, None)
+                return forward(*args, **kwargs) if output is None else output
+
+            return answer
+
+        def drop(module, x):
+            images = len(generators) if len(x) % len(generators) == 0 else 1  # else the first axis is not the batch
+            shape = (len(x) // images, *x.shape[1:])
+            if not isinstance(module, torch.nn.Dropout):  # whole channels
+                shape = shape[:2] + (1, ) * (x.ndim - 2)
+            mask = torch.cat([torch.rand(shape, generator=each, device=x.device) for each in generators[:images]])
+            return x * ((mask >= module.p) / (1 - module.p)).to(x.dtype)
+
+        with contextlib.ExitStack() as stack:
+            for module, outputs in kept.items():
+                if outputs:
+                    stack.enter_context(attribute(module, 'forward', replayed(module.forward, outputs)))
+            for module in self.dropouts:
+                stack.enter_context(attribute(module, 'forward', functools.partial(drop, module)))
+            yield
 
 
 def to_image(maps_CHW: torch.Tensor, meta: dict, input_hw: tuple, align_corners: bool) -> torch.Tensor:
@@ -1004,17 +1179,22 @@ def to_image(maps_CHW: torch.Tensor, meta: dict, input_hw: tuple, align_corners:
         return maps if tuple(maps.shape[1:]) == tuple(size) else F.interpolate(
             maps[None], tuple(size), mode='bilinear', align_corners=align_corners)[0]
 
-    maps_CHW = resize(maps_CHW, input_hw)
-    left, right, top, bottom = padding_of(meta)
-    maps_CHW = maps_CHW[:, top:input_hw[0] - bottom, left:input_hw[1] - right]
+    return resize(without_padding(resize(maps_CHW, input_hw), meta, input_hw), meta['ori_shape'][:2])
+
+
+def as_it_is(maps_HW: torch.Tensor, meta: dict, input_hw: tuple) -> torch.Tensor:
+    return maps_HW
+
+
+def without_padding(maps_HW: torch.Tensor, meta: dict, input_hw: tuple) -> torch.Tensor:
+    """Maps (..., h, w) over a network's input, at their own resolution, less the padding and unflipped."""
+    (in_h, in_w), (h, w) = input_hw, maps_HW.shape[-2:]
+    left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
+    maps_HW = maps_HW[..., round(top * h / in_h):max(1, h - round(bottom * h / in_h)),
+                      round(left * w / in_w):max(1, w - round(right * w / in_w))]
     if meta.get('flip'):
-        maps_CHW = maps_CHW.flip(2 if meta.get('flip_direction') == 'horizontal' else 1)
-    return resize(maps_CHW, meta['ori_shape'][:2])
-
-
-def padding_of(meta: dict) -> tuple:
-    """Left, right, top and bottom padding of an image in its batch, in pixels of the network's input."""
-    return meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
+        maps_HW = maps_HW.flip(-1 if meta.get('flip_direction') == 'horizontal' else -2)
+    return maps_HW
 
 
 def to_probs(logits_NCHW: torch.Tensor) -> torch.Tensor:
@@ -1025,51 +1205,93 @@ def to_probs(logits_NCHW: torch.Tensor) -> torch.Tensor:
     return torch.cat([1 - p, p], 1)
 
 
-def check_logits(logits_NCHW, model: torch.nn.Module, n: int) -> None:
-    """Raise a ValueError, which names the model, if they are not logits of ``n`` images."""
-    if not (isinstance(logits_NCHW, torch.Tensor) and logits_NCHW.ndim == 4 and len(logits_NCHW) == n):
-        what = tuple(logits_NCHW.shape) if isinstance(logits_NCHW, torch.Tensor) else type(logits_NCHW).__name__
-        raise ValueError(f'{type(model).__name__}.inference should return logits ({n}, classes, H, W), but got {what}')
+STATISTICS = dict(  # what is averaged over the passes, and never kept for each
+    probs_NCHW=lambda probs_NCHW: probs_NCHW,
+    entropies_NHW=lambda probs_NCHW: entropy(probs_NCHW),
+    votes_NCHW=lambda probs_NCHW: F.one_hot(probs_NCHW.argmax(1), probs_NCHW.shape[1]).movedim(3, 1).float(),
+    squares_NCHW=lambda probs_NCHW: probs_NCHW**2)
 
 
-def score_maps(model: torch.nn.Module, data: dict, score: Callable, full_res: bool, whole: bool) -> list[torch.Tensor]:
-    """Score maps of a batch, one (H, W) tensor an image.
+def statistics(network: Network, data: dict, seeds: list[int], wanted: list[str], views: list[Callable],
+               with_features: bool = False):
+    """Run the network over a batch of the query dataloader.
 
     Args:
-        model: An mmseg segmentor in eval mode.
-        data: A batch of the query dataloader.
-        score: probs_NCHW -> scores_NHW.
-        full_res: Score the logits enlarged to the original image, and not at their own resolution.
-        whole: The image is one candidate: leave the map at the logits' resolution, less the padding. Else it comes in
-            the coordinates of the original image.
+        seeds: One for each image, of its dropout masks.
+        wanted: Names of ``STATISTICS``.
+        views: What is done to the logits (C, h, w) before the softmax, given the image's meta and the input's size.
+
+    Yields:
+        For each image its meta, the input's size, for each view the statistics (1, ...), and the features (K, h, w).
     """
-    data = model.data_preprocessor(data, False)
-    metas = [sample.metainfo for sample in data['data_samples']]
-    in_h, in_w = input_hw = data['inputs'].shape[2:]
-    with contextlib.nullcontext() if full_res else native_resolution(model):
-        logits_NCHW = model.inference(data['inputs'], [dict(meta) for meta in metas])
-    check_logits(logits_NCHW, model, len(metas))
-    maps = []
-    for logits_CHW, meta in zip(logits_NCHW, metas):
-        if full_res:
-            logits_CHW = to_image(logits_CHW.float(), meta, input_hw, model.align_corners)
-        elif whole:
-            (left, right, top, bottom), (h, w) = padding_of(meta), logits_CHW.shape[1:]
-            logits_CHW = logits_CHW[:, round(top * h / in_h):max(1, h - round(bottom * h / in_h)),
-                                    round(left * w / in_w):max(1, w - round(right * w / in_w))]
-        map_HW = score(to_probs(logits_CHW[None]))[0]
-        maps.append(map_HW if full_res or whole else to_image(map_HW[None], meta, input_hw, model.align_corners)[0])
-    return maps
+    data = network.model.data_preprocessor(data, False)
+    metas, input_hw = [sample.metainfo for sample in data['data_samples']], data['inputs'].shape[2:]
+    means, caught, hook = [[{} for _ in views] for _ in metas], [], None
+    if with_features:  # of the pass without dropout, which is the first
+        hook = decode_head(network.model).conv_seg.register_forward_pre_hook(
+            lambda _, args: None if caught else caught.append(args[0]))
+    with native_resolution(network.model):
+        for logits_SNCHW in network(data['inputs'], [dict(meta) for meta in metas], seeds):
+            for n, meta in enumerate(metas):
+                for view, mean in zip(views, means[n]):
+                    seen_MHW = view(logits_SNCHW[:, n].flatten(0, 1), meta, input_hw)
+                    probs_SCHW = to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)))
+                    for name in wanted:
+                        share = STATISTICS[name](probs_SCHW)
+                        share = share if network.mc == 1 else share.sum(0, keepdim=True).div_(network.mc)
+                        mean[name] = mean[name].add_(share) if name in mean else share
+    if hook:
+        hook.remove()
+        if not caught:
+            raise ValueError(no_features(network.model))
+    for meta, mean, features_KHW in zip(metas, means, caught[0] if caught else [None] * len(metas)):
+        yield meta, input_hw, mean, features_KHW
 
 
-def query_dataloader(cfg: dict, pool: Pool, names: list[str]):
+def predictions(network: Network, data: dict, seeds: list[int], strategy: 'Strategy', full_res: bool, whole: bool,
+                **offered):
+    """What the images of a batch give a strategy.
+
+    Args:
+        strategy: Its score, and what its embedding and selector ask for.
+        full_res: Score the logits enlarged to the original image, and not at their own resolution.
+        whole: The image is one candidate: leave the score map at the logits' resolution, less the padding. Else it
+            comes in the coordinates of the original image.
+
+    Yields:
+        For each image a score map (H, W), and a dict with ``probs_CHW``, ``scores_HW`` and ``features_KHW`` at the
+        logits' resolution, less the padding, as far as they are asked for.
+    """
+    align = network.model.align_corners
+    native, crop = (without_padding, as_it_is) if whole else (as_it_is, without_padding)
+    for_vectors = strategy.embed is not None or strategy.asks_for('probs_NC')
+    views = [native] * (for_vectors or not full_res) + [functools.partial(to_image, align_corners=align)] * full_res
+    wanted = [name for name in STATISTICS if name == 'probs_NCHW' or strategy.asks_for(name)]
+    for meta, input_hw, means, features_KHW in statistics(network, data, seeds, wanted, views,
+                                                          strategy.asks_for('features_KHW')):
+        scores = [None if strategy.score is random else
+                  call(strategy.score, mean['probs_NCHW'], **mean, **offered)[0] for mean in means]
+        map_HW = scores[-1]
+        if not (full_res or whole or map_HW is None):
+            map_HW = to_image(map_HW[None], meta, input_hw, align)[0]
+        maps = {}
+        if for_vectors:
+            maps = dict(probs_CHW=crop(means[0]['probs_NCHW'][0], meta, input_hw))
+            if scores[0] is not None:
+                maps['scores_HW'] = crop(scores[0], meta, input_hw)
+            if features_KHW is not None:
+                maps['features_KHW'] = without_padding(features_KHW, meta, input_hw)
+        yield map_HW, maps
+
+
+def query_dataloader(cfg: dict, pool: Pool, names: list[str], shared: bool = True):
     """This rank's share of the images: whole batches, dealt in turn, so that a batch holds the same images, and an
-    image gets the same score, for any number of processes; no image is scored twice.
+    image gets the same score, for any number of processes; no image is scored twice. All images if not ``shared``.
 
     Returns:
         The dataloader, and for each of its batches the positions in ``names``.
     """
-    rank, world_size = get_dist_info()
+    rank, world_size = get_dist_info() if shared else (0, 1)
     loader = dict(next(cfg[key] for key in ('test_dataloader', 'val_dataloader') if cfg.get(key)))
     size = loader.pop('batch_size', 1)
     batches = [list(range(i, min(i + size, len(names)))) for i in range(0, len(names), size)][rank::world_size]
@@ -1099,14 +1321,22 @@ class Candidates(NamedTuple):
     id: np.ndarray  # (N,) int64: number of a segment, or y * W + x of a pixel or of a window's centre
     score: np.ndarray  # (N,) float64
     pixels: np.ndarray  # (N,) int32: what it would add to the labelled pixels
+    vector: Optional[np.ndarray] = None  # (N, D) float32, if the strategy has an embedding
+    probs: Optional[np.ndarray] = None  # (N, C) float32, mean class probabilities, if the selector asks for them
 
     def take(self, rows) -> 'Candidates':
-        return Candidates(*(column[rows] for column in self))
+        return Candidates(*(None if column is None else column[rows] for column in self))
 
     @staticmethod
     def join(parts: list) -> 'Candidates':
         empty = Candidates(*(np.empty(0, t) for t in (np.int32, np.int64, np.float64, np.int32)))
-        return Candidates(*map(np.concatenate, zip(empty, *parts)))
+        columns = list(zip(empty, *parts))
+        return Candidates(*map(np.concatenate, columns[:4]), *(
+            np.concatenate(held) if (held := [part for part in column if part is not None]) else None
+            for column in columns[4:]))
+
+    def sorted(self) -> 'Candidates':
+        return self.take(np.lexsort((self.id, self.image)))
 
 
 class Collector:
@@ -1119,21 +1349,28 @@ class Collector:
         in_pixels: Whether the budget counts pixels, and not units.
         per_image: Choose in every image by itself.
         seed: What seeds the choice.
+        progress: Of the queries, for the selector.
+        device: Where the selector computes.
     """
 
-    def __init__(self, select: Callable, budget: Callable, in_pixels: bool, per_image: bool, seed: tuple):
+    def __init__(self, select: Callable, budget: Callable, in_pixels: bool, per_image: bool, seed: tuple,
+                 progress: float = 0., device='cpu'):
         self.select, self.budget, self.in_pixels, self.per_image, self.seed = select, budget, in_pixels, per_image, seed
-        self.parts, self.rows, self.kept = [], 0, 0
+        self.progress, self.device = progress, device
+        self.parts, self.known, self.rows, self.kept = [], [], 0, 0
         self.floor = -math.inf  # what scores lower cannot be chosen any more
         self.range = [math.inf, -math.inf, 0]  # lowest and highest score and number of all candidates that were seen
 
-    def add(self, name: str, candidates: Candidates) -> None:
+    def add(self, name: str, candidates: Candidates, known: Optional[Candidates] = None) -> None:
+        """An image's candidates, and what is labelled of it where the selector wants to know."""
         scores = candidates.score
+        if known is not None and not self.per_image:
+            self.known.append(known)
         if not len(scores):
             return
         self.range = [min(self.range[0], scores.min()), max(self.range[1], scores.max()), self.range[2] + len(scores)]
         if self.per_image:
-            candidates = self.choose(candidates, self.budget(name), name)
+            candidates = self.choose(candidates, self.budget(name), known, name)
         self.parts.append(candidates)
         self.rows += len(candidates.id)
         if not self.per_image and is_topk(self.select) and self.rows > 2 * self.kept + 2**16:
@@ -1142,14 +1379,22 @@ class Collector:
                 self.floor = self.parts[0].score.min()
             self.rows = self.kept = len(self.parts[0].id)
 
-    def choose(self, candidates: Candidates, budget: int, *seed) -> Candidates:
+    def choose(self, candidates: Candidates, budget: int, known: Optional[Candidates] = None, *seed) -> Candidates:
         """What the selector picks for the budget, in the order of the rows. A budget in pixels is spent as far as whole
         units go: the selector's picks are taken in its order until the next one is too large, but at least one."""
-        scores_N, n = torch.from_numpy(candidates.score), len(candidates.id)
-        k = math.ceil(budget / np.median(candidates.pixels)) if self.in_pixels else budget
+        n = len(candidates.id)
+        scores_N, vectors_ND, probs_NC = (None if column is None else torch.from_numpy(column).to(self.device)
+                                          for column in (candidates.score, candidates.vector, candidates.probs))
+        offered = dict(vectors_ND=vectors_ND, probs_NC=probs_NC, progress=self.progress)
+        if vectors_ND is not None:
+            empty = known is None or known.vector is None
+            offered['labelled_LD'] = vectors_ND[:0] if empty else torch.from_numpy(known.vector).to(self.device)
+            offered['labelled_scores_L'] = scores_N[:0] if empty else torch.from_numpy(known.score).to(self.device)
+        k = math.ceil(budget / np.median(candidates.pixels)) if self.in_pixels and n else budget
         while n:
             k = min(k, n)
-            picks = np.asarray(self.select(scores_N, k, generator(*self.seed, *seed)))
+            picks = call(self.select, scores_N, k, generator(*self.seed, *seed), **offered)
+            picks = picks.cpu().numpy() if isinstance(picks, torch.Tensor) else np.asarray(picks)
             if len(picks) != k or len(np.unique(picks)) != k:
                 raise ValueError(f'`al.strategy.select` should choose {k} different candidates, but got {len(picks)}, '
                                  f'{len(np.unique(picks))} of them different')
@@ -1164,55 +1409,143 @@ class Collector:
 
     def result(self) -> Candidates:
         """The choice of all ranks together."""
-        shares = all_gather_object((Candidates.join(self.parts), self.range))
-        lows, highs, numbers = zip(*(share[1] for share in shares))
+        parts, known, ranges = zip(*all_gather_object((Candidates.join(self.parts), Candidates.join(self.known),
+                                                       self.range)))
+        lows, highs, numbers = zip(*ranges)
         self.range = [min(lows), max(highs), sum(numbers)]
-        candidates = Candidates.join([share[0] for share in shares])
-        candidates = candidates.take(np.lexsort((candidates.id, candidates.image)))
-        chosen = [candidates if self.per_image else self.choose(candidates, self.budget(None))]
-        broadcast_object_list(chosen)  # rank 0 decides
+        candidates, known = (Candidates.join(each).sorted() for each in (parts, known))
+        # rank 0 decides; without its vectors, that no other rank has use for
+        chosen = [candidates if self.per_image or not is_main_process() else
+                  self.choose(candidates, self.budget(None), known)]
+        chosen[0] = chosen[0]._replace(vector=None, probs=None)
+        broadcast_object_list(chosen)
         return chosen[0]
+
+
+def shortlist(strategy: 'Strategy', unit: dict, collector: Collector, name: str, images: int) -> Optional[int]:
+    """How many candidates of an image are of use: with top-k, as many as the budget buys; where every pixel is one and
+    each has a vector, four times an image's share of the budget, but at least 256.
+
+    Raises:
+        ValueError: ``al.strategy.shortlist`` is too short to spend the budget.
+    """
+    budget = collector.budget(name)
+    if is_topk(strategy.select) and not strategy.shortlist:
+        return budget
+    is_dense = unit['type'] == 'pixel' or bool(unit.get('window'))
+    share = budget / (1 if collector.per_image else images)
+    share = math.ceil(share / ((2 * (unit.get('window') or 0) + 1)**2 if collector.in_pixels and is_dense else 1))
+    if strategy.shortlist and strategy.shortlist < share:
+        raise ValueError(f"`al.strategy.shortlist` should be at least {share}, an image's share of the budget, but got "
+                         f'{strategy.shortlist}')
+    return strategy.shortlist or (max(256, 4 * share) if is_dense and strategy.embed else None)
+
+
+def image_candidates(runner: Runner, pool: Pool, have: dict, name: str, position: int, map_HW: Optional[torch.Tensor],
+                     maps: dict, strategy: 'Strategy', draw: torch.Generator, limit: Optional[int], floor: float,
+                     unit: dict, offered: dict) -> tuple[Candidates, Candidates]:
+    """The candidates of an image, and its labelled units.
+
+    Args:
+        map_HW: Its score map, or None: scores are drawn.
+        maps: What its vectors are made from, see ``predictions``.
+        limit: No more than the best so many are of use,
+        floor: and none below this score.
+    """
+    how = strategy.reduce.keywords['how']
+    segments = taken = None
+    if unit['type'] == 'image':
+        ids, pixels, free = np.zeros(1, np.int64), np.ones(1, np.int32), int(name not in have)
+        scores = random(1, draw) if map_HW is None else strategy.reduce(map_HW).reshape(1)
+        scores = np.asarray(scores.cpu(), np.float64)
+    else:
+        segments, taken = segments_of(runner, unit, pool, name), labelled_mask(runner, pool, have, name)
+        scores = np.asarray(map_HW.float().cpu()) if map_HW is not None else \
+            random(taken.size if segments is None else int(segments.max()) + 1, draw).numpy()
+        found = [unit_candidates(unit, segments, taken, scores, how, limit, floor)]
+        free = len(found[0][0])
+        if strategy.asks_for('labelled_LD'):  # a random few where every pixel is one
+            drawn = scores if segments is not None else random(taken.size, draw).numpy()
+            found.append(unit_candidates({**unit, 'radius': 0}, segments, ~taken, drawn, how, limit, -math.inf))
+            if segments is None:
+                found[1] = (found[1][0], scores.reshape(-1)[found[1][0]].astype(np.float64), found[1][2])
+        ids, scores, pixels = map(np.concatenate, zip(*found))
+    vectors = probs = None
+    if maps and len(ids):
+        shape = maps['probs_CHW'].shape[1:]
+        weights_NP = None if taken is None else cell_weights(unit, ids, segments, taken.shape, shape)
+        weights_NP = weights_NP if weights_NP is None else weights_NP.to(maps['probs_CHW'].device)
+        if strategy.embed:
+            vectors = call(strategy.embed, **maps, **offered, weights_NP=weights_NP).float().cpu().numpy()
+        if strategy.asks_for('probs_NC'):
+            probs = pool_map(maps['probs_CHW'], weights_NP).cpu().numpy()
+    rows = Candidates(np.full(len(ids), position, np.int32), ids, scores, pixels, vectors, probs)
+    return rows.take(slice(free)), rows.take(slice(free, None))
 
 
 @torch.no_grad()
 def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, names: list[str], strategy: 'Strategy',
             collector: Collector) -> None:
     """Feed this rank's share of the images to the collector, scored by the model in ``trainer``, or at random."""
-    al, have = ConfigDict(state['settings']), labelled(state)
-    unit, is_random = al.unit, strategy.score is random
-    whole, is_dense = unit.type == 'image', unit.type == 'pixel' or bool(unit.get('window'))
-    full_res = is_dense if al.full_res is None else al.full_res
+    al, have, k = ConfigDict(state['settings']), labelled(state), len(state['rounds'])
+    unit, whole = al.unit, al.unit.type == 'image'
+    full_res = (unit.type == 'pixel' or bool(unit.get('window'))) if al.full_res is None else al.full_res
     loader, batches = query_dataloader(runner.cfg, pool, names)
-    progress = QueryProgress(runner, len(batches))
-    if not is_random:
-        model = unwrap(trainer.model).eval()
+    progress, offered, network = QueryProgress(runner, len(batches)), {}, None
+    if strategy.needs_model:
+        network = Network(unwrap(trainer.model), strategy.mc)
         amp = trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'
-    for done, (data, positions) in enumerate(zip(itertools.repeat(None) if is_random else loader, batches), 1):
-        maps = [None] * len(positions)
-        if not is_random:
+    if strategy.calibration:
+        with autocast(enabled=amp):
+            offered['thresholds_C'] = calibrate(runner, network, state, pool, strategy.alpha)
+    for done, (data, positions) in enumerate(zip(loader if network else itertools.repeat(None), batches), 1):
+        found = [(None, {})] * len(positions)
+        if network:
+            seeds = [seed_of(state['seed'], 'mc', k, names[position]) for position in positions]
             with autocast(enabled=amp):
-                maps = score_maps(model, data, strategy.score, full_res, whole)
-        for position, map_HW in zip(positions, maps):
+                found = list(predictions(network, data, seeds, strategy, full_res, whole, **offered))
+        for position, (map_HW, maps) in zip(positions, found):
             name = names[position]
-            if map_HW is not None and not torch.isfinite(map_HW).all():
+            if any(not torch.isfinite(each).all() for each in (map_HW, *maps.values()) if each is not None):
                 raise ValueError(f'the score of image {name!r} is not finite: the model gives no finite logits')
-            draw = generator(state['seed'], 'random', len(state['rounds']), name) if is_random else None
-            if whole:
-                ids, pixels = np.zeros(1, np.int64), np.ones(1, np.int32)
-                scores = random(1, draw) if is_random else strategy.reduce(map_HW).reshape(1)
-                scores = np.asarray(scores.cpu(), np.float64)
-            else:
-                segments, taken = segments_of(runner, unit, pool, name), labelled_mask(runner, pool, have, name)
-                if is_random:
-                    scores = random(taken.size if segments is None else int(segments.max()) + 1, draw).numpy()
-                else:
-                    scores = np.asarray(map_HW.float().cpu())
-                limit = collector.budget(name) if is_topk(strategy.select) else None
-                ids, scores, pixels = unit_candidates(unit, segments, taken, scores, strategy.reduce.keywords['how'],
-                                                      limit, collector.floor)
-            collector.add(name, Candidates(np.full(len(ids), position, np.int32), ids, scores, pixels))
-        if not is_random:
+            draw = generator(state['seed'], 'random', k, name)
+            limit = None if whole else shortlist(strategy, unit, collector, name, len(names))
+            collector.add(name, *image_candidates(runner, pool, have, name, position, map_HW, maps, strategy, draw,
+                                                  limit, collector.floor, unit, offered))
+        if network:
             progress.step(done)
+
+
+def calibrate(runner: Runner, network: Network, state: dict, pool: Pool, alpha: float) -> torch.Tensor:
+    """For each class the highest threshold (in thousandths) at which the expected rate of false negatives in an image
+    is at most ``alpha``, by conformal risk control (Angelopoulos et al., ICLR 2024) on the labelled images that the
+    round did not train on; 0.001 for a class that they do not show often enough to tell. (C,)"""
+    names, have = state['rounds'][-1]['held_out'], labelled(state)
+    loader, batches = query_dataloader(runner.cfg, pool, names, shared=False)
+    rates, images = 0, 0
+    for data, positions in zip(loader, batches):
+        views = [functools.partial(to_image, align_corners=network.model.align_corners)]
+        batch = statistics(network, data, [0] * len(positions), ['probs_NCHW'], views)
+        for position, (_, _, means, _) in zip(positions, batch):
+            probs_CHW, name = means[0]['probs_NCHW'][0], names[position]
+            label_HW = pool.load_label(name)
+            label_HW = torch.from_numpy(np.where(labelled_mask(runner, pool, have, name), label_HW, -1))
+            rate, seen = torch.ones(len(probs_CHW), 1001, dtype=torch.float64), torch.zeros(len(probs_CHW))
+            for c in label_HW.unique().tolist():
+                if 0 <= c < len(probs_CHW):
+                    bins = (probs_CHW[c].cpu()[label_HW == c] * 1000).long()
+                    rate[c] = F.pad(bins.bincount(minlength=1001).cumsum(0)[:1000] / len(bins), (1, 0))
+                    seen[c] = 1
+            rates, images = rates + rate * seen[:, None], images + seen
+    bound = (images + 1) / images.clamp_min(1) * alpha - 1 / images.clamp_min(1)
+    allowed = (rates / images.clamp_min(1)[:, None] <= bound[:, None]) & (images[:, None] > 0)
+    thresholds_C = (allowed.sum(1) - 1).clamp_min(1) / 1000  # rates rise with the threshold
+    runner.logger.info(f'Calibrated on {len(names)} held-out images, thresholds: '
+                       f'{", ".join(f"{t:.3f}" for t in thresholds_C.tolist())}')
+    if (bound <= 0).all():
+        runner.logger.warning(f'{len(names)} held-out images are too few to bound the rate of false negatives by '
+                              f'`al.strategy.alpha` = {alpha}: a class needs {math.ceil(1 / alpha)} that show it')
+    return thresholds_C.to(probs_CHW.device)
 
 
 def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
@@ -1234,7 +1567,11 @@ def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
         size = max(size, count(amount, len(pool))) if whole else size
         order = torch.randperm(len(names), generator=generator(state['seed'], 'pool_size', k)).tolist()
         names = [names[i] for i in sorted(order[:size])]
-    if strategy.score is not random:
+    size = len(names)
+    if strategy.asks_for('labelled_LD'):
+        scored = {*names, *have}
+        names = [name for name in pool.names if name in scored]
+    if strategy.needs_model:
         load_weights(runner, trainer, checkpoint_path(runner, state['rounds'][-1], al.query_with))
 
     def budget(name: Optional[str]) -> int:
@@ -1242,19 +1579,36 @@ def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
             return count(amount, len(pool))
         return count(amount, math.prod(pool.sizes[name]) if al.per_image else state['pixels'])
 
+    device = next(unwrap(trainer.model).parameters()).device if strategy.needs_model else 'cpu'
     collector = Collector(strategy.select, budget, not whole and isinstance(amount, float), al.per_image,
-                          (state['seed'], 'select', k))
+                          (state['seed'], 'select', k), (k - 1) / max(1, al.rounds - 1), device)
     collect(runner, trainer, state, pool, names, strategy, collector)
     chosen = collector.result()
     if not len(chosen.id):
         return {}
     (low, high, n), scores = collector.range, chosen.score
     asked = [names[i] for i in np.unique(chosen.image)]
-    what = f'{len(asked)} of {len(names)} images' if whole else \
-        f'{len(chosen.id)} of {n} candidates ({chosen.pixels.sum()} pixels) in {len(asked)} of {len(names)} images'
+    what = f'{len(asked)} of {size} images' if whole else \
+        f'{len(chosen.id)} of {n} candidates ({chosen.pixels.sum()} pixels) in {len(asked)} of {size} images'
     runner.logger.info(f'Query {k}: {strategy.name} asks for {what}, scores {scores.min():.4g} to {scores.max():.4g} '
                        f'(all: {low:.4g} to {high:.4g})')
     return asked if whole else {names[i]: chosen.id[chosen.image == i] for i in np.unique(chosen.image)}
+
+
+def hold_out(state: dict) -> dict:
+    """The labelled images that the newest round does not train on, if the strategy calibrates on some.
+
+    Raises:
+        ValueError: There is one labelled image only.
+    """
+    share, names = resolve_strategy(state['settings']['strategy']).calibration, list(labelled(state))
+    if not share:
+        return {}
+    if len(names) < 2:
+        raise ValueError(f'`al.initial` should be at least 2 images, of which `al.strategy.calibration` = {share} are '
+                         f'held out, but got {len(names)}')
+    order = torch.randperm(len(names), generator=generator(state['seed'], 'hold_out', len(state['rounds']))).tolist()
+    return dict(held_out=[names[i] for i in sorted(order[:min(len(names) - 1, max(1, round(share * len(names))))])])
 
 
 def add_round(runner: Runner, state: dict, pool: Pool, asked) -> None:
@@ -1279,6 +1633,7 @@ def add_round(runner: Runner, state: dict, pool: Pool, asked) -> None:
     elif unit.type != 'image':
         entry['pixels'] = sum(math.prod(pool.sizes[name]) for name in asked)
     state['rounds'].append(entry)
+    entry.update(hold_out(state))
     state.update(round=k, phase='train')
     save_state(state, runner.work_dir)
 
@@ -1409,9 +1764,57 @@ def unit_mask(unit: dict, ids: np.ndarray, segments: Optional[np.ndarray], shape
     return mask
 
 
+def cell_weights(unit: dict, ids: np.ndarray, segments: Optional[np.ndarray], shape: tuple,
+                 cells: tuple) -> torch.Tensor:
+    """How much of each unit lies in each cell of a coarser map over the image: sparse (N, P), rows sum to 1.
+
+    Args:
+        shape: (H, W) of the image.
+        cells: (h, w) of the map; P = h w.
+    """
+    (h, w), radius = shape, unit.get('window') or 0
+    if segments is not None:
+        row_of = np.full(segments.max() + 1, -1)
+        row_of[ids] = np.arange(len(ids))
+        rows = row_of[segments.reshape(-1)]
+        pixels = np.flatnonzero(rows >= 0)
+        rows, (y, x) = rows[pixels], np.divmod(pixels, w)
+    else:
+        dy, dx = (offset.reshape(-1) for offset in np.mgrid[-radius:radius + 1, -radius:radius + 1])
+        y, x = ids[:, None] // w + dy, ids[:, None] % w + dx
+        inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
+        rows, y, x = np.nonzero(inside)[0], y[inside], x[inside]
+    columns = y * cells[0] // h * cells[1] + x * cells[1] // w
+    share = scipy.sparse.coo_matrix((np.ones(len(rows), np.float32), (rows, columns)),
+                                    (len(ids), cells[0] * cells[1])).tocsr().tocoo()
+    share.data /= np.bincount(rows, minlength=len(ids))[share.row]
+    return torch.sparse_coo_tensor(np.stack([share.row, share.col]), share.data, share.shape, is_coalesced=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Strategies: score (probabilities -> map, higher = ask) x reduce (map -> image) x select (scores -> choice)
+# Strategies: score (probabilities -> map, higher = ask) x embed (maps -> a vector a candidate) x select (-> choice)
 # ---------------------------------------------------------------------------------------------------------------------
+#
+# All are pure functions. Beside their first arguments they get what they name a parameter after, see INPUTS; every
+# other parameter with a default is an option of `al.strategy`.
+
+INPUTS = dict(
+    # a score gets the class probabilities (N, C, H, W), the mean over all passes, and on demand
+    entropies_NHW='mean entropy of the MC dropout passes, in nats',
+    votes_NCHW='share of the MC dropout passes that predict a class',
+    squares_NCHW='mean of the squared probabilities of the MC dropout passes',
+    thresholds_C='probability from which on a class belongs to the prediction set, calibrated on held-out images',
+    # an embedding gets what it names, at the resolution of the logits
+    probs_CHW='class probabilities',
+    features_KHW="penultimate features: the input of the decode head's last layer",
+    scores_HW='the score map',
+    weights_NP='sparse shares of the P = H W cells in each of N candidates, or None where the whole map is one',
+    # a selector gets scores_N, budget and generator, and on demand
+    vectors_ND='the embedding of the candidates',
+    labelled_LD='the embedding of what is labelled',
+    labelled_scores_L='the scores of what is labelled',
+    probs_NC='mean class probabilities of the candidates',
+    progress='0 in the first query to 1 in the last')
 
 
 def random(n: int, generator: torch.Generator) -> torch.Tensor:
@@ -1431,9 +1834,46 @@ def margin(probs_NCHW: torch.Tensor) -> torch.Tensor:
     return 1 - (top2[:, 0] - top2[:, 1])
 
 
+def ratio(probs_NCHW: torch.Tensor) -> torch.Tensor:
+    """p2 / p1 of the two most probable classes (best versus second best; Joshi et al., CVPR 2009). (N, H, W) in [0, 1]
+    """
+    top2 = probs_NCHW.topk(2, dim=1).values
+    return top2[:, 1] / top2[:, 0]
+
+
 def entropy(probs_NCHW: torch.Tensor) -> torch.Tensor:
     """-sum p ln p over the classes, in nats (Shannon, 1948). (N, H, W) in [0, ln C]"""
     return torch.special.entr(probs_NCHW).sum(1)
+
+
+def variation_ratio(probs_NCHW: torch.Tensor, votes_NCHW: torch.Tensor) -> torch.Tensor:
+    """1 - the share of MC dropout passes that predict the modal class (Freeman, 1965; Gal et al., ICML 2017). (N, H, W)
+    in [0, 1 - 1/C]"""
+    return 1 - votes_NCHW.amax(1)
+
+
+def mean_std(probs_NCHW: torch.Tensor, squares_NCHW: torch.Tensor) -> torch.Tensor:
+    """Mean over the classes of the standard deviation of p over MC dropout passes (Kampffmeyer et al., CVPRW 2016).
+    (N, H, W) in [0, 1/2]"""
+    return (squares_NCHW - probs_NCHW**2).clamp_min(0).sqrt().mean(1)
+
+
+def bald(probs_NCHW: torch.Tensor, entropies_NHW: torch.Tensor) -> torch.Tensor:
+    """H(mean p) - mean H(p) over MC dropout passes, in nats: the mutual information of prediction and weights (BALD;
+    Houlsby et al., 2011; Gal et al., ICML 2017). (N, H, W) in [0, ln C]"""
+    return (entropy(probs_NCHW) - entropies_NHW).clamp_min(0)
+
+
+def conformal_risk(probs_NCHW: torch.Tensor, thresholds_C: torch.Tensor) -> torch.Tensor:
+    """Share of the classes in a pixel's prediction set {c: p_c >= threshold_c}, each weighted by how confused it is in
+    the image: the entropy of its row in ``cooccurrence`` (CRC-AL). (N, H, W) in [0, 1]"""
+    maps = []
+    for probs_CHW in probs_NCHW:
+        shares_CC = cooccurrence(probs_CHW, thresholds_C).view(len(probs_CHW), -1)
+        weights_C = torch.special.entr(shares_CC).sum(1)
+        sets_CHW = (probs_CHW >= thresholds_C[:, None, None]).to(weights_C)
+        maps.append(torch.einsum('c,chw->hw', weights_C, sets_CHW) / weights_C.sum().clamp_min(1e-12))
+    return torch.stack(maps)
 
 
 def reduce_map(scores_HW: torch.Tensor, how: Union[str, float] = 'mean') -> torch.Tensor:
@@ -1444,23 +1884,6 @@ def reduce_map(scores_HW: torch.Tensor, how: Union[str, float] = 'mean') -> torc
         return scores_HW.max()
     k = max(1, round(scores_HW.numel() * how / 100))
     return scores_HW.flatten().topk(k).values.mean(dtype=torch.float64)
-
-
-def topk(scores_N: torch.Tensor, budget: int, generator: torch.Generator) -> torch.Tensor:
-    """The ``budget`` highest scores; ties go to the first in pool order. (K,) indices"""
-    return scores_N.sort(descending=True, stable=True).indices[:budget]
-
-
-def is_topk(select: Callable) -> bool:
-    return select is topk
-
-
-def top_percent(scores_N: torch.Tensor, budget: int, generator: torch.Generator, percent: float = 5.) -> torch.Tensor:
-    """``budget`` at random among the highest ``percent`` percent, but at least ``budget`` (PixelPick; Shin et al.,
-    ICCVW 2021). (K,) indices"""
-    n = max(budget, round(len(scores_N) * percent / 100))
-    best = topk(scores_N, n, generator)
-    return best[torch.randperm(len(best), generator=generator)[:budget]]
 
 
 def box_sum(map_HW: torch.Tensor, k: int) -> torch.Tensor:
@@ -1510,17 +1933,326 @@ def ripu_pixel(probs_NCHW: torch.Tensor, k: int = 32) -> torch.Tensor:
                         for probs_CHW, entropy_HW in zip(probs_NCHW, entropy(probs_NCHW))])
 
 
-SCORES = dict(random=random, least_confidence=least_confidence, margin=margin, entropy=entropy, ripu=ripu,
-              ripu_pixel=ripu_pixel)
-SELECTS = dict(topk=topk, top_percent=top_percent)
+def pool_map(maps_CHW: torch.Tensor, weights_NP: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Mean of maps over each candidate, or over the whole. (N, C)"""
+    flat_PC = maps_CHW.flatten(1).T
+    return flat_PC.mean(0, keepdim=True) if weights_NP is None else torch.sparse.mm(weights_NP, flat_PC)
+
+
+def features(features_KHW: torch.Tensor, weights_NP: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Mean penultimate features (CoreSet; Sener & Savarese, ICLR 2018). (N, K)"""
+    return pool_map(features_KHW, weights_NP)
+
+
+def gradient(probs_CHW: torch.Tensor, weights_NP: Optional[torch.Tensor] = None, size: int = 400) -> torch.Tensor:
+    """Gradient of the predicted label's cross entropy with respect to the logits, p - onehot(argmax p) (BADGE; Ash et
+    al., ICLR 2020): its mean over a candidate, or for whole images over each cell of a square grid, which has as many
+    cells as make about ``size`` dimensions. (N, D)"""
+    gradient_CHW = probs_CHW - F.one_hot(probs_CHW.argmax(0), len(probs_CHW)).movedim(2, 0)
+    if weights_NP is not None:
+        return pool_map(gradient_CHW, weights_NP)
+    return F.adaptive_avg_pool2d(gradient_CHW, max(1, round(math.sqrt(size / len(probs_CHW))))).reshape(1, -1)
+
+
+def class_matrix(rows_CHW: torch.Tensor, maps_CHW: torch.Tensor, weights_NP: Optional[torch.Tensor]) -> torch.Tensor:
+    """Mean of row c x map d over each candidate, or over the whole. (N, C, C)"""
+    if weights_NP is None:
+        return (rows_CHW.flatten(1) @ maps_CHW.flatten(1).T)[None] / rows_CHW[0].numel()
+    return torch.stack([pool_map(row_HW * maps_CHW, weights_NP) for row_HW in rows_CHW], 1)
+
+
+def confusion(probs_CHW: torch.Tensor, weights_NP: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """For each class the mean softmax of the pixels that are predicted so, weighted by their entropy (Contextual
+    Diversity; Agarwal et al., ECCV 2020); a class that is not predicted has a row of float32's epsilon. (N, C * C)"""
+    predicted_CHW = F.one_hot(probs_CHW.argmax(0), len(probs_CHW)).movedim(2, 0)
+    matrix_NCC = class_matrix(predicted_CHW * entropy(probs_CHW[None]), probs_CHW, weights_NP)
+    total_NC1 = matrix_NCC.sum(2, keepdim=True)
+    tiny = torch.finfo(torch.float32).eps
+    return torch.where(total_NC1 > 0, matrix_NCC / total_NC1, tiny).clamp_min(tiny).flatten(1)
+
+
+def cooccurrence(probs_CHW: torch.Tensor, thresholds_C: torch.Tensor,
+                 weights_NP: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """How often two classes are in one prediction set {c: p_c >= threshold_c}, squared and normalised by row (CRC-AL).
+    (N, C * C)"""
+    sets_CHW = (probs_CHW >= thresholds_C[:, None, None]).to(probs_CHW)
+    matrix_NCC = class_matrix(sets_CHW, sets_CHW, weights_NP)**2
+    return (matrix_NCC / matrix_NCC.sum(2, keepdim=True).clamp_min(1e-12)).flatten(1)
+
+
+def class_scores(probs_CHW: torch.Tensor, scores_HW: torch.Tensor,
+                 weights_NP: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """Mean of p_c x score for each class (ClaSP-PE, with entropy as the score). (N, C)"""
+    return pool_map(probs_CHW * scores_HW, weights_NP)
+
+
+def topk(scores_N: torch.Tensor, budget: int, generator: torch.Generator) -> torch.Tensor:
+    """The ``budget`` highest scores; ties go to the first in pool order. (K,) indices"""
+    if 0 < budget < len(scores_N) // 4:  # sort no more than can be chosen
+        best = (scores_N >= scores_N.topk(budget).values[-1]).nonzero()[:, 0]
+        return best[scores_N[best].sort(descending=True, stable=True).indices[:budget]]
+    return scores_N.sort(descending=True, stable=True).indices[:budget]
+
+
+def is_topk(select: Callable) -> bool:
+    return select is topk
+
+
+def top_percent(scores_N: torch.Tensor, budget: int, generator: torch.Generator, percent: float = 5.) -> torch.Tensor:
+    """``budget`` at random among the highest ``percent`` percent, but at least ``budget`` (PixelPick; Shin et al.,
+    ICCVW 2021). (K,) indices"""
+    n = max(budget, round(len(scores_N) * percent / 100))
+    best = topk(scores_N, n, generator)
+    return best[torch.randperm(len(best), generator=generator)[:budget].to(best.device)]
+
+
+def gumbel(n: int, beta: float, generator: torch.Generator, like: torch.Tensor) -> torch.Tensor:
+    """Gumbel(0, 1 / beta) noise, one draw a candidate. (N,)"""
+    return torch.rand(n, generator=generator, dtype=torch.float64).log_().neg_().log_().div_(-beta).to(like.device)
+
+
+def power(scores_N: torch.Tensor, budget: int, generator: torch.Generator, beta: float = 1.) -> torch.Tensor:
+    """Top-k of ln s + Gumbel noise: a draw without replacement in proportion to s^beta (Kirsch et al., TMLR 2023). (K,)
+    indices"""
+    noise_N = gumbel(len(scores_N), beta, generator, scores_N)
+    return topk(scores_N.double().clamp_min(0).log() + noise_N, budget, generator)
+
+
+def softmax(scores_N: torch.Tensor, budget: int, generator: torch.Generator, beta: float = 1.) -> torch.Tensor:
+    """Top-k of s + Gumbel noise: a draw without replacement in proportion to exp(beta s) (Kirsch et al., TMLR 2023).
+    (K,) indices"""
+    return topk(scores_N.double() + gumbel(len(scores_N), beta, generator, scores_N), budget, generator)
+
+
+def softrank(scores_N: torch.Tensor, budget: int, generator: torch.Generator, beta: float = 1.) -> torch.Tensor:
+    """Top-k of -ln rank + Gumbel noise, where the highest score has rank 1: a draw without replacement in proportion to
+    rank^-beta (Kirsch et al., TMLR 2023). (K,) indices"""
+    ranks_N = torch.empty_like(scores_N, dtype=torch.float64)
+    ranks_N[topk(scores_N, len(scores_N), generator)] = torch.arange(1., len(scores_N) + 1, dtype=torch.float64,
+                                                                     device=scores_N.device)
+    return topk(gumbel(len(scores_N), beta, generator, scores_N) - ranks_N.log(), budget, generator)
+
+
+def stochastic_batches(scores_N: torch.Tensor, budget: int, generator: torch.Generator,
+                       batches: int = 100) -> torch.Tensor:
+    """Of ``batches`` random batches, the one with the highest mean score (Gaillochet et al., MedIA 2023). A shuffled
+    pool, cut up, gives as many batches as fit. (K,) indices"""
+    best, fit = (-math.inf, None), max(1, len(scores_N) // budget)
+    for first in range(0, batches, fit):
+        order = torch.randperm(len(scores_N), generator=generator).to(scores_N.device)
+        cut = order[:min(fit, batches - first) * budget].view(-1, budget)
+        means = scores_N[cut].mean(1)
+        best = max(best, (float(means.max()), cut[means.argmax()]), key=lambda pair: pair[0])
+    return best[1]
+
+
+def class_balance(scores_N: torch.Tensor, budget: int, generator: torch.Generator,
+                  probs_NC: torch.Tensor) -> torch.Tensor:
+    """Top-k of the score, scaled to [0, 1], x exp(-share of the candidates with the same predicted class) (ClassBal;
+    Cai et al., CVPR 2021). (K,) indices"""
+    pred_N = probs_NC.argmax(1)
+    share_N = (pred_N.bincount() / len(pred_N))[pred_N].double()
+    scaled_N = (scores_N - scores_N.min()) / (scores_N.max() - scores_N.min()).clamp_min(1e-12)
+    return topk(scaled_N * torch.exp(-share_N), budget, generator)
+
+
+def class_balanced_power(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
+                         progress: float, share: float = 0.66, betas: tuple = (1., 100.)) -> torch.Tensor:
+    """``share`` of the budget in equal parts for every class, by a ``power`` draw from the class's column of
+    ``class_scores``, the rest by one from the scores; beta grows geometrically over the queries (ClaSP-PE, nnActive).
+    (K,) indices"""
+    beta = betas[0] * (betas[1] / betas[0])**progress
+    columns = [*vectors_ND.T.to(torch.float64), scores_N.double()]
+    classes = len(columns) - 1
+    quota = [int(budget * share) // classes] * classes
+    for c in torch.randperm(classes, generator=generator)[:int(budget * share) % classes].tolist():
+        quota[c] += 1
+    free_N, picks = torch.ones(len(scores_N), dtype=torch.bool, device=scores_N.device), []
+    for column_N, k in zip(columns, [*quota, budget - sum(quota)]):
+        noisy_N = column_N.clamp_min(0).log() + gumbel(len(column_N), beta, generator, column_N)
+        rows = free_N.nonzero()[:, 0]
+        picks.append(rows[topk(noisy_N[rows], k, generator)])
+        free_N[picks[-1]] = False
+    return torch.cat(picks)
+
+
+def bilinear_form(vectors_ND: torch.Tensor, distance: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Left and right factors and norms by which all distances are ``norms_i + norms_j - left_i . right_j``: squared
+    Euclidean, or twice the symmetric Kullback-Leibler divergence (of vectors that are positive)."""
+    if distance == 'kl':
+        logs_ND = vectors_ND.log()
+        return torch.cat([vectors_ND, logs_ND], 1), torch.cat([logs_ND, vectors_ND], 1), (vectors_ND * logs_ND).sum(1)
+    if distance != 'euclidean':
+        raise ValueError(f"`al.strategy.distance` should be 'euclidean' or 'kl', but got {distance!r}")
+    return vectors_ND * math.sqrt(2), vectors_ND * math.sqrt(2), (vectors_ND**2).sum(1)
+
+
+def approach(nearest_N: torch.Tensor, points: tuple, centres: tuple) -> None:
+    """Lower, in place, every point's distance to the nearest centre by further centres: a matrix product a block."""
+    (left, _, norms), (_, right, centre_norms) = points, centres
+    for rows, near in zip(torch.arange(len(left)).split(8192), nearest_N.split(8192)):
+        rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        for first in range(0, len(right), 512):
+            block = slice(first, first + 512)
+            distances = torch.addmm(centre_norms[block], left[rows], right[block].T, alpha=-1).amin(1) + norms[rows]
+            torch.minimum(near, distances, out=near)
+
+
+def take(points: tuple, rows) -> tuple:
+    return tuple(part[rows] for part in points)
+
+
+def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
+            labelled_LD: torch.Tensor, distance: str = 'euclidean') -> torch.Tensor:
+    """k-center greedy: again and again the candidate that is farthest from all that is labelled or chosen (CoreSet;
+    Sener & Savarese, ICLR 2018); without a labelled one, the highest score is first. (K,) indices
+
+    Distances only fall, so old ones are upper bounds: as long as the farthest of an up-to-date few lies above the
+    bounds of all others, it is the farthest of all, and the others can wait for a matrix product.
+    """
+    offset = vectors_ND.mean(0) if distance == 'euclidean' else 0  # small norms lose less to rounding
+    points = bilinear_form(vectors_ND - offset, distance)
+    nearest_N = torch.full((len(vectors_ND), ), math.inf, device=vectors_ND.device)
+    picks, few = [], min(len(vectors_ND), 1024)
+    if len(labelled_LD):
+        approach(nearest_N, points, bilinear_form(labelled_LD - offset, distance))
+    while len(picks) < budget:
+        values, active = nearest_N.topk(min(few + 1, len(nearest_N)))
+        bound, active = float(values[-1]) if few < len(nearest_N) else -math.inf, active[:few].sort().values
+        near, own, block = nearest_N[active], take(points, active), []
+        pick = int((nearest_N if picks or len(labelled_LD) else scores_N).argmax())
+        while True:
+            block.append(pick)
+            near = torch.minimum(near, own[2] + points[2][pick] - own[0] @ points[1][pick])
+            near[active == pick] = -math.inf
+            best = int(near.argmax())
+            if len(picks) + len(block) == budget or not near[best] > bound:
+                break
+            pick = int(active[best])
+        approach(nearest_N, points, take(points, block))
+        picks += block
+        nearest_N[picks] = -math.inf
+        few = min(len(vectors_ND), few * 2 if len(block) < 16 else few)
+    return torch.tensor(picks)
+
+
+def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator,
+             vectors_ND: torch.Tensor) -> torch.Tensor:
+    """The seeding of k-means++ (Arthur & Vassilvitskii, SODA 2007), as BADGE (Ash et al., ICLR 2020) uses it: the
+    largest norm first, then draws in proportion to the squared distance to the nearest one chosen. (K,) indices
+
+    Draws come in blocks from the distances before the block, and one is accepted with the probability by which its own
+    has fallen since: the same distribution, and one matrix product a block.
+    """
+    points = bilinear_form(vectors_ND - vectors_ND.mean(0), 'euclidean')
+    nearest_N = torch.full((len(vectors_ND), ), math.inf, device=vectors_ND.device)
+    picks = block = [int((vectors_ND**2).sum(1).argmax())]
+    while len(picks) < budget:
+        approach(nearest_N, points, take(points, block))
+        nearest_N[picks] = 0
+        nearest_N.clamp_min_(0)
+        total_N = nearest_N.double().cumsum(0)
+        if not total_N[-1] > 0:  # only copies of what is chosen are left
+            rest = torch.ones(len(vectors_ND), dtype=torch.bool)
+            rest[picks] = False
+            rest = rest.nonzero()[:, 0]
+            return torch.cat([torch.tensor(picks), rest[torch.randperm(len(rest), generator=generator)]])[:budget]
+        draws, accept = torch.rand(2, 128, generator=generator, dtype=torch.float64)
+        rows = torch.searchsorted(total_N, (draws * total_N[-1].cpu()).to(total_N), right=True)
+        rows = rows.clamp_max(len(nearest_N) - 1)
+        left, right, norms = take(points, rows)
+        between = (norms[:, None] + norms - left @ right.T).clamp_min(0).cpu().numpy()
+        now, rows, block = nearest_N[rows].cpu().numpy(), rows.tolist(), []
+        enough = accept.numpy() * now
+        for j, row in enumerate(rows):
+            if enough[j] < now[j] and row not in block and len(picks) + len(block) < budget:
+                block.append(row)
+                now = np.minimum(now, between[j])
+        picks = picks + block
+    return torch.tensor(picks)
+
+
+def real(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
+         probs_NC: torch.Tensor, clusters: int = 25) -> torch.Tensor:
+    """Representative pseudo-errors (REAL; Chen et al., ECML-PKDD 2023). In each k-means cluster, those whose predicted
+    class is not the cluster's majority class m are pseudo-errors; the cluster gets budget in proportion to their sum of
+    1 - p_m, and draws at random among them, or where they do not suffice takes its highest 1 - p_m. (K,) indices"""
+    start = kmeanspp(scores_N, min(clusters, len(vectors_ND)), generator, vectors_ND)
+    vectors = vectors_ND.double().cpu().numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # a cluster that falls empty keeps its centre, and gets no budget
+        _, cluster_N = scipy.cluster.vq.kmeans2(vectors, vectors[start], minit='matrix', iter=100)
+    pred_N, probs = probs_NC.argmax(1).cpu().numpy(), probs_NC.double().cpu().numpy()
+    majority = [np.bincount(pred_N[cluster_N == j]).argmax() if (cluster_N == j).any() else 0
+                for j in range(len(start))]
+    majority_N = np.array(majority)[cluster_N]
+    doubt_N, error_N = 1 - probs[np.arange(len(probs)), majority_N], pred_N != majority_N
+    value = np.bincount(cluster_N, doubt_N * error_N, len(start))
+    quota = np.floor(budget * value / max(value.sum(), 1e-12)).astype(int)
+    if value.any():
+        quota[np.argsort(-value, kind='stable')[:budget - quota.sum()]] += 1
+    picks = []
+    for j, k in enumerate(quota):
+        errors, members = np.flatnonzero((cluster_N == j) & error_N), np.flatnonzero(cluster_N == j)
+        picks += errors[torch.randperm(len(errors), generator=generator)[:k]].tolist() if len(errors) > k else \
+            members[np.argsort(-doubt_N[members], kind='stable')[:k]].tolist()
+    doubt_N[picks] = -1
+    return torch.tensor([*picks, *np.argsort(-doubt_N, kind='stable')[:budget - len(picks)].tolist()])
+
+
+def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
+               labelled_LD: torch.Tensor, labelled_scores_L: torch.Tensor, tau: float = 0.5) -> torch.Tensor:
+    """Greedy: the highest mean + least distance to what is labelled or chosen, where the distance from i to j is
+    |v_i - v_j|^tau (s_j / (s_i + s_j))^(1 - tau) (CRC-AL). (K,) indices"""
+    all_vectors, all_scores = torch.cat([labelled_LD, vectors_ND]), torch.cat([labelled_scores_L, scores_N]).double()
+    total_N, least_N = torch.zeros_like(scores_N, dtype=torch.float64), torch.full_like(scores_N, math.inf).double()
+    traversed, taken_N = list(range(len(labelled_LD))), torch.zeros_like(scores_N, dtype=torch.bool)
+    for step in range(len(traversed) + budget):
+        if step >= len(traversed):
+            value_N = total_N / len(traversed) + least_N if traversed else scores_N
+            pick = int(torch.where(taken_N, -math.inf, value_N).argmax())
+            taken_N[pick] = True
+            traversed.append(len(labelled_LD) + pick)
+        i = traversed[step]
+        away_N = (vectors_ND - all_vectors[i]).norm(dim=1).double()
+        pull_N = scores_N / (all_scores[i] + scores_N).clamp_min(1e-12)
+        away_N = away_N**tau * pull_N.double()**(1 - tau)
+        total_N, least_N = total_N + away_N, torch.minimum(least_N, away_N)
+    return torch.tensor(traversed[len(labelled_LD):]) - len(labelled_LD)
+
+
+SCORES = dict(random=random, least_confidence=least_confidence, margin=margin, ratio=ratio, entropy=entropy,
+              variation_ratio=variation_ratio, mean_std=mean_std, bald=bald, ripu=ripu, ripu_pixel=ripu_pixel,
+              conformal_risk=conformal_risk)
+EMBEDS = dict(features=features, gradient=gradient, confusion=confusion, cooccurrence=cooccurrence,
+              class_scores=class_scores)
+SELECTS = dict(topk=topk, top_percent=top_percent, power=power, softmax=softmax, softrank=softrank,
+               stochastic_batches=stochastic_batches, kcenter=kcenter, kmeanspp=kmeanspp, real=real,
+               class_balance=class_balance, class_balanced_power=class_balanced_power, barycentre=barycentre)
 PRESETS = dict(
-    random=dict(score='random', select='topk'),
-    least_confidence=dict(score='least_confidence', select='topk'),
-    margin=dict(score='margin', select='topk'),
-    entropy=dict(score='entropy', select='topk'),
-    ripu=dict(score='ripu', select='topk'),
-    ripu_pixel=dict(score='ripu_pixel', select='topk'),
-    pixelpick=dict(score='margin', select='top_percent'))
+    random=dict(score='random'),
+    least_confidence=dict(score='least_confidence'),
+    margin=dict(score='margin'),
+    ratio=dict(score='ratio'),
+    entropy=dict(score='entropy'),
+    variation_ratio=dict(score='variation_ratio', mc=20),
+    mean_std=dict(score='mean_std', mc=20),
+    bald=dict(score='bald', mc=20),
+    ripu=dict(score='ripu'),
+    ripu_pixel=dict(score='ripu_pixel'),
+    pixelpick=dict(score='margin', select='top_percent'),
+    power_entropy=dict(score='entropy', select='power'),
+    powerbald=dict(score='bald', mc=20, select='power'),
+    softmaxbald=dict(score='bald', mc=20, select='softmax'),
+    softrankbald=dict(score='bald', mc=20, select='softrank'),
+    stochastic_batches=dict(score='entropy', select='stochastic_batches'),
+    coreset=dict(score='random', embed='features', select='kcenter'),
+    badge=dict(score='random', embed='gradient', select='kmeanspp'),
+    contextual_diversity=dict(score='random', embed='confusion', select='kcenter', distance='kl'),
+    real=dict(score='random', embed='features', select='real'),
+    classbal=dict(score='ratio', select='class_balance'),
+    clasp_pe=dict(score='entropy', embed='class_scores', select='class_balanced_power'),
+    crc=dict(score='conformal_risk', embed='cooccurrence', select='barycentre', calibration=0.2))
 
 
 class Strategy(NamedTuple):
@@ -1529,6 +2261,39 @@ class Strategy(NamedTuple):
     score: Callable  # probs_NCHW -> scores_NHW, or `random`
     reduce: Callable  # scores_HW -> number
     select: Callable  # scores_N, budget, generator -> indices_K
+    embed: Optional[Callable] = None  # maps of an image -> vectors_ND of its candidates
+    mc: int = 1  # passes with dropout; 1 is the one without
+    shortlist: Optional[int] = None  # the candidates of an image that are kept: its best so many
+    calibration: float = 0.  # share of the labelled images that a round does not train on, to calibrate thresholds
+    alpha: float = 0.05  # the rate of false negatives that the thresholds allow
+
+    def asks_for(self, name: str) -> bool:
+        return any(name in parameters_of(function) for function in (self.score, self.embed, self.select) if function)
+
+    @property
+    def needs_model(self) -> bool:
+        return self.score is not random or self.embed is not None or self.asks_for('probs_NC')
+
+
+STRATEGY_OPTIONS = dict(  # beside those of the functions; key: (test, what the value should be)
+    mc=(lambda v: type(v) is int and v > 0, 'a positive int'),
+    shortlist=(lambda v: v is None or type(v) is int and v > 0, 'None or a positive int'),
+    calibration=(lambda v: type(v) in (int, float) and 0 <= v < 1, 'a fraction in [0, 1)'),
+    alpha=(lambda v: type(v) in (int, float) and 0 < v < 1, 'a fraction in (0, 1)'),
+    reduce=(lambda v: v in ('mean', 'max') or type(v) in (int, float) and 0 < v <= 100,
+            "'mean', 'max' or a percentage in (0, 100]"))
+
+
+@functools.lru_cache(64)
+def parameters_of(function: Callable):
+    """What a function takes, by name."""
+    return inspect.signature(function).parameters
+
+
+def call(function: Callable, *args, **offered):
+    """Call a function with some arguments, and what it names of what is offered."""
+    takes = list(parameters_of(function))[len(args):]
+    return function(*args, **{key: value for key, value in offered.items() if key in takes})
 
 
 def import_function(path: str, key: str) -> Callable:
@@ -1558,31 +2323,60 @@ def resolve_strategy(strategy: Union[str, dict]) -> Strategy:
 
     Args:
         strategy: A preset's name, a score of the user's own as ``'package.module:function'``, or a dict with ``type``
-            (one of these) and options: ``score`` and ``select`` replace the preset's, ``reduce`` is ``'mean'``,
-            ``'max'`` or a percentage; any other is handed to the function that has a parameter of that name.
+            (one of these) and options: ``score``, ``embed`` and ``select`` replace the preset's; then those of
+            ``STRATEGY_OPTIONS``; any other is handed to the function that has a parameter of that name.
 
     Raises:
-        ValueError: An unknown name, listing those there are, or an unknown option.
+        ValueError: An unknown name, listing those there are, an unknown option, or functions that do not fit.
     """
     options = dict(strategy) if isinstance(strategy, dict) else dict(type=strategy)
     name = options.pop('type')
-    preset = dict(score=name, select='topk') if ':' in name else _lookup(PRESETS, name, 'al.strategy')
-    parts = {**preset, **{key: options.pop(key) for key in ('score', 'select') if key in options}}
-    score = _lookup(SCORES, parts['score'], 'al.strategy.score')
-    select = _lookup(SELECTS, parts['select'], 'al.strategy.select')
-    how = options.pop('reduce', 'mean')
-    if how not in ('mean', 'max') and not (type(how) in (int, float) and 0 < how <= 100):
-        raise ValueError(f"`al.strategy.reduce` should be 'mean', 'max' or a percentage in (0, 100], but got {how!r}")
-    taken, known = {}, ['score', 'select', 'reduce']
-    for function in (score, select):
-        own = [p.name for p in list(inspect.signature(function).parameters.values())[1:]
-               if p.name not in ('budget', 'generator')]
-        known += own
-        taken[function] = {key: options.pop(key) for key in own if key in options}
+    preset = dict(score=name) if ':' in name else _lookup(PRESETS, name, 'al.strategy')
+    options = {**preset, **options}
+    score = _lookup(SCORES, options.pop('score'), 'al.strategy.score')
+    embed = options.pop('embed', None)
+    embed = embed and _lookup(EMBEDS, embed, 'al.strategy.embed')
+    select = _lookup(SELECTS, options.pop('select', 'topk'), 'al.strategy.select')
+    own = {key: options.pop(key) for key in STRATEGY_OPTIONS if key in options}
+    for key, value in own.items():
+        is_valid, should_be = STRATEGY_OPTIONS[key]
+        if not is_valid(value):
+            raise ValueError(f'`al.strategy.{key}` should be {should_be}, but got {value!r}')
+    known, bound = ['score', 'embed', 'select', *STRATEGY_OPTIONS], []
+    for function, given in ((score, 1), (embed, 0), (select, 3)):  # the arguments that a function always gets
+        free = [p for p in list(parameters_of(function).values())[given:] if p.name not in INPUTS] if function else []
+        mine = {p.name: options.pop(p.name) for p in free if p.name in options}
+        missing = [p.name for p in free if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in mine]
+        if missing and function is not random:
+            raise ValueError(f'`al.strategy` {name!r}: the parameter {missing[0]} of {function.__name__} should be one '
+                             f'of {", ".join(INPUTS)}, have a default or be given')
+        known += [p.name for p in free]
+        bound.append(functools.partial(function, **mine) if mine else function)
     if options:
         raise ValueError(f'`al.strategy` {name!r} has no option {", ".join(options)}; it takes {", ".join(known)}')
-    score, select = (functools.partial(f, **taken[f]) if taken[f] else f for f in (score, select))
-    return Strategy(name, score, functools.partial(reduce_map, how=how), select)
+    reduce = functools.partial(reduce_map, how=own.pop('reduce', 'mean'))
+    resolved = Strategy(name, bound[0], reduce, bound[2], bound[1], **own)
+    check_strategy(resolved)
+    return resolved
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse functions that do not fit together."""
+    functions = strategy.score, strategy.select, strategy.embed
+    score, select, embed = (function and getattr(function, 'func', function).__name__ for function in functions)
+    if strategy.asks_for('vectors_ND') and not embed:
+        raise ValueError(f'`al.strategy.embed` should be one of {", ".join(EMBEDS)} for the selector {select}, but got '
+                         'None')
+    if embed and not strategy.asks_for('vectors_ND'):
+        raise ValueError(f'`al.strategy.embed` should be None for the selector {select}, which takes no vectors, but '
+                         f'got {embed}')
+    if strategy.asks_for('scores_HW') and score == 'random':
+        raise ValueError(f'`al.strategy.score` should be a score map for the embedding {embed}, but got {score}')
+    if strategy.mc == 1 and any(map(strategy.asks_for, ('entropies_NHW', 'votes_NCHW', 'squares_NCHW'))):
+        raise ValueError(f'`al.strategy.mc` should be above 1 for {score}, which compares dropout passes, but got 1')
+    if strategy.asks_for('thresholds_C') != bool(strategy.calibration):
+        raise ValueError('`al.strategy.calibration` should be a share of the labelled images for what asks for '
+                         f'thresholds_C, and 0 for all else, but got {strategy.calibration}')
 
 
 # ---------------------------------------------------------------------------------------------------------------------

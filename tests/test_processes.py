@@ -1,5 +1,6 @@
 """One, two and four processes choose the same from one checkpoint, and write each file once."""
 import collections
+import contextlib
 import json
 import os
 import os.path as osp
@@ -15,12 +16,22 @@ from mmengine.runner import Runner
 import al_patch
 from al_patch import PRESETS, Pool, add_round, parse_settings, query, read_state
 
+LAST = 'entropy', 'pixel'  # the choice that is labelled, too
 UNITS = dict(image='image', region=dict(type='region', size=[8, 8]), pixel=dict(type='pixel', radius=1))
 
 
 def settings_of(strategy: str, unit: str) -> dict:
     al = dict(unit=UNITS[unit], strategy=strategy, initial=tiny.NAMES[:3], budget=4, rounds=1)
     return parse_settings(al).to_dict()
+
+
+def units_of(strategy: str) -> list:
+    """Whole images, and pixels or else regions: those at which a preset is not refused."""
+    units = []
+    for unit in UNITS:
+        with contextlib.suppress(ValueError):
+            units.append(settings_of(strategy, unit) and unit)
+    return units[:1] + units[1:][-1:]
 
 
 def choose(rank: int, processes: int, port: int, cfg: Config, cases: list, out: str) -> None:
@@ -32,6 +43,7 @@ def choose(rank: int, processes: int, port: int, cfg: Config, cases: list, out: 
     cfg.experiment_name = f'choose_{processes}_{rank}'
     runner, chosen, replace, written = Runner.from_cfg(cfg), {}, os.replace, []
     pool, before = Pool(cfg), read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE))
+    before['rounds'][0]['held_out'] = tiny.NAMES[:1]  # for those that calibrate
     for strategy, unit in cases:
         state = dict(json.loads(json.dumps(before)), settings=settings_of(strategy, unit), pixels=12 * 32 * 48)
         with torch.serialization.safe_globals(al_patch.checkpoint_globals()):
@@ -51,7 +63,7 @@ def shares(tmp_path_factory, shared_data):
     cfg = Config.fromstring(tiny.config_text(shared_data), '.py')
     cfg.update(work_dir=str(folder / 'trained'), experiment_name='processes',
                al=dict(initial=tiny.NAMES[:3], budget=4, rounds=0))
-    cases = [(strategy, unit) for strategy in PRESETS for unit in UNITS]  # the last one is of pixels
+    cases = [(strategy, unit) for strategy in PRESETS for unit in units_of(strategy)] + [LAST]
 
     def run(processes: int) -> list:
         own = Config(dict(cfg.to_dict(), work_dir=str(folder / f'of_{processes}')))
@@ -69,7 +81,8 @@ def shares(tmp_path_factory, shared_data):
 
 @pytest.mark.parametrize('strategy', PRESETS)
 def test_any_number_of_processes_chooses_the_same(shares, strategy):
-    for unit in UNITS:
+    assert len(units_of(strategy)) == 2
+    for unit in units_of(strategy):
         [[[expected, _]], *others] = [[(chosen[f'{strategy} {unit}'], 0) for chosen, _ in shares[n]] for n in (1, 2, 4)]
         assert all(chosen == expected for ranks in others for chosen, _ in ranks)
         assert 4 == (len(expected) if unit == 'image' else sum(map(len, expected.values())))
@@ -80,7 +93,7 @@ def test_any_number_of_processes_chooses_the_same(shares, strategy):
 def test_the_state_is_written_by_rank_0_and_every_mask_by_one_rank(shares, processes):
     written = [paths for _, paths in shares[processes]]
     number = collections.Counter(path for paths in written for path in paths)
-    chosen = shares[processes][0][0][f'{[*PRESETS][-1]} pixel']
+    chosen = shares[processes][0][0][' '.join(LAST)]
     assert set(number.values()) == {1} and len(number) == len(chosen) + 1
     states = [[path for path in paths if path.endswith('.json')] for paths in written]
     assert [len(paths) for paths in states] == [1] + [0] * (processes - 1)

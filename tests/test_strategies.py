@@ -62,8 +62,13 @@ def test_every_function_of_a_kind_is_in_its_table():
 @pytest.mark.parametrize('name', al_patch.PRESETS)
 def test_every_preset_resolves(name):
     strategy = resolve_strategy(name)
-    assert strategy.name == name and strategy.score is al_patch.SCORES[al_patch.PRESETS[name]['score']]
-    assert strategy == resolve_strategy(name)._replace(reduce=strategy.reduce)
+    preset = al_patch.PRESETS[name]
+    assert strategy.name == name and strategy.score is al_patch.SCORES[preset['score']]
+    assert strategy.embed is (preset.get('embed') and al_patch.EMBEDS[preset['embed']])
+    assert getattr(strategy.select, 'func', strategy.select) is al_patch.SELECTS[preset.get('select', 'topk')]
+    assert {key: getattr(strategy, key, None) or strategy.select.keywords[key] for key in preset
+            if key not in ('score', 'embed', 'select')} == {k: v for k, v in preset.items() if k not in (
+                'score', 'embed', 'select')}
 
 
 def test_an_unknown_name_lists_those_there_are():
@@ -86,7 +91,7 @@ def test_score_and_select_replace_the_presets():
 
 
 @pytest.mark.parametrize('strategy, match', [
-    (dict(type='entropy', power=2), "^`al.strategy` 'entropy' has no option power; it takes score, select, reduce$"),
+    (dict(type='entropy', power=2), "^`al.strategy` 'entropy' has no option power; it takes score, .*, reduce$"),
     (dict(type='tiny:brightest', powr=2), 'has no option powr; .*'),
     (dict(type='entropy', budget=2), 'has no option budget'),
     (dict(type='entropy', reduce='median'), "^`al.strategy.reduce` should be 'mean', 'max' or .* 'median'"),
@@ -102,5 +107,5 @@ def test_wrong_options_are_refused(strategy, match):
 
 
 def test_the_unknown_options_message_names_those_there_are():
-    with pytest.raises(ValueError, match='it takes score, select, reduce, power$'):
+    with pytest.raises(ValueError, match='it takes score, embed, select, mc, .*, reduce, power$'):
         resolve_strategy(dict(type='tiny:brightest', powr=2))

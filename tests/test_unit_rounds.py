@@ -199,12 +199,18 @@ def test_a_mask_that_is_gone_is_named(make_cfg, train):
 
 def test_ripu_asks_where_its_windows_score_highest(make_cfg, train, monkeypatch):
     """Round 1 of a run, from its score maps and a greedy choice over all images together."""
-    maps, score = [], al_patch.score_maps
-    monkeypatch.setattr(al_patch, 'score_maps', lambda *args: maps.append(score(*args)) or maps[-1])
+    maps, predict = [], al_patch.predictions
+
+    def noted(*args, **offered):
+        for map_HW, for_vectors in predict(*args, **offered):
+            maps.append(map_HW)
+            yield map_HW, for_vectors
+
+    monkeypatch.setattr(al_patch, 'predictions', noted)
     cfg = make_cfg(dict(RUNS['window'], rounds=1), changes=SHORT)
     _, rounds = train(cfg)
     first, left = masks_until(cfg, 0), []
-    for name, map_HW in zip(tiny.NAMES, sum(maps, [])):
+    for name, map_HW in zip(tiny.NAMES, maps):
         scores = map_HW.double().numpy().copy()
         assert scores.shape == tiny.SHAPE
         for y, x in np.argwhere(first.get(name, np.zeros(tiny.SHAPE, bool))):

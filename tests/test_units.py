@@ -292,7 +292,7 @@ def test_the_choice_does_not_depend_on_who_saw_what(monkeypatch, select, in_pixe
     alone = collected(parts, 90, in_pixels, per_image, select)
     expected = alone.result()
     share = [collected(parts[rank::ranks], 90, in_pixels, per_image, select) for rank in range(ranks)]
-    gathered = [(Candidates.join(each.parts), each.range) for each in share]
+    gathered = [(Candidates.join(each.parts), Candidates.join([]), each.range) for each in share]
     monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: gathered[::-1])
     for each in share:
         assert same(each.result(), expected) and (select is topk or each.range == alone.range)
@@ -302,7 +302,7 @@ def test_the_choice_does_not_depend_on_who_saw_what(monkeypatch, select, in_pixe
 def test_an_empty_share_is_no_harm(monkeypatch):
     some, none = collected(some_candidates(2, 20), 5), collected([], 5)
     expected = some.result()
-    gathered = [(Candidates.join(each.parts), each.range) for each in (none, some)]
+    gathered = [(Candidates.join(each.parts), Candidates.join([]), each.range) for each in (none, some)]
     monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: gathered)
     assert same(none.result(), expected) and len(expected.id) == 5
     monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: gathered[:1])

@@ -1,9 +1,9 @@
 """The query pass against a bare forward pass of the same model over the same loader.
 
-    python tests/benchmarks/query_pass.py CONFIG [--strategies entropy margin] [--unit image] [--repeat 5]
+    python tests/benchmarks/query_pass.py CONFIG [--strategies entropy bald] [--batch-size 8] [--images 100]
 
-Both run in turn, ``--repeat`` times, over the whole pool; printed are medians and their ratio. The bare pass loads the
-data, runs the data preprocessor and ``model(mode='tensor')``, and keeps nothing.
+Both run in turn, ``--repeat`` times, over the pool or its first images; printed are medians and the median of the
+ratios. The bare pass loads the data, runs the data preprocessor and ``model(mode='tensor')``, and keeps nothing.
 """
 import argparse
 import statistics
@@ -18,8 +18,8 @@ from prettytable import PrettyTable
 import al_patch
 
 
-def bare_pass(model, cfg, pool) -> None:
-    loader, _ = al_patch.query_dataloader(cfg, pool, pool.names)  # both start the workers of a loader of their own
+def bare_pass(model, cfg, pool, names) -> None:
+    loader, _ = al_patch.query_dataloader(cfg, pool, names)  # both start the workers of a loader of their own
     with torch.no_grad():
         for data in loader:
             model(**model.data_preprocessor(data, False), mode='tensor')
@@ -34,30 +34,36 @@ def timed(function, *args) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument('config')
-    parser.add_argument('--strategies', nargs='+', default=['entropy'])
+    parser.add_argument('--strategies', nargs='+', default=['entropy', 'margin', 'least_confidence', 'bald', 'ripu',
+                                                                  'coreset', 'badge', 'contextual_diversity'])
     parser.add_argument('--unit', default='image')
     parser.add_argument('--full-res', action='store_true')
+    parser.add_argument('--batch-size', type=int, default=1)
+    parser.add_argument('--images', type=int)
     parser.add_argument('--repeat', type=int, default=5)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     args = parser.parse_args()
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     cfg.pop('al', None)
+    cfg.test_dataloader.batch_size = args.batch_size
     table = PrettyTable(['strategy', 'images', 'bare s', 'query s', 'query / bare'])
     with tempfile.TemporaryDirectory() as cfg.work_dir:
         runner = Runner.from_cfg(cfg)
         pool, model = al_patch.Pool(runner.cfg), runner.model.eval()
-        bare_pass(model, runner.cfg, pool)  # warm-up: page cache
+        names = pool.names[:args.images]
+        bare_pass(model, runner.cfg, pool, names)  # warm-up: page cache
         for name in args.strategies:
             settings = al_patch.parse_settings(dict(unit=args.unit, strategy=name, full_res=args.full_res or None))
             state = dict(settings=settings, seed=0, rounds=[])
             strategy, bare, query = al_patch.resolve_strategy(name), [], []
             for _ in range(args.repeat):
                 collector = al_patch.Collector(strategy.select, lambda name: 20, False, False, (0, ))
-                bare.append(timed(bare_pass, model, runner.cfg, pool))
-                query.append(timed(al_patch.collect, runner, runner, state, pool, pool.names, strategy, collector))
-            bare, query = statistics.median(bare), statistics.median(query)
-            table.add_row([name, len(pool), f'{bare:.2f}', f'{query:.2f}', f'{query / bare:.3f}'])
+                bare.append(timed(bare_pass, model, runner.cfg, pool, names))
+                query.append(timed(al_patch.collect, runner, runner, state, pool, names, strategy, collector))
+            ratio = statistics.median(q / b for q, b in zip(query, bare))
+            table.add_row([name, len(names), f'{statistics.median(bare):.2f}', f'{statistics.median(query):.2f}',
+                           f'{ratio:.3f}'])
     print(table)
 
 

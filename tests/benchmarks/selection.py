@@ -1,0 +1,81 @@
+"""Time of the selectors against a plain incremental version and the arithmetic limit.
+
+    python tests/benchmarks/selection.py [--sizes 10000 30000 100000] [--repeat 3]
+
+K = L = min(5 % of N, 1,000) candidates are chosen and labelled, of d = 128 normally distributed dimensions. The limit is
+2 N (K + L) d operations (k-means++ knows no labelled ones: 2 N K d) at the rate of a matrix product measured in the same
+run. The plain version updates every distance after every pick.
+"""
+import argparse
+import statistics
+import time
+
+import torch
+from prettytable import PrettyTable
+
+import al_patch
+
+
+def timed(function, *args) -> float:
+    begin = time.perf_counter()
+    function(*args)
+    return time.perf_counter() - begin
+
+
+def multiply_rate() -> float:
+    """Operations a second of a product in the shape of the selectors'."""
+    a, b = torch.randn(8192, 128), torch.randn(128, 512)
+    return 2 * 8192 * 128 * 512 / min(timed(torch.mm, a, b) for _ in range(20))
+
+
+def plain_kcenter(vectors: torch.Tensor, labelled: torch.Tensor, k: int) -> list[int]:
+    norms, nearest, picks = (vectors**2).sum(1), torch.full((len(vectors), ), torch.inf), []
+    for centre in labelled:
+        torch.minimum(nearest, norms + centre @ centre - 2 * (vectors @ centre), out=nearest)
+    while len(picks) < k:
+        picks.append(int(nearest.argmax()))
+        centre = vectors[picks[-1]]
+        torch.minimum(nearest, norms + centre @ centre - 2 * (vectors @ centre), out=nearest)
+    return picks
+
+
+def plain_kmeanspp(vectors: torch.Tensor, k: int) -> list[int]:
+    norms, nearest, picks = (vectors**2).sum(1), torch.full((len(vectors), ), torch.inf), []
+    picks.append(int(norms.argmax()))
+    while len(picks) < k:
+        centre = vectors[picks[-1]]
+        torch.minimum(nearest, norms + centre @ centre - 2 * (vectors @ centre), out=nearest)
+        picks.append(int(torch.multinomial(nearest.clamp_min(0), 1)))
+    return picks
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument('--sizes', type=int, nargs='+', default=[10_000, 30_000, 100_000])
+    parser.add_argument('--repeat', type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    table = PrettyTable(['selector', 'N', 'K', 's', 'plain s', '/ plain', '/ limit'])
+    for n in args.sizes:
+        k, draw = min(n // 20, 1000), torch.Generator().manual_seed(0)
+        vectors, labelled = torch.randn(n, 128, generator=draw), torch.randn(k, 128, generator=draw)
+        scores = torch.rand(n, generator=draw, dtype=torch.float64)
+        assert al_patch.kcenter(scores, k, draw, vectors, labelled).tolist() == plain_kcenter(vectors, labelled, k)
+        for name, ours, plain, operations in (
+                ('kcenter', lambda: al_patch.kcenter(scores, k, draw, vectors, labelled),
+                 lambda: plain_kcenter(vectors, labelled, k), 2 * n * 2 * k * 128),
+                ('kmeanspp', lambda: al_patch.kmeanspp(scores, k, draw, vectors), lambda: plain_kmeanspp(vectors, k),
+                 2 * n * k * 128)):
+            times = [(timed(ours), timed(plain), operations / multiply_rate()) for _ in range(args.repeat)]
+            seconds, slow, limit = (statistics.median(column) for column in zip(*times))
+            table.add_row([name, n, k, f'{seconds:.3f}', f'{slow:.3f}', f'{seconds / slow:.2f}', f'{seconds / limit:.1f}'])
+    scores, draw = torch.rand(10**6, dtype=torch.float64), torch.Generator()
+    for name in ('topk', 'power', 'softmax', 'softrank'):
+        seconds = statistics.median(timed(al_patch.SELECTS[name], scores, 1000, draw) for _ in range(args.repeat))
+        slow = statistics.median(timed(torch.sort, scores) for _ in range(args.repeat))
+        table.add_row([name, 10**6, 1000, f'{seconds:.3f}', f'{slow:.3f} (sort)', f'{seconds / slow:.2f}', '-'])
+    print(table)
+
+
+if __name__ == '__main__':
+    main()
