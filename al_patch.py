@@ -14,7 +14,7 @@ What is patched, and nothing else (see ``_PATCHES`` at the end; ``remove_patch()
   it is called, by name, and not when mmseg is imported.
 
 The file reads in the order of one image's journey: settings, pool and state, labelled training set, training, query,
-strategies, and last the rounds themselves, what guards them, and the patch.
+strategies, the human who labels, and last the rounds themselves, what guards them, and the patch.
 """
 import contextlib
 import copy
@@ -36,6 +36,7 @@ import pickle
 import random as python_random
 import re
 import shlex
+import shutil
 import signal
 import socket
 import sys
@@ -45,7 +46,9 @@ import types
 import warnings
 import zipfile
 from contextvars import ContextVar
-from typing import Callable, NamedTuple, Optional, Union
+from typing import Callable, Iterator, NamedTuple, Optional, Union
+from urllib.parse import quote
+from xml.sax.saxutils import quoteattr
 
 import cv2
 import mmcv.utils.ext_loader
@@ -86,6 +89,7 @@ DEFAULTS = dict(
     query_with='last',    # checkpoint that scores the pool: last | best
     pool_size=None,       # score only a random subset of the pool: int | fraction of the images
     full_res=None,        # score the enlarged logits, not the native ones; default: for pixels and windows only
+    oracle='simulated',   # simulated: labels are on disk, hidden until asked for | human: stop and wait for them
     overrides=None,       # config overrides for single rounds, e.g. {2: {'train_cfg.max_iters': 4000}}
     stop=None,            # stop early: dict(metric='mIoU', value=75) and / or dict(metric='mIoU', patience=2)
     seed=None)            # of every random choice; defaults to randomness.seed
@@ -133,6 +137,7 @@ _CHECKS = dict(
     weights=(lambda v: v in ('scratch', 'last', 'best'), "'scratch', 'last' or 'best'"),
     query_with=(lambda v: v in ('last', 'best'), "'last' or 'best'"),
     pool_size=(lambda v: v is None or _is_amount(v), 'None, a positive int, or a fraction in (0, 1]'),
+    oracle=(lambda v: v in ('simulated', 'human'), "'simulated' or 'human'"),
     overrides=(lambda v: v is None or _is_overrides(v), 'None or a dict from a round to a dict of config keys, e.g. '
                "{2: {'train_cfg.max_iters': 4000}}"),
     stop=(lambda v: v is None or _is_stop(v), "None or a dict of 'metric' with 'value' and / or 'patience', e.g. "
@@ -327,6 +332,13 @@ def reading(path: str, errors: type = Exception):
         raise ValueError(f'{path} cannot be used ({" ".join(why.split())})') from error
 
 
+def no_classes(labels: np.ndarray, classes: Optional[int], ignore_index: int) -> Optional[str]:
+    """What is wrong with labels, if some are neither one of so many classes (None: unknown) nor the one to ignore."""
+    strange = np.setdiff1d(labels, [*range(classes or 0), ignore_index])
+    return f'labels should be below {classes}, the number of classes, or {ignore_index} for none, but got ' \
+        f'{", ".join(map(str, strange[:5]))}' if classes and len(strange) else None
+
+
 class NamedSubset(Subset):
     """Some images of a leaf data set. One that cannot be read is an error that names it."""
 
@@ -379,6 +391,11 @@ class Pool:
     def __len__(self) -> int:
         return len(self.names)
 
+    def info(self, name: str) -> dict:
+        """What the data set knows of an image: ``img_path``, ``seg_map_path`` and the rest."""
+        leaf, index = self.where[name]
+        return self.leaves[leaf].get_data_info(index)
+
     def load_image(self, name: str) -> np.ndarray:
         """An image as its pipeline loads it, (H, W[, C]), before any other transform."""
         leaf, index = self.where[name]
@@ -404,10 +421,9 @@ class Pool:
             if label.shape != shape:
                 raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}')
             label = label if mask_HW is None else label[mask_HW]
-            strange = np.setdiff1d(label, [*range(classes or 0), self.ignore_index(name)])
-            if classes and len(strange):
-                raise ValueError(f'labels should be below {classes}, the number of classes, or '
-                                 f'{self.ignore_index(name)} for none, but got {", ".join(map(str, strange[:5]))}')
+            why = no_classes(label, classes, self.ignore_index(name))
+            if why:
+                raise ValueError(why)
         return label
 
     def ignore_index(self, name: str) -> int:
@@ -525,11 +541,13 @@ def mask_path(work_dir: str, k: int, name: str) -> str:
     return png_path(osp.join(round_dir(work_dir, k), 'labelled'), name, work_dir)
 
 
-def write_png(path: str, array_HW: np.ndarray) -> None:
-    """An array as a PNG (booleans take 1 bit each), all or nothing."""
+def write_png(path: str, array_HW: np.ndarray, palette: Optional[np.ndarray] = None) -> None:
+    """An array as a PNG (booleans take 1 bit each; numbers may have a palette, (256, 3)), all or nothing."""
     os.makedirs(osp.dirname(path), exist_ok=True)
-    png = io.BytesIO()
-    Image.fromarray(array_HW).save(png, 'PNG')
+    png, image = io.BytesIO(), Image.fromarray(array_HW)
+    if palette is not None:
+        image.putpalette(palette.tobytes())
+    image.save(png, 'PNG')
     write_atomically(path, png.getvalue())
 
 
@@ -621,7 +639,8 @@ def start_state(runner: Runner, al: dict, pool: Pool) -> dict:
 
     Raises:
         FileExistsError: A state is there, but ``--resume`` is not.
-        ValueError: A setting has changed since the run began, or labelled images have left the data set.
+        ValueError: A setting has changed since the run began, labelled images have left the data set, or labels that
+            a human was asked for are not there yet.
     """
     path = osp.join(runner.work_dir, STATE_FILE)
     found = [osp.isfile(path)]
@@ -629,7 +648,7 @@ def start_state(runner: Runner, al: dict, pool: Pool) -> dict:
     if not found[0]:
         seed = next(s for s in (al.seed, runner.cfg.get('randomness', {}).get('seed'), runner.seed) if s is not None)
         state = dict(schema=SCHEMA, phase='train', round=0, seed=seed, settings=al.to_dict(),
-                     config=config_digest(runner.cfg), images=len(pool), rounds=[])
+                     config=config_digest(runner.cfg), images=len(pool), rounds=[], pool=pool.names)
         if al.unit.type != 'image':
             state['pixels'] = sum(h * w for h, w in pool.sizes.values())
         if al.unit.type == 'image' or isinstance(al.initial, (str, list)):
@@ -656,6 +675,9 @@ def start_state(runner: Runner, al: dict, pool: Pool) -> dict:
     if changed:
         runner.logger.warning(f'The config has changed since the run began: {", ".join(changed)}')
     state['settings'] = al.to_dict()
+    if state['phase'] == 'label':
+        accept_labels(runner, state, pool)
+    update_pool(runner, state, pool)
     return state
 
 
@@ -1004,6 +1026,19 @@ def decode_head(model: torch.nn.Module) -> Optional[torch.nn.Module]:
     return head[-1] if isinstance(head, torch.nn.ModuleList) else head
 
 
+def feature_head(model: torch.nn.Module) -> Optional[torch.nn.Module]:
+    """The head whose ``conv_seg`` gets the penultimate features: of a cascade, the last that has one."""
+    heads = getattr(model, 'decode_head', None)
+    heads = list(heads) if isinstance(heads, torch.nn.ModuleList) else [heads]
+    return next((head for head in reversed(heads) if hasattr(head, 'conv_seg')), None)
+
+
+def gives_scores(model: torch.nn.Module) -> bool:
+    """Whether a model ends in class scores of masks, a sum of softmax x sigmoid over its queries, and not in logits."""
+    classifies_masks = {'MaskFormerHead', 'Mask2FormerHead', 'SideAdapterCLIPHead'}
+    return not classifies_masks.isdisjoint(cls.__name__ for cls in type(decode_head(model)).__mro__)
+
+
 def native_resolution(model: torch.nn.Module):
     """Let the decode head return logits at its own resolution, where all it does after is to enlarge them."""
     from mmseg.models.decode_heads.decode_head import BaseDecodeHead
@@ -1035,7 +1070,7 @@ def check_model(model: torch.nn.Module, strategy: 'Strategy') -> None:
         raise ValueError(f'`al.strategy.mc` should be 1 for a {type(head).__name__} and a backbone without dropout (or '
                          f'set `model.decode_head.dropout_ratio`), but got {strategy.mc}')
     if strategy.asks_for('features_KHW') and (
-            not hasattr(head, 'conv_seg') or model.test_cfg.get('mode', 'whole') != 'whole'):
+            feature_head(model) is None or model.test_cfg.get('mode', 'whole') != 'whole'):
         raise ValueError(no_features(model))
 
 
@@ -1197,8 +1232,11 @@ def without_padding(maps_HW: torch.Tensor, meta: dict, input_hw: tuple) -> torch
     return maps_HW
 
 
-def to_probs(logits_NCHW: torch.Tensor) -> torch.Tensor:
-    """Softmax; for a binary head with one output, its sigmoid and the rest."""
+def to_probs(logits_NCHW: torch.Tensor, are_scores: bool = False) -> torch.Tensor:
+    """Softmax; for a binary head with one output, its sigmoid and the rest; for a head that classifies masks, whose
+    class scores are not negative, their shares."""
+    if are_scores:
+        return logits_NCHW.float() / logits_NCHW.float().sum(1, keepdim=True).clamp_min(1e-12)
     if logits_NCHW.shape[1] > 1:
         return logits_NCHW.float().softmax(1)
     p = logits_NCHW.float().sigmoid()
@@ -1228,14 +1266,14 @@ def statistics(network: Network, data: dict, seeds: list[int], wanted: list[str]
     metas, input_hw = [sample.metainfo for sample in data['data_samples']], data['inputs'].shape[2:]
     means, caught, hook = [[{} for _ in views] for _ in metas], [], None
     if with_features:  # of the pass without dropout, which is the first
-        hook = decode_head(network.model).conv_seg.register_forward_pre_hook(
+        hook = feature_head(network.model).conv_seg.register_forward_pre_hook(
             lambda _, args: None if caught else caught.append(args[0]))
     with native_resolution(network.model):
         for logits_SNCHW in network(data['inputs'], [dict(meta) for meta in metas], seeds):
             for n, meta in enumerate(metas):
                 for view, mean in zip(views, means[n]):
                     seen_MHW = view(logits_SNCHW[:, n].flatten(0, 1), meta, input_hw)
-                    probs_SCHW = to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)))
+                    probs_SCHW = to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)), gives_scores(network.model))
                     for name in wanted:
                         share = STATISTICS[name](probs_SCHW)
                         share = share if network.mc == 1 else share.sum(0, keepdim=True).div_(network.mc)
@@ -1611,19 +1649,20 @@ def hold_out(state: dict) -> dict:
     return dict(held_out=[names[i] for i in sorted(order[:min(len(names) - 1, max(1, round(share * len(names))))])])
 
 
-def add_round(runner: Runner, state: dict, pool: Pool, asked) -> None:
-    """Label what was asked for: write the masks, then commit the state of the next round."""
+def add_round(runner: Runner, state: dict, pool: Pool, asked, trainer: Optional[Runner] = None) -> None:
+    """Label what was asked for, or have a human do so: write the masks, then commit the state of the next round."""
     k, have, unit = len(state['rounds']), labelled(state), ConfigDict(state['settings']).unit
     classes, entry = getattr(unwrap(runner.model), 'num_classes', None), dict(asked=asked)
+    is_human = state['settings']['oracle'] == 'human'  # whose labels are not there before they are accepted
 
     def label_units(name: str) -> list:
         old = labelled_mask(runner, pool, have, name)
         new = unit_mask(unit, asked[name], segments_of(runner, unit, pool, name), old.shape) & ~old
-        void = int((pool.check_label(name, classes, new) == pool.ignore_index(name)).sum())
+        void = 0 if is_human else int((pool.check_label(name, classes, new) == pool.ignore_index(name)).sum())
         write_png(mask_path(runner.work_dir, k, name), old | new)
         return [len(asked[name]), int(new.sum()), void]
 
-    if isinstance(asked, list):
+    if isinstance(asked, list) and not is_human:
         on_all_ranks(lambda name: len(pool.check_label(name, classes)), asked)
     if isinstance(asked, dict):
         figures = on_all_ranks(label_units, list(asked))
@@ -1635,6 +1674,8 @@ def add_round(runner: Runner, state: dict, pool: Pool, asked) -> None:
     state['rounds'].append(entry)
     entry.update(hold_out(state))
     state.update(round=k, phase='train')
+    if is_human:
+        ask_human(runner, trainer, state, pool)
     save_state(state, runner.work_dir)
 
 
@@ -2380,6 +2421,302 @@ def check_strategy(strategy: Strategy) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Oracle: a human who labels, while the run waits on disk
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def label_dir(work_dir: str, k: int) -> str:
+    """Where round ``k`` writes what a human is to label."""
+    return osp.join(round_dir(work_dir, k), 'to_label')
+
+
+def ask_human(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool) -> None:
+    """Write what the state's round asks for to ``round_<k>/to_label``, and let the state wait for the labels. This
+    comes before the state is committed: whenever that waits, all is written.
+
+    Args:
+        trainer: The last round's runner, whose model labels in advance. None before the first round.
+
+    Raises:
+        ValueError: The labels that the run begins with, because ``al.initial`` names images, are not there.
+    """
+    k, settings = state['round'], state['settings']
+    if k == 0 and isinstance(settings['initial'], (str, list)):
+        accept_labels(runner, state, pool)
+        return
+    state['phase'], names, masks = 'label', list(state['rounds'][k]['asked']), asked_masks(runner, state, pool)
+    folder = label_dir(runner.work_dir, k)
+    if is_main_process():
+        shutil.rmtree(folder, ignore_errors=True)  # of an export that was cut off
+        os.makedirs(folder)
+    barrier()
+    for name, pred_HW in predict(runner, trainer, state, pool, names):
+        old, new = masks(name)
+        if settings['unit']['type'] != 'image':
+            write_png(png_path(osp.join(folder, 'mask'), name), new)
+            path = png_path(osp.join(folder, 'overlay'), name)
+            mmcv.imwrite(overlay(pool.load_image(name), new), path[:-len('png')] + 'jpg')
+        if pred_HW is not None:
+            write_prediction(png_path(osp.join(folder, 'prediction'), name), pool, name, pred_HW, old, new)
+    barrier()
+    if is_main_process():
+        write_atomically(osp.join(folder, 'to_label.txt'), ''.join(f'{name}\n' for name in names))
+        export_cvat(folder, pool, names)
+        export_label_studio(folder, pool, names, f'round_{k}')
+
+
+def asked_masks(runner: Runner, state: dict, pool: Pool) -> Callable:
+    """A function from an image's name to what was labelled of it before the state's round, and what that asks for:
+    (H, W) booleans both."""
+    now, before = (labelled(state, k) for k in (state['round'], state['round'] - 1))
+
+    def masks(name: str) -> tuple[np.ndarray, np.ndarray]:
+        old = labelled_mask(runner, pool, before, name)
+        return old, labelled_mask(runner, pool, now, name) & ~old
+
+    return masks
+
+
+@torch.no_grad()
+def predict(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool,
+            names: list[str]) -> Iterator[tuple[str, Optional[np.ndarray]]]:
+    """This rank's share of the images, each with the classes (H, W) that the checkpoint which asked for it predicts or,
+    before the first round, None."""
+    rank, world_size = get_dist_info()
+    if trainer is None:
+        yield from ((name, None) for name in names[rank::world_size])
+        return
+    model, entry = unwrap(trainer.model).eval(), state['rounds'][state['round'] - 1]
+    load_checkpoint(model, checkpoint_path(runner, entry, state['settings']['query_with']), map_location='cpu',
+                    logger=runner.logger)
+    amp = trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'
+    for data, positions in zip(*query_dataloader(runner.cfg, pool, names)):
+        with autocast(enabled=amp):
+            samples = model.test_step(data)
+        for position, sample in zip(positions, samples):
+            yield names[position], sample.pred_sem_seg.data[0].cpu().numpy().astype(np.uint8)
+
+
+def label_values(pool: Pool, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """How mmseg reads an image's label file, with ``reduce_zero_label`` and classes of one's own: the class of each
+    value in the file, and the value of each class, (256,) both. ``ignore_index`` counts as a class."""
+    info, ignore, classes = pool.info(name), pool.ignore_index(name), np.arange(256)
+    if info.get('reduce_zero_label'):
+        classes = np.where(np.isin(classes, (0, 255)), 255, classes - 1)
+    own = info.get('label_map') or {}
+    classes = np.array([own.get(c, c) for c in classes.tolist()]).astype(np.uint8)
+    values = np.full(256, ignore, np.uint8)
+    values[classes[::-1]] = np.arange(256)[::-1]  # the smallest, where several stand for one class
+    values[ignore] = 255 if classes[255] == ignore else values[ignore]
+    return classes, values
+
+
+def write_prediction(path: str, pool: Pool, name: str, pred_HW: np.ndarray, old: np.ndarray, new: np.ndarray) -> None:
+    """Write a label map to start from, in the values of the label files: the prediction where labels are asked for
+    (``new``), what was labelled before (``old``), and nothing elsewhere."""
+    label = np.full(new.shape, pool.ignore_index(name), np.uint8)
+    if old.any():
+        label[old] = pool.load_label(name)[old]
+    label[new] = pred_HW[new]
+    values, colours, palette = label_values(pool, name)[1], class_colours(pool)[1], np.zeros((256, 3), np.uint8)
+    palette[values[:len(colours)]] = colours
+    write_png(path, values[label], palette)
+
+
+def read_prediction(folder: str, pool: Pool, name: str) -> np.ndarray:
+    """The classes of a label map to start from, (H, W) uint8; 255 everywhere if there is none."""
+    path = png_path(osp.join(folder, 'prediction'), name)
+    if not osp.isfile(path):
+        return np.full(pool.sizes[name], 255, np.uint8)
+    with Image.open(path) as image:
+        return label_values(pool, name)[0][np.asarray(image)]
+
+
+def overlay(image: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
+    """A picture of what is to be labelled: the rest is dimmed, and what is asked for has an outline or, where it is too
+    small to be seen, a circle. A small image is enlarged by a whole factor. (H, W, 3) uint8, BGR, as mmcv loads it"""
+    image = image[..., None] if image.ndim == 2 else image
+    picture = image[..., :3] if image.shape[2] >= 3 else image[..., [0, 0, 0]]
+    if picture.dtype != np.uint8:
+        picture = cv2.normalize(picture.astype(np.float32), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
+    scale = max(1, 800 // max(mask_HW.shape))
+    picture, mask_HW = (each.repeat(scale, 0).repeat(scale, 1) for each in (picture, mask_HW))
+    picture, side = np.where(mask_HW[..., None], picture, picture // 2), max(mask_HW.shape)
+    width = 2 + side // 1000
+    pieces, _ = cv2.findContours(dilate(mask_HW, 2 * width).view(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
+    for piece in pieces:
+        (x, y), radius = cv2.minEnclosingCircle(piece)
+        for colour, line in (((0, 0, 0), width + 2), ((0, 230, 255), width)):
+            if radius < side / 40:
+                cv2.circle(picture, (round(x), round(y)), round(radius) + side // 80, colour, line, cv2.LINE_AA)
+            else:
+                cv2.drawContours(picture, [piece], -1, colour, line)
+    return picture
+
+
+def voc_colours() -> np.ndarray:
+    """Pascal VOC's colour of each number, (256, 3) uint8: its bit 3 b + c is bit 7 - b of channel c."""
+    bits = np.arange(256)[:, None, None] >> np.arange(9).reshape(3, 3) & 1
+    return (bits << np.array([[7], [6], [5]])).sum(1).astype(np.uint8)
+
+
+def class_colours(pool: Pool) -> tuple[list[str], np.ndarray]:
+    """The classes, and their colours in the data set's palette, (C, 3) uint8. Annotation tools tell classes by colour,
+    and black is none of them: a colour that is taken (ADE20K has one twice) gives way to the next."""
+    meta, taken = pool.leaves[0].metainfo, dict.fromkeys([0])
+    classes = list(meta.get('classes') or map(str, range(255)))
+    for colour in list(meta.get('palette') or voc_colours()[1:].tolist())[:len(classes)]:
+        number = int.from_bytes(bytes(colour), 'big')
+        while number in taken:
+            number = (number + 1) % 2**24
+        taken[number] = None
+    return classes, np.array([list(number.to_bytes(3, 'big')) for number in taken][1:], np.uint8)
+
+
+def export_cvat(folder: str, pool: Pool, names: list[str]) -> None:
+    """Write ``cvat.zip``, label maps to start from in the layout of CVAT's 'Segmentation mask 1.1': one colour a class,
+    one object a class. ``cvat_labels.json`` is for CVAT's raw label constructor."""
+    classes, colours = class_colours(pool)
+    tables = dict(SegmentationClass=np.zeros((256, 3), np.uint8), SegmentationObject=np.zeros((256, 3), np.uint8))
+    tables['SegmentationClass'][:len(classes)] = colours
+    tables['SegmentationObject'][:len(classes)] = voc_colours()[1:len(classes) + 1]
+    nothing = 'unlabelled' if 'background' in classes else 'background'  # CVAT's own name for it
+    lines = [f'{label}:{",".join(map(str, colour))}::'
+             for label, colour in zip([nothing, *classes], [[0, 0, 0], *colours.tolist()])]
+    with zipfile.ZipFile(osp.join(folder, 'cvat.zip'), 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('labelmap.txt', '\n'.join(['# label:color_rgb:parts:actions', *lines, '']))
+        archive.writestr('ImageSets/Segmentation/default.txt', ''.join(f'{image_stem(pool, name)}\n' for name in names))
+        for name, (kind, table) in itertools.product(names, tables.items()):
+            png = cv2.imencode('.png', table[read_prediction(folder, pool, name)][..., ::-1])[1]
+            archive.writestr(f'{kind}/{image_stem(pool, name)}.png', png.tobytes())
+    labels = [dict(name=c, color=f'#{bytes(colour).hex()}', attributes=[]) for c, colour in zip(classes, colours)]
+    write_atomically(osp.join(folder, 'cvat_labels.json'), json.dumps(labels, ensure_ascii=False))
+
+
+def image_stem(pool: Pool, name: str) -> str:
+    """An image's path below ``img_path`` without its extension, by which CVAT knows it; a name lacks ``img_suffix``."""
+    suffix = getattr(pool.leaves[pool.where[name][0]], 'img_suffix', None)
+    return osp.splitext(name + suffix)[0] if suffix else name
+
+
+def export_label_studio(folder: str, pool: Pool, names: list[str], version: str) -> None:
+    """Write ``label_studio.json``, tasks with label maps to start from, one brush region a class, and
+    ``label_studio.xml``, the labelling interface that they are for. Images are local files below the root ``/``."""
+    classes, colours = class_colours(pool)
+    tasks = []
+    for name in names:
+        label = read_prediction(folder, pool, name)
+        brushes = [dict(id=f'class_{c}', type='brushlabels', from_name='label', to_name='image', image_rotation=0,
+                        original_width=label.shape[1], original_height=label.shape[0],
+                        value=dict(format='rle', rle=encode_rle(label == c), brushlabels=[classes[c]]))
+                   for c in np.unique(label).tolist() if c < len(classes)]
+        url = '/data/local-files/?d=' + quote(osp.abspath(pool.info(name)['img_path']).lstrip(os.sep))
+        tasks.append(json.dumps(dict(data=dict(image=url, name=name), predictions=[
+            dict(model_version=version, result=brushes)] if brushes else []), ensure_ascii=False))
+    write_atomically(osp.join(folder, 'label_studio.json'), '[' + ',\n'.join(tasks) + ']\n')
+    labels = [f'    <Label value={quoteattr(c)} background="#{bytes(colour).hex()}"/>'
+              for c, colour in zip(classes, colours)]
+    write_atomically(osp.join(folder, 'label_studio.xml'), '\n'.join([
+        '<View>', '  <Image name="image" value="$image" zoom="true"/>', '  <BrushLabels name="label" toName="image">',
+        *labels, '  </BrushLabels>', '</View>', '']))
+
+
+def encode_rle(mask_HW: np.ndarray) -> list[int]:
+    """A mask as a brush of Label Studio's: the bytes of thi.ng/rle-pack over its RGBA pixels. The number of values (32
+    bits), bits a value - 1 (5) and bits - 1 of four counters (4 each) are followed, for each run, by a 1, the number of
+    a counter (2), the length - 1 in that counter's bits, and the value."""
+    flat, counters = mask_HW.reshape(-1), (3, 4, 8, 16)
+    edges = [*np.flatnonzero(np.diff(flat, prepend=~flat[:1])).tolist(), flat.size]
+    bits = [f'{4 * flat.size:032b}{7:05b}', *(f'{n - 1:04b}' for n in counters)]
+    for begin, end in itertools.pairwise(edges):
+        for done in range(4 * begin, 4 * end, 2**16):
+            length = min(4 * end - done, 2**16)
+            i = next(i for i, n in enumerate(counters) if length <= 2**n)
+            bits.append(f'1{i:02b}{length - 1:0{counters[i]}b}{255 * int(flat[begin]):08b}')
+    return np.packbits(np.frombuffer(''.join(bits).encode(), np.uint8) - ord('0')).tolist()
+
+
+def accept_labels(runner: Runner, state: dict, pool: Pool) -> None:
+    """Check that all labels of the state's round are there, count void pixels, and let the round train.
+
+    Raises:
+        ValueError: It names the images whose label file is missing, unreadable, of another size than the image, or
+            without a label where it was asked for. ``to_label/missing.txt`` holds them all.
+    """
+    k, entry, masks = state['round'], state['rounds'][state['round']], asked_masks(runner, state, pool)
+    missing_path, void_path = (osp.join(label_dir(runner.work_dir, k), file) for file in ('missing.txt', 'void.txt'))
+    void_names = mmengine.list_from_file(void_path) if osp.isfile(void_path) else []
+    rank, world_size = get_dist_info()
+    classes = getattr(unwrap(runner.model), 'num_classes', None)
+    mine = {name: check_label(pool, name, masks(name)[1], name in void_names, classes)
+            for name in list(entry['asked'])[rank::world_size]}
+    figures = {name: figure for share in all_gather_object(mine) for name, figure in share.items()}
+    missing = [f'{name}: {figures[name][0]}' for name in entry['asked'] if figures[name][0]]
+    if missing:
+        if is_main_process():
+            os.makedirs(osp.dirname(missing_path), exist_ok=True)
+            write_atomically(missing_path, '\n'.join([*missing, '']))
+        raise ValueError(f'{len(missing)} of the {len(figures)} label maps that round {k} needs are not there yet (all '
+                         f'in {missing_path}): {"; ".join(missing[:10])}')
+    if is_main_process() and osp.isfile(missing_path):
+        os.remove(missing_path)
+    if state['settings']['unit']['type'] != 'image':
+        entry['void_pixels'] = sum(void for _, void in figures.values())
+    state['phase'] = 'train'
+
+
+def check_label(pool: Pool, name: str, mask: np.ndarray, may_be_void: bool,
+                classes: Optional[int] = None) -> tuple[Optional[str], int]:
+    """What is wrong with the label file of an image that was asked for, or None; and how many pixels in ``mask`` are
+    void. One without any label there is taken for not done yet, unless it ``may_be_void``. Labels there should be below
+    ``classes``, if that is known."""
+    try:
+        label = pool.load_label(name)
+    except FileNotFoundError as error:
+        return f'there is no label file {error.filename or ""}', 0
+    except Exception as error:  # whatever the data set's own loader makes of a damaged file
+        return f'the label file cannot be read ({type(error).__name__}: {error})', 0
+    if label.shape != mask.shape:
+        return f'the label map should have the size of the image, {mask.shape}, but got {label.shape}', 0
+    void = int((label[mask] == pool.ignore_index(name)).sum())
+    why = no_classes(label[mask], classes, pool.ignore_index(name))
+    if void == mask.sum() and not may_be_void:
+        why = 'it has no label where it was asked for; if all that is void, name the image in to_label/void.txt'
+    return why, void
+
+
+def update_pool(runner: Runner, state: dict, pool: Pool) -> None:
+    """On resume: images that were added to the data set join the pool; those that were removed are reported."""
+    known, now = state.get('pool', pool.names), set(pool.names)
+    added, removed = now.difference(known), [name for name in known if name not in now]
+    if added:
+        runner.logger.info(f'{len(added)} new images have joined the pool, which has {len(pool)} now')
+    if removed:
+        runner.logger.warning(f'{len(removed)} unlabelled images have left the data set: {", ".join(removed[:10])}')
+    if 'pixels' in state and (added or removed):
+        state['pixels'] = sum(h * w for h, w in pool.sizes.values())
+    state.update(images=len(pool), pool=pool.names)
+    save_state(state, runner.work_dir)
+
+
+def log_request(runner: Runner, state: dict, pool: Pool) -> None:
+    """Say what a human is to do, and how to go on."""
+    k, entry = state['round'], state['rounds'][state['round']]
+    what = '' if 'pixels' not in entry else f' ({sum(n for n, _ in entry["asked"].values())} ' \
+        f'{state["settings"]["unit"]["type"]}s, {entry["pixels"]} pixels)'
+    runner.logger.info(
+        f'Round {k} waits for labels in {len(entry["asked"])} images{what}: see {label_dir(runner.work_dir, k)}\n'
+        f'Put each label map where the data set looks for it, the first at '
+        f'{pool.info(next(iter(entry["asked"]))).get("seg_map_path")}\nThen go on with: {resume_command()}')
+
+
+def resume_command() -> str:
+    """The command line that goes on with this run. The launcher hands its own on in ``AL_COMMAND``."""
+    command = os.environ.get('AL_COMMAND', '').strip() or shlex.join(['python', *sys.argv])
+    return command if '--resume' in shlex.split(command) else f'{command} --resume'
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The rounds
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2391,7 +2728,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
         runner: The caller's runner, whose config has an ``al`` block. It holds the last round's model afterwards.
 
     Returns:
-        The last round's model.
+        The last round's model. With ``al.oracle='human'`` it returns when labels are to be given; resuming goes on.
     """
     al = parse_settings(runner.cfg.al)
     check_runner(al, runner)
@@ -2399,7 +2736,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
     state = start_state(runner, al, pool)
     resumed = bool(runner.cfg.get('resume'))
     with torch.serialization.safe_globals(checkpoint_globals()):
-        while True:
+        while state['phase'] != 'label':
             log_round(runner, state)
             trainer = build_round(runner, state, resumed)
             if state['phase'] == 'train':
@@ -2414,11 +2751,14 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
                 reason = 'the pool is empty: nothing is left to ask for'
                 break
             state['rounds'][-1]['query_seconds'] = round(time.time() - begin, 1)
-            add_round(runner, state, pool, asked)
+            add_round(runner, state, pool, asked, trainer)
             close_round(trainer)
             del trainer
             gc.collect()
             resumed = False
+        else:
+            log_request(runner, state, pool)
+            return runner.model
         if resumed:
             load_weights(runner, trainer, checkpoint_path(runner, state['rounds'][-1], 'last'))
     close_round(trainer)
@@ -2562,9 +2902,7 @@ def stops_with_a_word(runner: Runner):
     except BaseException as error:
         if not stopped:
             raise
-        command = os.environ.get('AL_COMMAND') or shlex.join(['python', *sys.argv])
-        command += '' if '--resume' in command.split() else ' --resume'
-        runner.logger.warning(f'Stopped. Nothing is lost; go on with: {command}')
+        runner.logger.warning(f'Stopped. Nothing is lost; go on with: {resume_command()}')
         if isinstance(error, (KeyboardInterrupt, Stopped)):
             raise
         stop(stopped[0])  # a bare `except` on the way, as there is in mmengine, had made another error of it

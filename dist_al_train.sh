@@ -9,9 +9,9 @@ fi
 CONFIG=$1
 GPUS=$2
 HERE=$(cd "$(dirname "$0")" && pwd)
-AL_COMMAND=$(printf '%q ' bash "$0" "$@") # what the log says to repeat when the run is stopped
-export AL_COMMAND=${AL_COMMAND% }
 export PYTHONPATH="$HERE${PYTHONPATH:+:$PYTHONPATH}"
+printf -v AL_COMMAND '%q ' bash "$0" "$@" # what al_patch says to go on with
+export AL_COMMAND
 
 if [ "$GPUS" -eq 0 ]; then
     CUDA_VISIBLE_DEVICES='' exec python "$HERE/al_train.py" "$CONFIG" "${@:3}"

@@ -13,6 +13,7 @@ from mmengine.model import BaseModel
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 
+import al_patch
 from al_patch import STATE_FILE, Pool, mask_path, png_path, read_state, write_atomically, write_png
 
 SHORT = {**tiny.NO_VAL, 'train_cfg.max_iters': 1}
@@ -114,6 +115,17 @@ def test_labels_in_range_pass(make_cfg, reduce_zero_label):
     assert set(np.unique(label)) == ({0, 1, 255} if reduce_zero_label else {0, 1, 2})
     with pytest.raises(ValueError, match='but got 1' if reduce_zero_label else 'but got 2'):
         pool.check_label('a/00', 2 - reduce_zero_label)
+
+
+def test_a_label_by_hand_that_is_no_class_is_not_accepted(make_cfg, own_data):
+    out_of_range(file_of(own_data, 'ann', 'a/00'))
+    pool, mask = Pool(make_cfg(root=str(own_data))), np.zeros(tiny.SHAPE, bool)
+    mask[0, :2] = True
+    why, void = al_patch.check_label(pool, 'a/00', mask, False, 3)
+    assert why == 'labels should be below 3, the number of classes, or 255 for none, but got 7' and void == 1
+    mask[0, 1] = False
+    mask[1] = True
+    assert al_patch.check_label(pool, 'a/00', mask, False, 3) == (None, 1)
 
 
 @pytest.mark.parametrize('unit', ['image', 'pixel'])

@@ -283,7 +283,7 @@ def test_slide_inference(scored, shared_data):
 
 def test_a_head_with_one_sigmoid_output(scored, monkeypatch):
     seen, predict = [], al_patch.to_probs
-    monkeypatch.setattr(al_patch, 'to_probs', lambda logits: seen.extend(predict(logits)) or predict(logits))
+    monkeypatch.setattr(al_patch, 'to_probs', lambda *args: seen.extend(predict(*args)) or predict(*args))
     loss = dict(type='CrossEntropyLoss', use_sigmoid=True)
     head = dict(num_classes=2, out_channels=1, threshold=.5, loss_decode=loss)
     _, scores = scored('least_confidence', **{f'model.decode_head.{key}': value for key, value in head.items()})

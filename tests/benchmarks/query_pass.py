@@ -25,10 +25,10 @@ def bare_pass(model, cfg, pool, names) -> None:
             model(**model.data_preprocessor(data, False), mode='tensor')
 
 
-def timed(function, *args) -> float:
-    begin = time.perf_counter()
+def timed(clock, function, *args) -> float:
+    begin = clock()
     function(*args)
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def main() -> None:
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument('--full-res', action='store_true')
     parser.add_argument('--batch-size', type=int, default=1)
     parser.add_argument('--images', type=int)
+    parser.add_argument('--cpu-time', action='store_true', help='of this process (loading included), on a busy machine')
     parser.add_argument('--repeat', type=int, default=5)
     parser.add_argument('--cfg-options', nargs='+', action=DictAction)
     args = parser.parse_args()
@@ -47,6 +48,9 @@ def main() -> None:
     cfg.merge_from_dict(args.cfg_options or {})
     cfg.pop('al', None)
     cfg.test_dataloader.batch_size = args.batch_size
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    if args.cpu_time:
+        cfg.test_dataloader.update(num_workers=0, persistent_workers=False)
     table = PrettyTable(['strategy', 'images', 'bare s', 'query s', 'query / bare'])
     with tempfile.TemporaryDirectory() as cfg.work_dir:
         runner = Runner.from_cfg(cfg)
@@ -59,8 +63,8 @@ def main() -> None:
             strategy, bare, query = al_patch.resolve_strategy(name), [], []
             for _ in range(args.repeat):
                 collector = al_patch.Collector(strategy.select, lambda name: 20, False, False, (0, ))
-                bare.append(timed(bare_pass, model, runner.cfg, pool, names))
-                query.append(timed(al_patch.collect, runner, runner, state, pool, names, strategy, collector))
+                bare.append(timed(clock, bare_pass, model, runner.cfg, pool, names))
+                query.append(timed(clock, al_patch.collect, runner, runner, state, pool, names, strategy, collector))
             ratio = statistics.median(q / b for q, b in zip(query, bare))
             table.add_row([name, len(names), f'{statistics.median(bare):.2f}', f'{statistics.median(query):.2f}',
                            f'{ratio:.3f}'])

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/selection.py [--sizes 10000 30000 100000] [--repeat 3]
 
-K = L = min(5 % of N, 1,000) candidates are chosen and labelled, of d = 128 normally distributed dimensions. The limit is
-2 N (K + L) d operations (k-means++ knows no labelled ones: 2 N K d) at the rate of a matrix product measured in the same
-run. The plain version updates every distance after every pick.
+K = L = min(5 % of N, 1,000) candidates are chosen and labelled, of d = 128 normally distributed dimensions. The limit
+is 2 N (K + L) d operations (k-means++ knows no labelled ones: 2 N K d) at the rate of a matrix product measured in the
+same run. The plain version updates every distance after every pick.
 """
 import argparse
 import statistics
@@ -61,14 +61,14 @@ def main() -> None:
         vectors, labelled = torch.randn(n, 128, generator=draw), torch.randn(k, 128, generator=draw)
         scores = torch.rand(n, generator=draw, dtype=torch.float64)
         assert al_patch.kcenter(scores, k, draw, vectors, labelled).tolist() == plain_kcenter(vectors, labelled, k)
-        for name, ours, plain, operations in (
-                ('kcenter', lambda: al_patch.kcenter(scores, k, draw, vectors, labelled),
-                 lambda: plain_kcenter(vectors, labelled, k), 2 * n * 2 * k * 128),
-                ('kmeanspp', lambda: al_patch.kmeanspp(scores, k, draw, vectors), lambda: plain_kmeanspp(vectors, k),
-                 2 * n * k * 128)):
-            times = [(timed(ours), timed(plain), operations / multiply_rate()) for _ in range(args.repeat)]
+        for ours, args_of_ours, plain, args_of_plain, operations in (
+                (al_patch.kcenter, (scores, k, draw, vectors, labelled), plain_kcenter, (vectors, labelled, k), 4),
+                (al_patch.kmeanspp, (scores, k, draw, vectors), plain_kmeanspp, (vectors, k), 2)):
+            times = [(timed(ours, *args_of_ours), timed(plain, *args_of_plain),
+                      operations * n * k * 128 / multiply_rate()) for _ in range(args.repeat)]
             seconds, slow, limit = (statistics.median(column) for column in zip(*times))
-            table.add_row([name, n, k, f'{seconds:.3f}', f'{slow:.3f}', f'{seconds / slow:.2f}', f'{seconds / limit:.1f}'])
+            table.add_row([ours.__name__, n, k, f'{seconds:.3f}', f'{slow:.3f}', f'{seconds / slow:.2f}',
+                           f'{seconds / limit:.1f}'])
     scores, draw = torch.rand(10**6, dtype=torch.float64), torch.Generator()
     for name in ('topk', 'power', 'softmax', 'softrank'):
         seconds = statistics.median(timed(al_patch.SELECTS[name], scores, 1000, draw) for _ in range(args.repeat))

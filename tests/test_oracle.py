@@ -1,0 +1,547 @@
+"""A human labels: what a run writes for them, what it takes back, and that it ends as one with simulated labels."""
+import io
+import json
+import os
+import os.path as osp
+import re
+import shutil
+import sys
+import xml.etree.ElementTree as ET
+import zipfile
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmengine.dataset import Compose
+from mmseg.registry import MODELS
+from PIL import Image
+from test_scripts import launch, shell, write_config
+
+import al_patch
+from al_patch import STATE_FILE, Pool, encode_rle, label_values, labelled, mask_path, overlay, read_mask, read_state
+
+SHORT = {**tiny.NO_VAL, 'train_cfg.max_iters': 2}
+CELL = dict(type='region', size=[8, 8])
+RUNS = dict(
+    image=dict(initial=4, budget=2),
+    region=dict(unit=CELL, initial=10, budget=7),
+    superpixel=dict(unit=dict(type='superpixel', n_segments=12, compactness=100.), initial=8, budget=6),
+    pixel=dict(unit='pixel', strategy='margin', initial=60, budget=30))
+
+
+@pytest.fixture
+def truth(shared_data, tmp_path):
+    """What the annotator knows: the tiny data set with some void."""
+    root = shutil.copytree(shared_data, tmp_path / 'truth')
+    for name in tiny.NAMES:
+        label = read_label(root, name)
+        label[:, 40:] = 255
+        write_label(root, name, label)
+    return root
+
+
+@pytest.fixture
+def blind(truth, tmp_path):
+    """The data set before anybody has labelled it."""
+    root = shutil.copytree(truth, tmp_path / 'blind')
+    shutil.rmtree(root / 'ann' / 'train')
+    return root
+
+
+def label_file(root, name: str) -> str:
+    return osp.join(root, 'ann', 'train', f'{name}.png')
+
+
+def read_label(root, name: str) -> np.ndarray:
+    return cv2.imread(label_file(root, name), cv2.IMREAD_UNCHANGED)
+
+
+def write_label(root, name: str, label: np.ndarray) -> None:
+    os.makedirs(osp.dirname(label_file(root, name)), exist_ok=True)
+    cv2.imwrite(label_file(root, name), label)
+
+
+def state_of(cfg) -> dict:
+    return read_state(osp.join(cfg.work_dir, STATE_FILE))
+
+
+def to_label(work_dir, k: int, *path) -> str:
+    return osp.join(work_dir, f'round_{k}', 'to_label', *path)
+
+
+def read_png(*path) -> np.ndarray:
+    with Image.open(osp.join(*path)) as image:
+        return np.array(image)
+
+
+def annotate(root, truth, work_dir, k: int, skip=()) -> list:
+    """Play the annotator: label what a round asks for and not a pixel more."""
+    names = open(to_label(work_dir, k, 'to_label.txt')).read().split('\n')[:-1]
+    for name in names:
+        if name in skip:
+            continue
+        mask, known = to_label(work_dir, k, 'mask', f'{name}.png'), read_label(truth, name)
+        asked = read_png(mask) if osp.exists(mask) else np.ones(tiny.SHAPE, bool)
+        label = read_label(root, name) if osp.exists(label_file(root, name)) else np.full(tiny.SHAPE, 255, np.uint8)
+        write_label(root, name, np.where(asked, known, label))
+        if (known[asked] == 255).all():
+            with open(to_label(work_dir, k, 'void.txt'), 'a') as file:
+                file.write(f'{name}\n')
+    return names
+
+
+def masks_of(cfg, k: int) -> dict:
+    """Name -> what is labelled after round k."""
+    have = labelled(state_of(cfg), k)
+    return {name: np.ones(tiny.SHAPE, bool) if where is None else read_mask(mask_path(cfg.work_dir, where, name))
+            for name, where in have.items()}
+
+
+@pytest.fixture
+def human(make_cfg, blind):
+    """A function from settings to a config with a human, and that of the same run when it goes on."""
+
+    def make(al: dict, **changes) -> tuple:
+        return tuple(make_cfg({**dict(oracle='human'), **al}, root=str(blind),
+                              changes={**SHORT, 'resume': resume, **changes}) for resume in (False, True))
+
+    return make
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('unit', RUNS)
+def test_two_rounds_with_an_annotator_end_as_those_with_simulated_labels(
+        make_cfg, train, human, blind, truth, unit, tmp_path):
+    al = dict(RUNS[unit], rounds=2)
+    simulated = make_cfg(al, root=str(truth), work_dir=str(tmp_path / 'simulated'), changes=SHORT)
+    expected_runner, expected = train(simulated)
+    cfg, go_on = human(al)
+    runner, rounds = train(cfg)
+    for k in range(3):
+        state = state_of(cfg)
+        assert (state['phase'], state['round'], len(rounds)) == ('label', k, k + 1)
+        assert not osp.exists(label_file(blind, '')) or {
+            f'{name}.png' for name in labelled(state, k - 1)} == {
+                osp.relpath(osp.join(d, f), label_file(blind, '')[:-4]) for d, _, files in os.walk(
+                    osp.dirname(label_file(blind, ''))) for f in files}
+        assert annotate(blind, truth, cfg.work_dir, k) == list(expected[k]['asked'])
+        runner, rounds = train(go_on)
+    assert state_of(cfg)['phase'] == 'query' and len(rounds) == 3
+    for key in ('asked', 'pixels', 'void_pixels', 'labelled'):
+        assert [entry.get(key) for entry in rounds] == [entry.get(key) for entry in expected]
+    assert unit == 'image' or all(entry['void_pixels'] for entry in rounds)
+    ours, theirs = masks_of(cfg, 2), masks_of(simulated, 2)
+    assert set(ours) == set(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+    weights = expected_runner.model.state_dict()
+    assert all(torch.equal(value, weights[key]) for key, value in runner.model.state_dict().items())
+    assert not [name for name in tiny.NAMES if name not in ours and osp.exists(label_file(blind, name))]
+
+
+def test_the_script_ends_with_code_0_and_says_how_to_go_on(tmp_path, blind, truth):
+    """In two processes, which share the images; the command in the log is taken at its word."""
+    first = ['a/01', 'a/03', 'b/08']
+    for name in first:
+        write_label(blind, name, read_label(truth, name))
+    al = dict(unit=CELL, initial=first, budget=9, rounds=1, oracle='human')
+    config, work_dir = write_config(tmp_path, str(blind), repr(al), sync=True), tmp_path / 'a work dir'
+    done = launch(config, 2, work_dir)
+    asked = read_state(work_dir / STATE_FILE)['rounds'][1]['asked']
+    log = done.stdout + done.stderr
+    assert f'Round 1 waits for labels in {len(asked)} images (9 regions, 576 pixels): see {work_dir}/round_1' in log
+    assert f'the first at {label_file(blind, list(asked)[0])}' in log
+    [command] = set(re.findall('Then go on with: (.*)', log))
+    assert annotate(blind, truth, work_dir, 1) == list(asked)
+    assert all(osp.exists(to_label(work_dir, 1, 'prediction', f'{name}.png')) for name in asked)
+    done = shell('bash', '-c', command)
+    assert 'all 1 rounds of queries are done' in done.stdout + done.stderr
+
+
+def test_a_stop_between_export_and_state_asks_the_same_again(train, human, blind, truth, monkeypatch):
+    """And predicts the same, with a query that needs no model."""
+    cfg, go_on = human(dict(RUNS['region'], strategy='random'))
+    train(cfg)
+    annotate(blind, truth, cfg.work_dir, 0)
+    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
+        save = al_patch.save_state
+        patch.setattr(al_patch, 'save_state', lambda state, path: (
+            save(state, path) if state['phase'] != 'label' else (_ for _ in ()).throw(InterruptedError)))
+        train(go_on)
+    paths = [to_label(cfg.work_dir, 1, kind, f'{n}.png') for kind in ('mask', 'prediction') for n in tiny.NAMES]
+    first = {path: read_png(path) for path in paths if osp.exists(path)}
+    os.makedirs(to_label(cfg.work_dir, 1, 'mask', 'stale'))
+    assert first and state_of(cfg)['phase'] == 'query' and len(state_of(cfg)['rounds']) == 1
+    _, rounds = train(go_on)
+    assert len(rounds) == 2 and not osp.exists(to_label(cfg.work_dir, 1, 'mask', 'stale'))
+    assert {*first} == {*filter(osp.exists, paths)}
+    assert all(np.array_equal(read_png(path), array) for path, array in first.items())
+
+
+# --- labels that come back -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('unit', ['image', 'region'])
+@pytest.mark.parametrize('wrong, why', [
+    ('missing', 'there is no label file .*{name}.png'), ('cut', r'the label file cannot be read \('),
+    ('size', r'the label map should have the size of the image, \(32, 48\), but got \(48, 32\)'),
+    ('colours', r'the label map should have the size of the image, \(32, 48\), but got \(32, 48, 3\)'),
+    ('void', 'it has no label where it was asked for')])
+def test_a_label_map_that_is_not_there_or_wrong_is_named(train, human, blind, truth, unit, wrong, why):
+    cfg, go_on = human(RUNS[unit])
+    train(cfg)
+    names = annotate(blind, truth, cfg.work_dir, 0)
+    name, path = names[1], label_file(blind, names[1])
+    good, before = read_label(blind, name), open(osp.join(cfg.work_dir, STATE_FILE)).read()
+    if wrong == 'missing':
+        os.remove(path)
+    elif wrong == 'cut':
+        os.truncate(path, 60)
+    else:
+        write_label(blind, name, dict(size=good.T, colours=np.stack([good] * 3, 2), void=good * 0 + 255)[wrong])
+    if osp.exists(void := to_label(cfg.work_dir, 0, 'void.txt')):
+        lines = [line for line in open(void) if line != f'{name}\n']
+        open(void, 'w').writelines(lines)
+    why = f'^1 of the {len(names)} label maps that round 0 needs .*missing.txt.: {name}: {why.format(name=name)}'
+    with pytest.raises(ValueError, match=why):
+        train(go_on)
+    assert open(osp.join(cfg.work_dir, STATE_FILE)).read() == before
+    assert re.fullmatch(f'{name}: .*\n', open(to_label(cfg.work_dir, 0, 'missing.txt')).read())
+    write_label(blind, name, good)
+    assert len(train(go_on)[1]) == 2 and not osp.exists(to_label(cfg.work_dir, 0, 'missing.txt'))
+
+
+def test_all_that_is_missing_is_in_a_file_and_ten_in_the_error(train, human, blind, truth):
+    cfg, go_on = human(dict(initial=12, rounds=0))
+    train(cfg)
+    annotate(blind, truth, cfg.work_dir, 0, skip=tiny.NAMES[1:])
+    with pytest.raises(ValueError, match='^11 of the 12 label maps') as error:
+        train(go_on)
+    assert all(f'{name}: there' in str(error.value) for name in tiny.NAMES[1:11]) and 'b/11:' not in str(error.value)
+    lines = open(to_label(cfg.work_dir, 0, 'missing.txt')).read().splitlines()
+    assert [line.split(':')[0] for line in lines] == tiny.NAMES[1:]
+
+
+def test_what_is_void_throughout_is_taken_when_it_is_said_so(train, human, blind, truth):
+    cfg, go_on = human(dict(unit='pixel', initial=1, budget=1, rounds=1))
+    train(cfg)
+    [name] = annotate(blind, truth, cfg.work_dir, 0)
+    write_label(blind, name, np.full(tiny.SHAPE, 255, np.uint8))
+    with open(to_label(cfg.work_dir, 0, 'void.txt'), 'w') as file:
+        file.write(f'{name}\n')
+    _, rounds = train(go_on)
+    assert rounds[0]['void_pixels'] == 1 == rounds[0]['pixels']
+
+
+@pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
+def test_labels_to_begin_with_have_to_be_there(train, human, blind, truth, unit):
+    cfg, _ = human(dict(unit=unit, initial=['b/08', 'a/01'], rounds=1))
+    write_label(blind, 'a/01', read_label(truth, 'a/01'))
+    with pytest.raises(ValueError, match='^1 of the 2 label maps that round 0 needs .*: b/08: there is no label file'):
+        train(cfg)
+    assert not osp.exists(osp.join(cfg.work_dir, STATE_FILE))
+    write_label(blind, 'b/08', read_label(truth, 'b/08'))
+    _, rounds = train(cfg)
+    assert len(rounds) == 2 and rounds[0]['asked'] == ['a/01', 'b/08'] and state_of(cfg)['phase'] == 'label'
+    assert unit == 'image' or rounds[0]['void_pixels'] == 2 * 32 * 8
+    assert not osp.exists(to_label(cfg.work_dir, 0, 'to_label.txt'))
+
+
+def test_the_oracle_is_one_of_two(make_cfg, train):
+    with pytest.raises(ValueError, match="^`al.oracle` should be 'simulated' or 'human', but got 'robot'"):
+        train(make_cfg(dict(oracle='robot')))
+
+
+# --- the data set changes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('unit', ['image', 'region'])
+def test_new_images_join_the_pool_and_removed_ones_are_reported(train, human, blind, truth, unit):
+    cfg, go_on = human(dict(RUNS[unit], initial=['a/01', 'b/08'], budget=100 if unit == 'region' else 9, rounds=1))
+    for name in ('a/01', 'b/08'):
+        write_label(blind, name, read_label(truth, name))
+    train(cfg)
+    assert state_of(cfg)['pool'] == tiny.NAMES and state_of(cfg)['images'] == 12
+    annotate(blind, truth, cfg.work_dir, 1)
+    asked = list(state_of(cfg)['rounds'][1]['asked'])
+    [left] = [name for name in tiny.NAMES if name not in ['a/01', 'b/08', *asked]][:1] or [None]
+    for name in ('a/new', 'c/new'):
+        os.makedirs(osp.join(blind, 'img', 'train', osp.dirname(name)), exist_ok=True)
+        cv2.imwrite(osp.join(blind, 'img', 'train', f'{name}.png'), np.zeros((*tiny.SHAPE, 3), np.uint8))
+    if left:
+        os.remove(osp.join(blind, 'img', 'train', f'{left}.png'))
+    go_on.al.rounds = 2
+    train(go_on)
+    state = state_of(cfg)
+    assert state['images'] == 14 - bool(left) == len(state['pool'])
+    assert {'a/new', 'c/new'} < set(state['pool']) and left not in state['pool']
+    assert unit == 'image' or state['pixels'] == (14 - bool(left)) * 32 * 48
+    log = logs_of(cfg)
+    assert f'2 new images have joined the pool, which has {14 - bool(left)} now' in log
+    assert not left or f'1 unlabelled images have left the data set: {left}' in log
+    assert unit == 'region' or {'a/new', 'c/new'} <= set(state['rounds'][2]['asked'])
+
+
+def logs_of(cfg) -> str:
+    return ''.join(open(osp.join(d, f)).read() for d, _, files in os.walk(cfg.work_dir) for f in files
+                   if f.endswith('.log') and 'round_' not in d)
+
+
+def test_a_labelled_image_that_is_gone_is_an_error(train, human, blind, truth):
+    cfg, go_on = human(RUNS['image'])
+    train(cfg)
+    name = annotate(blind, truth, cfg.work_dir, 0)[0]
+    os.remove(osp.join(blind, 'img', 'train', f'{name}.png'))
+    with pytest.raises(ValueError, match=f'^1 labelled images are not in the data set any more: {name}$'):
+        train(go_on)
+
+
+# --- what is written for the human -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(train, human, blind, truth):
+    """A run by cells that waits for the labels of round 1: config, and (old, new) masks of the images it asks for."""
+    cfg, go_on = human(dict(unit=CELL, initial=40, budget=60, rounds=1))
+    train(cfg)
+    annotate(blind, truth, cfg.work_dir, 0)
+    train(go_on)
+    before, now = masks_of(cfg, 0), masks_of(cfg, 1)
+    masks = {}
+    for name in state_of(cfg)['rounds'][1]['asked']:
+        old = before.get(name, np.zeros(tiny.SHAPE, bool))
+        masks[name] = old, now[name] & ~old
+    assert any(old.any() for old, _ in masks.values()), 'some image should be asked for twice'
+    return cfg, masks
+
+
+def predicted(cfg, name: str) -> np.ndarray:
+    """The model's own classes, (32, 48), through none of the module's code."""
+    model = MODELS.build({**cfg.model, 'data_preprocessor': None}).eval()
+    path = osp.join(cfg.work_dir, state_of(cfg)['rounds'][0]['checkpoints']['last'])
+    model.load_state_dict(torch.load(path, weights_only=False)['state_dict'])
+    image = cv2.imread(osp.join(cfg.train_dataloader.dataset.data_root, 'img', 'train', f'{name}.png'))
+    with torch.no_grad():
+        x = torch.from_numpy((image.astype(np.float32) - 128) / 64).permute(2, 0, 1)[None]
+        logits = model.decode_head(model.backbone(x))
+    return torch.nn.functional.interpolate(logits, tiny.SHAPE, mode='bilinear')[0].argmax(0).numpy()
+
+
+def expected_labels(cfg, masks: dict, blind) -> dict:
+    """Name -> old labels, the prediction where labels are asked for, 255 elsewhere."""
+    return {name: np.where(new, predicted(cfg, name), np.where(old, read_label(blind, name) if old.any() else 255, 255))
+            for name, (old, new) in masks.items()}
+
+
+def test_masks_and_predictions(asked, blind):
+    cfg, masks = asked
+    for name, label in expected_labels(cfg, masks, blind).items():
+        with Image.open(to_label(cfg.work_dir, 1, 'mask', f'{name}.png')) as image:
+            assert image.mode == '1' and np.array_equal(np.array(image), masks[name][1])
+        with Image.open(to_label(cfg.work_dir, 1, 'prediction', f'{name}.png')) as image:
+            assert image.mode == 'P' and np.array_equal(np.array(image), label)
+            assert image.getpalette()[:9] == [0, 0, 1, 90, 90, 90, 200, 200, 200]
+        picture = cv2.imread(to_label(cfg.work_dir, 1, 'overlay', f'{name}.jpg'))
+        assert picture.shape == (32 * 16, 48 * 16, 3)
+    assert not osp.exists(to_label(cfg.work_dir, 0, 'prediction'))
+    assert osp.exists(to_label(cfg.work_dir, 0, 'cvat.zip'))
+
+
+def test_whole_images_have_predictions_only(train, human, blind, truth):
+    cfg, go_on = human(RUNS['image'])
+    train(cfg)
+    annotate(blind, truth, cfg.work_dir, 0)
+    train(go_on)
+    names = state_of(cfg)['rounds'][1]['asked']
+    assert open(to_label(cfg.work_dir, 1, 'to_label.txt')).read() == ''.join(f'{name}\n' for name in names)
+    assert {*os.listdir(to_label(cfg.work_dir, 1))} == {
+        'to_label.txt', 'prediction', 'cvat.zip', 'cvat_labels.json', 'label_studio.json', 'label_studio.xml'}
+    for name in names:
+        assert np.array_equal(read_png(to_label(cfg.work_dir, 1, 'prediction', f'{name}.png')), predicted(cfg, name))
+
+
+def test_cvat_reads_the_same_classes(asked, blind):
+    """As its importer does: the item's name, the class by its colour, objects by Pascal VOC's colours."""
+    cfg, masks = asked
+    with zipfile.ZipFile(to_label(cfg.work_dir, 1, 'cvat.zip')) as archive:
+        files = {name: archive.read(name) for name in archive.namelist()}
+    assert files.pop('labelmap.txt').decode() == (
+        '# label:color_rgb:parts:actions\nbackground:0,0,0::\ndark:0,0,1::\ngrey:90,90,90::\nbright:200,200,200::\n')
+    assert files.pop('ImageSets/Segmentation/default.txt').decode().split('\n')[:-1] == list(masks)
+    classes = {(0, 0, 0): 255, (0, 0, 1): 0, (90, 90, 90): 1, (200, 200, 200): 2}
+    objects = {(0, 0, 0): 255, (128, 0, 0): 0, (0, 128, 0): 1, (128, 128, 0): 2}
+    for name, label in expected_labels(cfg, masks, blind).items():
+        for kind, table in dict(SegmentationClass=classes, SegmentationObject=objects).items():
+            with Image.open(io.BytesIO(files.pop(f'{kind}/{name}.png'))) as image:
+                assert image.mode == 'RGB'
+                got = [[table[tuple(colour)] for colour in row] for row in np.array(image).tolist()]
+            assert np.array_equal(got, label)
+    assert not files
+    assert json.load(open(to_label(cfg.work_dir, 1, 'cvat_labels.json'))) == [
+        dict(name=name, color=colour, attributes=[]) for name, colour in (
+            ('dark', '#000001'), ('grey', '#5a5a5a'), ('bright', '#c8c8c8'))]
+
+
+def decode_rle(data: list) -> np.ndarray:
+    """thi.ng/rle-pack's decoder, bit by bit."""
+    bits, at = ''.join(f'{byte:08b}' for byte in data), 0
+
+    def read(n: int) -> int:
+        nonlocal at
+        at += n
+        assert at <= len(bits)
+        return int(bits[at - n:at], 2)
+
+    total, word = read(32), read(5) + 1
+    sizes, out = [read(4) + 1 for _ in range(4)], []
+    while len(out) < total:
+        is_run, n = read(1), read(sizes[read(2)]) + 1
+        out += [read(word)] * n if is_run else [read(word) for _ in range(n)]
+    assert len(bits) - at < 8 and len(out) == total
+    return np.array(out)
+
+
+def test_a_brush_by_hand():
+    """One labelled pixel: 4 values, words of 8 bits, counters of 3, 4, 8 and 16; a run of 4 times 255."""
+    bits = f'{4:032b}' + '00111' + '0010' + '0011' + '0111' + '1111' + '1' + '00' + '011' + '11111111' + '00000'
+    assert encode_rle(np.ones((1, 1), bool)) == [int(bits[i:i + 8], 2) for i in range(0, len(bits), 8)]
+    assert encode_rle(np.ones((1, 1), bool))[4:] == [57, 27, 252, 127, 224]
+
+
+@pytest.mark.parametrize('mask', [
+    np.zeros((3, 5), bool), np.ones((300, 300), bool), np.arange(7 * 9).reshape(7, 9) % 2 == 0,
+    np.repeat([False, True, False, True, False, True], [2, 4, 5, 64, 65, 16384]).reshape(1, -1),
+    np.repeat([True, False, True], [16385, 1, 3])[None], np.random.default_rng(0).random((40, 50)) < .2])
+def test_a_brush_is_read_back(mask):
+    pixels = decode_rle(encode_rle(mask)).reshape(*mask.shape, 4)
+    assert all(np.array_equal(pixels[..., channel], 255 * mask) for channel in range(4))
+
+
+def test_label_studio_reads_the_same_classes(asked, blind):
+    cfg, masks = asked
+    tasks = json.load(open(to_label(cfg.work_dir, 1, 'label_studio.json')))
+    interface = ET.parse(to_label(cfg.work_dir, 1, 'label_studio.xml')).getroot()
+    image, brush = interface.find('Image'), interface.find('BrushLabels')
+    names = [label.get('value') for label in brush]
+    assert names == ['dark', 'grey', 'bright'] and image.get('value') == '$image'
+    assert [task['data']['name'] for task in tasks] == list(masks)
+    for task, (name, label) in zip(tasks, expected_labels(cfg, masks, blind).items()):
+        assert task['data']['image'] == f'/data/local-files/?d={str(blind)[1:]}/img/train/{name}.png'
+        [prediction] = task['predictions']
+        got = np.full(tiny.SHAPE, 255)
+        for result in prediction['result']:
+            assert (result['from_name'], result['to_name'], result['type']) == (
+                brush.get('name'), image.get('name'), 'brushlabels') and brush.get('toName') == image.get('name')
+            assert (result['original_height'], result['original_width']) == tiny.SHAPE
+            alpha = decode_rle(result['value']['rle']).reshape(*tiny.SHAPE, 4)[..., 3]
+            [value] = result['value']['brushlabels']
+            got[alpha == 255] = names.index(value)
+        assert np.array_equal(got, label) and prediction['model_version'] == 'round_1'
+    first = json.load(open(to_label(cfg.work_dir, 0, 'label_studio.json')))
+    assert first and all(task['predictions'] == [] for task in first)
+
+
+@pytest.mark.parametrize('options', [
+    {}, dict(reduce_zero_label=True), dict(metainfo=dict(classes=('bright', 'dark')))], ids=['plain', 'reduced', 'own'])
+def test_the_values_of_label_files_are_those_that_mmseg_reads(make_cfg, tmp_path, monkeypatch, options):
+    """All 256 of them, in a file; and a class is written as a value that is read as this class."""
+    monkeypatch.setattr('mmseg.datasets.BaseSegDataset.METAINFO', dict(classes=('dark', 'grey', 'bright')))
+    cfg = make_cfg()
+    cfg.train_dataloader.dataset.update(metainfo=None)
+    cfg.train_dataloader.dataset.update(options)
+    pool = Pool(cfg)
+    path = str(tmp_path / 'values.png')
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(path)
+    read = Compose(pool.label_loaders[0])({**pool.info('a/01'), 'seg_map_path': path})['gt_seg_map'].reshape(-1)
+    classes, values = label_values(pool, 'a/01')
+    assert np.array_equal(classes, read)
+    assert all(classes[values[c]] == c for c in (0, 1, 255))
+    assert values[[0, 1, 255]].tolist() == {'': [0, 1, 255], 'reduce_zero_label': [1, 2, 255],
+                                            'metainfo': [2, 0, 255]}[next(iter(options), '')]
+    pred, new = np.random.default_rng(0).integers(0, 2, tiny.SHAPE), np.eye(*tiny.SHAPE, dtype=bool)
+    path = str(tmp_path / 'prediction' / 'a' / '01.png')
+    al_patch.write_prediction(path, pool, 'a/01', pred, ~new & False, new)
+    read = Compose(pool.label_loaders[0])({**pool.info('a/01'), 'seg_map_path': path})['gt_seg_map']
+    assert np.array_equal(read, np.where(new, pred, 255))
+    assert np.array_equal(al_patch.read_prediction(str(tmp_path), pool, 'a/01'), read)
+
+
+def test_colours_that_are_taken_give_way(make_cfg):
+    palette = [[0, 0, 0], [7, 7, 7], [7, 7, 7], [7, 7, 8], [255, 255, 255], [255, 255, 255]]
+    cfg = make_cfg()
+    cfg.train_dataloader.dataset.metainfo = dict(classes=tuple('abcdef'), palette=palette)
+    classes, colours = al_patch.class_colours(Pool(cfg))
+    assert classes == list('abcdef')
+    assert colours.tolist() == [[0, 0, 1], [7, 7, 7], [7, 7, 8], [7, 7, 9], [255, 255, 255], [0, 0, 2]]
+
+
+def test_the_colours_of_pascal_voc():
+    from mmseg.datasets import PascalVOCDataset
+    assert al_patch.voc_colours()[:21].tolist() == PascalVOCDataset.METAINFO['palette']
+    assert len({tuple(colour) for colour in al_patch.voc_colours().tolist()}) == 256
+
+
+def test_cvat_knows_images_by_their_files(make_cfg, tmp_path):
+    """A name lacks the whole ``img_suffix``, the file only its extension."""
+    for name in ('seq 1/frame.1_cam', 'top_cam'):
+        os.makedirs(osp.dirname(tmp_path / 'img' / name), exist_ok=True)
+        cv2.imwrite(str(tmp_path / 'img' / f'{name}.png'), np.zeros((4, 4, 3), np.uint8))
+    cfg = make_cfg()
+    cfg.train_dataloader.dataset.update(
+        data_root=str(tmp_path), data_prefix=dict(img_path='img'), img_suffix='_cam.png')
+    pool = Pool(cfg)
+    assert [(name, al_patch.image_stem(pool, name)) for name in pool.names] == [
+        ('seq 1/frame.1', 'seq 1/frame.1_cam'), ('top', 'top_cam')]
+
+
+# --- the picture -----------------------------------------------------------------------------------------------------
+
+YELLOW = [0, 230, 255]  # BGR
+
+
+@pytest.mark.parametrize('image', [
+    np.full((400, 1000, 3), 90, np.uint8), np.full((400, 1000), 90, np.uint8), np.full((400, 1000, 4), 90, np.uint8)],
+    ids=['colour', 'grey', 'with alpha'])
+def test_a_region_is_outlined_and_the_rest_dimmed(image):
+    mask = np.zeros((400, 1000), bool)
+    mask[100:200, 300:400] = True
+    picture = overlay(image, mask)
+    assert picture.shape == (400, 1000, 3) and (picture[mask] == 90).all()
+    assert (picture[:80] == 45).all() and (picture[:, 420:] == 45).all()
+    yellow = (picture == YELLOW).all(2)
+    rows, cols = np.flatnonzero(yellow.any(1)), np.flatnonzero(yellow.any(0))
+    assert 90 < rows[0] < 100 and 199 < rows[-1] < 210 and 290 < cols[0] < 300 and 399 < cols[-1] < 410
+    assert yellow[:, 350].sum() >= 2 and yellow[150].sum() >= 2
+
+
+def test_a_single_pixel_has_a_circle_that_can_be_seen():
+    mask = np.zeros((600, 900), bool)
+    mask[200, 700] = True
+    picture = overlay(np.full((600, 900, 3), 90, np.uint8), mask)
+    assert (picture[200, 700] == 90).all() and (picture[200, 705] == 45).all()
+    rows, cols = np.nonzero((picture == YELLOW).all(2))
+    assert 10 <= np.hypot(rows - 200, cols - 700).min() <= np.hypot(rows - 200, cols - 700).max() <= 25
+    assert {(y > 200, x > 700) for y, x in zip(rows, cols)} == {(a, b) for a in (True, False) for b in (True, False)}
+
+
+def test_a_small_image_is_enlarged_and_one_of_16_bits_is_brought_into_range():
+    image = (np.arange(20 * 30).reshape(20, 30) * 100).astype(np.uint16)
+    picture = overlay(image, np.ones((20, 30), bool))
+    assert picture.shape == (20 * 26, 30 * 26, 3) and picture.dtype == np.uint8
+    inner = picture[13::26, 13::26, 0]
+    assert inner.shape == (20, 30) and np.abs(inner[5:-5, 5:-5] - image[5:-5, 5:-5] * (255 / 59900)).max() <= 1
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_to_go_on(monkeypatch):
+    monkeypatch.delenv('AL_COMMAND', raising=False)
+    monkeypatch.setattr(sys, 'argv', ['tools/train.py', 'my config.py'])
+    assert al_patch.resume_command() == "python tools/train.py 'my config.py' --resume"
+    monkeypatch.setattr(sys, 'argv', ['tools/train.py', 'c.py', '--resume'])
+    assert al_patch.resume_command() == 'python tools/train.py c.py --resume'
+    monkeypatch.setenv('AL_COMMAND', 'bash dist_al_train.sh c.py 4 ')
+    assert al_patch.resume_command() == 'bash dist_al_train.sh c.py 4 --resume'
