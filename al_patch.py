@@ -14,7 +14,7 @@ What is patched, and nothing else (see ``_PATCHES`` at the end; ``remove_patch()
   it is called, by name, and not when mmseg is imported.
 
 The file reads in the order of one image's journey: settings, pool and state, labelled training set, training, query,
-strategies, the human who labels, the rounds themselves, reports and pictures of them, and last the patch.
+strategies, the human who labels, the rounds themselves and what guards them, reports and pictures, and the patch.
 
 ``python al_patch.py report DIR [DIR ...]`` compares runs, and ``python al_patch.py status DIR`` says where one stands.
 """
@@ -23,22 +23,28 @@ import collections
 import contextlib
 import copy
 import difflib
+import fcntl
 import functools
 import gc
 import glob
 import hashlib
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
 import os
 import os.path as osp
+import pickle
 import random as python_random
 import re
 import shlex
 import shutil
+import signal
+import socket
 import sys
+import threading
 import time
 import types
 import warnings
@@ -61,12 +67,12 @@ from matplotlib.colors import to_rgb as colour_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import BaseDataset, Compose, pseudo_collate
-from mmengine.dist import all_gather_object, barrier, broadcast_object_list, get_dist_info, is_main_process
+from mmengine.dataset import BaseDataset, Compose, InfiniteSampler, pseudo_collate
+from mmengine.dist import all_gather_object, barrier, broadcast, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.registry import DATASETS, DefaultScope
-from mmengine.runner import Runner, find_latest_checkpoint, load_checkpoint
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint, load_checkpoint
 from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
 from PIL import Image
@@ -226,9 +232,9 @@ def _plain(value):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
+    if value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value):
         return value
-    raise ValueError(f'`al` should hold only numbers, strings, lists and dicts, but got {value!r} '
+    raise ValueError(f'`al` should hold only finite numbers, strings, lists and dicts, but got {value!r} '
                      f'({type(value).__name__})')
 
 
@@ -269,6 +275,11 @@ def check_runner(al: dict, runner: Runner) -> None:
     late = [k for k in (al['overrides'] or {}) if int(k) > al['rounds']]
     if late:
         raise ValueError(f'`al.overrides` should name rounds from 0 to {al["rounds"]}, but got {", ".join(late)}')
+    for k, override in (al['overrides'] or {}).items():
+        try:
+            copy.deepcopy(cfg).merge_from_dict(override)
+        except Exception as error:
+            raise ValueError(f'`al.overrides[{k}]` should fit the config, but got {override} ({error})') from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,6 +325,41 @@ def loads_labels(step: dict) -> bool:
     return re.match(r'Load\w*Ann', str(step['type']).rsplit('.')[-1]) is not None
 
 
+@contextlib.contextmanager
+def reading(path: str, errors: type = Exception):
+    """Let an error name the file that it is about.
+
+    Raises:
+        ValueError: It is, in one line, what went wrong inside.
+    """
+    try:
+        yield
+    except errors as error:
+        why = f'{type(error).__name__}: {error}'
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text, of many lines, tells to drop the protection
+            what = ', '.join(re.findall(r'GLOBAL ([\w.]+)', why)) or 'what no checkpoint has'
+            why = f'beside weights and training state it holds {what}: reading that could run any code'
+        raise ValueError(f'{path} cannot be used ({" ".join(why.split())})') from error
+
+
+def no_classes(labels: np.ndarray, classes: Optional[int], ignore_index: int) -> Optional[str]:
+    """What is wrong with labels, if some are neither one of so many classes (None: unknown) nor the one to ignore."""
+    strange = np.setdiff1d(labels, [*range(classes or 0), ignore_index])
+    return f'labels should be below {classes}, the number of classes, or {ignore_index} for none, but got ' \
+        f'{", ".join(map(str, strange[:5]))}' if classes and len(strange) else None
+
+
+class NamedSubset(Subset):
+    """Some images of a leaf data set. One that cannot be read is an error that names it."""
+
+    def __getitem__(self, i: int) -> dict:
+        with reading(self.dataset.get_data_info(self.indices[i])['img_path']):
+            return self.dataset[self.indices[i]]
+
+    def __getitems__(self, indices: list) -> list:
+        return [self[i] for i in indices]
+
+
 class Pool:
     """Every image of the training set, labelled or not, in the data set's order, readable without its label.
 
@@ -342,6 +388,8 @@ class Pool:
             for index in range(len(leaf)):
                 info = leaf.get_data_info(index)
                 name, path = image_name(leaf, info), info['img_path']
+                with reading(path):
+                    name.encode()  # the state is UTF-8: a file's name that is not has no place there
                 if paths.setdefault(name, path) != path:
                     raise ValueError(f'image names should be unique, but {paths[name]} and {path} are both {name!r}')
                 self.where.setdefault(name, (len(self.leaves), index))
@@ -361,7 +409,9 @@ class Pool:
     def load_image(self, name: str) -> np.ndarray:
         """An image as its pipeline loads it, (H, W[, C]), before any other transform."""
         leaf, index = self.where[name]
-        return self.leaves[leaf].pipeline.transforms[0](self.leaves[leaf].get_data_info(index))['img']
+        info = self.leaves[leaf].get_data_info(index)
+        with reading(info['img_path']):
+            return self.leaves[leaf].pipeline.transforms[0](info)['img']
 
     def load_label(self, name: str) -> np.ndarray:
         """The label map of an image that was asked for, (H, W), as training loads it."""
@@ -377,6 +427,24 @@ class Pool:
         """The classes' colours, RGB. (C, 3)"""
         return np.array(self.leaves[0].metainfo['palette'])
 
+    def check_label(self, name: str, classes: Optional[int], mask_HW: Optional[np.ndarray] = None) -> np.ndarray:
+        """The label map of an image that was asked for, or its values (N,) under the mask of what was.
+
+        Raises:
+            ValueError: Image or label map cannot be read, they differ in size, or a label is none of the classes.
+        """
+        leaf, index = self.where[name]
+        path, shape = self.leaves[leaf].get_data_info(index).get('seg_map_path'), self.load_image(name).shape[:2]
+        with reading(path or f'the label map of {name!r}'):
+            label = self.load_label(name)
+            if label.shape != shape:
+                raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}')
+            label = label if mask_HW is None else label[mask_HW]
+            why = no_classes(label, classes, self.ignore_index(name))
+            if why:
+                raise ValueError(why)
+        return label
+
     def ignore_index(self, name: str) -> int:
         return getattr(self.leaves[self.where[name][0]], 'ignore_index', 255)
 
@@ -388,7 +456,7 @@ class Pool:
             try:
                 with Image.open(self.leaves[leaf].get_data_info(index)['img_path']) as image:
                     sizes[name] = image.size[::-1]
-            except (OSError, ValueError):  # not a local file, or a format that only the pipeline reads
+            except (OSError, ValueError, Image.DecompressionBombError):  # not local, or only the pipeline reads it
                 sizes[name] = self.load_image(name).shape[:2]
         return sizes
 
@@ -399,7 +467,7 @@ class Pool:
             leaf, index = self.where[name]
             chosen[leaf].append(index)
         # not leaf.get_subset: its copies share a memo by id() for as long as the process lives, and mix objects up
-        return ConcatDataset([Subset(leaf, indices) for leaf, indices in zip(self.leaves, chosen) if indices])
+        return ConcatDataset([NamedSubset(leaf, indices) for leaf, indices in zip(self.leaves, chosen) if indices])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -410,14 +478,26 @@ SCHEMA = 1
 STATE_FILE = 'al_state.json'
 
 
-def write_atomically(path: str, text: str) -> None:
-    """Replace a file's content as a whole or, whenever the process is killed, not at all."""
-    temporary = f'{path}.tmp'
-    with open(temporary, 'w', encoding='utf-8') as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def write_atomically(path: str, content: Union[str, bytes]) -> None:
+    """Replace a file's content as a whole or, whenever the process is killed, not at all.
+
+    Raises:
+        OSError: There is no space left, or the like. What was there is left as it was.
+    """
+    content, temporary = content.encode() if isinstance(content, str) else content, f'{path}.tmp'
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)  # left by a run that was killed; or a link, which is not to be written through
+        with open(temporary, 'xb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise OSError(f'{path} cannot be written and is left as it was ({error}): go on with --resume when it can'
+                      ) from error
     directory = os.open(osp.dirname(path), os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
@@ -440,6 +520,8 @@ def read_state(path: str) -> dict:
         with open(path, encoding='utf-8') as file:
             state = json.load(file)
         schema = state['schema']
+        if type(state.get('round', 0)) is not int:  # it names a directory
+            raise ValueError(f'its round is {state["round"]!r}')
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f'{path} is damaged ({error}): restore a copy, or start in another work_dir') from error
     if schema != SCHEMA:
@@ -457,33 +539,35 @@ def labelled(state: dict, until: Optional[int] = None) -> dict[str, Optional[int
     return have
 
 
-def png_path(folder: str, name: str) -> str:
-    """Where a folder keeps its PNG for an image. It cannot lie outside the folder.
+def png_path(folder: str, name: str, root: Optional[str] = None) -> str:
+    """Where a folder keeps its PNG for an image. It cannot lie outside the folder nor, through links, outside ``root``
+    (default: the folder).
 
     Raises:
-        ValueError: The name leads elsewhere.
+        ValueError: The name, or a link on the way, leads elsewhere.
     """
     folder = osp.abspath(folder)
     path = osp.abspath(osp.join(folder, name + '.png'))
     if not path.startswith(folder + os.sep):
         raise ValueError(f'an image name should stay below its directory, but got {name!r}')
+    if not osp.realpath(path).startswith(osp.join(osp.realpath(root or folder), '')):
+        raise ValueError(f'{path} should lie in {root or folder}, but a symbolic link leads to {osp.realpath(path)}')
     return path
 
 
 def mask_path(work_dir: str, k: int, name: str) -> str:
     """Where round ``k`` keeps the mask of what is labelled of an image."""
-    return png_path(osp.join(round_dir(work_dir, k), 'labelled'), name)
+    return png_path(osp.join(round_dir(work_dir, k), 'labelled'), name, work_dir)
 
 
 def write_png(path: str, array_HW: np.ndarray, palette: Optional[np.ndarray] = None) -> None:
     """An array as a PNG (booleans take 1 bit each; numbers may have a palette, (256, 3)), all or nothing."""
     os.makedirs(osp.dirname(path), exist_ok=True)
-    temporary = f'{path}.{os.getpid()}.tmp'
-    image = Image.fromarray(array_HW)
+    png, image = io.BytesIO(), Image.fromarray(array_HW)
     if palette is not None:
         image.putpalette(palette.tobytes())
-    image.save(temporary, 'PNG')
-    os.replace(temporary, path)
+    image.save(png, 'PNG')
+    write_atomically(path, png.getvalue())
 
 
 def read_mask(path: str) -> np.ndarray:
@@ -505,6 +589,26 @@ def labelled_mask(runner: Runner, pool: Pool, have: dict, name: str) -> np.ndarr
         return np.zeros(pool.sizes[name], bool)
     return np.ones(pool.sizes[name], bool) if have[name] is None else \
         read_mask(mask_path(runner.work_dir, have[name], name))
+
+
+def on_all_ranks(function: Callable, names: list[str]) -> dict:
+    """What a function makes of each name; every rank does its share.
+
+    Raises:
+        ValueError: On every rank, with what went wrong on any.
+    """
+    rank, world_size = get_dist_info()
+    mine, errors = {}, []
+    for name in names[rank::world_size]:
+        try:
+            mine[name] = function(name)
+        except ValueError as error:
+            errors.append(str(error))
+    shares = all_gather_object((mine, errors))
+    errors = [error for share in shares for error in share[1]]
+    if errors:
+        raise ValueError('; '.join(errors[:5]) + (f'; and {len(errors) - 5} more' if len(errors) > 5 else ''))
+    return {name: share[0][name] for name in names for share in shares if name in share[0]}
 
 
 def seed_of(*parts) -> int:
@@ -639,6 +743,9 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     finally:
         _LABELLED.reset(token)
     check_filtered(loader.dataset)
+    if not len(loader) and not isinstance(loader.sampler, InfiniteSampler):
+        raise ValueError(f'`train_dataloader.batch_size` should be at most the {len(loader.dataset)} labelled images, '
+                         f'or drop_last=False, but got {loader.batch_size}: there is no batch to train with')
     return loader
 
 
@@ -650,7 +757,7 @@ def keep_labelled(dataset: BaseDataset, have: dict) -> None:
     dataset.get_subset_([i for i, name in enumerate(names) if name in have])
     dataset.is_labelled = True
     masks = {info['img_path']: have[name] for info, name in zip(infos, names) if have.get(name)}
-    if masks:
+    if masks or type(dataset.pipeline) is Compose:
         dataset.pipeline = SparseLabels(dataset.pipeline.transforms, masks, getattr(dataset, 'ignore_index', 255))
 
 
@@ -666,7 +773,8 @@ def check_filtered(dataset) -> None:
 
 
 class SparseLabels(Compose):
-    """A data set's pipeline that shows only the labelled pixels of an image, and takes care not to lose them.
+    """A data set's pipeline that shows only the labelled pixels of an image, and takes care not to lose them. A file
+    that cannot be read is named.
 
     - The mask is applied by the transform that loads the label map, before any geometry.
     - A random transform that leaves no labelled pixel, as a crop can, is drawn again, up to ten times.
@@ -684,8 +792,10 @@ class SparseLabels(Compose):
 
     def __call__(self, results: dict) -> Optional[dict]:
         path = self.masks.get(results['img_path'])
-        if path is None:
-            return super().__call__(results)
+        with reading(f'{results["img_path"]} or its label map'):
+            return super().__call__(results) if path is None else self.show_labelled(results, path)
+
+    def show_labelled(self, results: dict, path: str) -> Optional[dict]:
         for transform in self.transforms:
             before, results = results, transform(copy.copy(results))
             if results is None:
@@ -784,12 +894,28 @@ def check_loss(loss: torch.nn.Module, channels: int, ignore_index: int) -> None:
 
 
 class RoundHook(Hook):
-    """Keeps a round's last validation metrics, and makes its random draws a function of the iteration, so that a
-    resumed round trains as an uninterrupted one."""
+    """Keeps a round's last validation metrics, and makes its random draws and validations a function of the iteration,
+    so that a resumed round trains as an uninterrupted one."""
     priority = 'VERY_LOW'
 
     def __init__(self, seed: int):
         self.seed, self.metrics, self.validated_at = seed, {}, -1
+
+    def before_train(self, runner: Runner) -> None:
+        """Validate again what was resumed from: mmengine saves before it validates, and a run that is stopped in
+        between would have lost the metrics and the best checkpoint."""
+        loop = runner.train_loop
+        if runner.val_loop is None or not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
+            return
+        by_epoch = isinstance(loop, EpochBasedTrainLoop)
+        at, end = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
+        if at > 0 and at >= loop.val_begin and (at % loop.val_interval == 0 or at == end):
+            runner.val_loop.run()
+
+    def before_val(self, runner: Runner) -> None:
+        """Validate what rank 0 saves: without SyncBN, each process has running statistics of its own."""
+        for buffer in filter(torch.is_floating_point, unwrap(runner.model).buffers()):
+            broadcast(buffer)
 
     def before_train_epoch(self, runner: Runner) -> None:
         seed = seed_of(self.seed, runner.rank, 'epoch', runner.epoch)
@@ -845,6 +971,12 @@ def checkpoint_path(runner: Runner, entry: dict, which: str) -> str:
     return path
 
 
+def load_weights(runner: Runner, trainer: Runner, path: str) -> None:
+    """Load a checkpoint into the round's model; an error names it."""
+    with reading(path):
+        load_checkpoint(unwrap(trainer.model), path, map_location='cpu', logger=runner.logger)
+
+
 def build_round(runner: Runner, state: dict, resumed: bool) -> Runner:
     """A fresh runner for the state's round, of the caller's class; the caller's own takes over its model."""
     cfg = round_config(runner, state, resumed)
@@ -860,7 +992,8 @@ def build_round(runner: Runner, state: dict, resumed: bool) -> Runner:
 def train_round(runner: Runner, trainer: Runner, state: dict) -> None:
     """Run the round's training, and note its metrics and checkpoints in the state."""
     begin = time.time()
-    trainer.train()
+    with reading(trainer._load_from or 'a checkpoint of the config', pickle.UnpicklingError):
+        trainer.train()
     hook = next(hook for hook in trainer.hooks if isinstance(hook, RoundHook))
     if trainer.val_loop is not None and hook.validated_at != trainer.iter:  # e.g. resumed after the last iteration
         trainer.val_loop.run()
@@ -947,8 +1080,11 @@ def check_model(model: torch.nn.Module, strategy: 'Strategy') -> None:
     """Refuse a strategy that the model cannot serve.
 
     Raises:
-        ValueError: It has no dropout layer, or no penultimate features.
+        ValueError: It gives no logits, or has no dropout layer, or no penultimate features.
     """
+    if strategy.needs_model and not hasattr(model, 'inference'):
+        raise ValueError('`model` should be a segmentor of mmseg, whose `inference` returns logits, for all that '
+                         f"`al.strategy` can be but 'random', but got {type(model).__name__}")
     head = decode_head(model)
     if strategy.mc > 1 and not dropouts_of(model):
         raise ValueError(f'`al.strategy.mc` should be 1 for a {type(head).__name__} and a backbone without dropout (or '
@@ -997,11 +1133,11 @@ class Network:
     def __call__(self, inputs_NCHW: torch.Tensor, metas: list[dict], seeds: list[int]):
         """Yield logits (S, N, C, h, w) of S passes at a time."""
         if self.mc == 1:
-            yield self.model.inference(inputs_NCHW, metas)[None]
+            yield self.logits(inputs_NCHW, metas)[None]
             return
         kept, last = {module: [] for module in self.fixed}, []
         with self.keep(kept, last, len(inputs_NCHW)):
-            logits = self.model.inference(inputs_NCHW, metas)
+            logits = self.logits(inputs_NCHW, metas)
         draws = ([torch.Generator(logits.device).manual_seed(seed_of(seed, i)) for seed in seeds]
                  for i in range(self.mc))
         if last and last[-1][1] is logits and isinstance(self.dropouts[0], torch.nn.Dropout2d) and \
@@ -1010,7 +1146,20 @@ class Network:
             return
         for generators in draws:
             with self.replay(kept, generators):
-                yield self.model.inference(inputs_NCHW, metas)[None]
+                yield self.logits(inputs_NCHW, metas)[None]
+
+    def logits(self, inputs_NCHW: torch.Tensor, metas: list[dict]) -> torch.Tensor:
+        """Logits of one pass, (N, C, h, w).
+
+        Raises:
+            ValueError: The model gives something else.
+        """
+        logits, n = self.model.inference(inputs_NCHW, metas), len(metas)
+        if not (isinstance(logits, torch.Tensor) and logits.ndim == 4 and len(logits) == n):
+            what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise ValueError(f'{type(self.model).__name__}.inference should return logits ({n}, classes, H, W), but '
+                             f'got {what}')
+        return logits
 
     @contextlib.contextmanager
     def keep(self, kept: dict, last: list, n: int):
@@ -1500,8 +1649,7 @@ def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
         closed = frozenset(have).difference(names)
         names = [name for name in pool.names if name in closed.union(names)]
     if strategy.needs_model:
-        load_checkpoint(unwrap(trainer.model), checkpoint_path(runner, state['rounds'][-1], al.query_with),
-                        map_location='cpu', logger=runner.logger)
+        load_weights(runner, trainer, checkpoint_path(runner, state['rounds'][-1], al.query_with))
 
     def budget(name: Optional[str]) -> int:
         if whole or isinstance(amount, int):
@@ -1544,19 +1692,20 @@ def hold_out(state: dict) -> dict:
 def add_round(runner: Runner, state: dict, pool: Pool, asked, trainer: Optional[Runner] = None) -> None:
     """Label what was asked for, or have a human do so: write the masks, then commit the state of the next round."""
     k, have, unit = len(state['rounds']), labelled(state), ConfigDict(state['settings']).unit
+    classes, entry = getattr(unwrap(runner.model), 'num_classes', None), dict(asked=asked)
     is_human = state['settings']['oracle'] == 'human'  # whose labels are not there before they are accepted
-    entry = dict(asked=asked)
+
+    def label_units(name: str) -> list:
+        old = labelled_mask(runner, pool, have, name)
+        new = unit_mask(unit, asked[name], segments_of(runner, unit, pool, name), old.shape) & ~old
+        void = 0 if is_human else int((pool.check_label(name, classes, new) == pool.ignore_index(name)).sum())
+        write_png(mask_path(runner.work_dir, k, name), old | new)
+        return [len(asked[name]), int(new.sum()), void]
+
+    if isinstance(asked, list) and not is_human:
+        on_all_ranks(lambda name: len(pool.check_label(name, classes)), asked)
     if isinstance(asked, dict):
-        rank, world_size = get_dist_info()
-        mine = {}
-        for name in list(asked)[rank::world_size]:
-            old = labelled_mask(runner, pool, have, name)
-            new = unit_mask(unit, asked[name], segments_of(runner, unit, pool, name), old.shape) & ~old
-            write_png(mask_path(runner.work_dir, k, name), old | new)
-            void = 0 if is_human else int((pool.load_label(name)[new] == pool.ignore_index(name)).sum())
-            mine[name] = [len(asked[name]), int(new.sum()), void]
-        shares = all_gather_object(mine)
-        figures = {name: share[name] for name in asked for share in shares if name in share}
+        figures = on_all_ranks(label_units, list(asked))
         entry = dict(asked={name: figures[name][:2] for name in asked},
                      pixels=sum(pixels for _, pixels, _ in figures.values()),
                      void_pixels=sum(void for _, _, void in figures.values()))
@@ -1605,10 +1754,10 @@ def segments_of(runner: Runner, unit: dict, pool: Pool, name: str) -> Optional[n
     if unit['type'] != 'superpixel':
         return None
     settings = f'{unit["n_segments"]}_{unit["compactness"]}'
-    path = png_path(osp.join(runner.work_dir, 'superpixels', settings), name)
+    path = png_path(osp.join(runner.work_dir, 'superpixels', settings), name, runner.work_dir)
     if not osp.isfile(path):
         write_png(path, slic(pool.load_image(name), unit['n_segments'], unit['compactness']))
-    with Image.open(path) as image:
+    with reading(path), Image.open(path) as image:
         return np.asarray(image).astype(np.int32)
 
 
@@ -2538,7 +2687,8 @@ def accept_labels(runner: Runner, state: dict, pool: Pool) -> None:
     missing_path, void_path = (osp.join(label_dir(runner.work_dir, k), file) for file in ('missing.txt', 'void.txt'))
     void_names = mmengine.list_from_file(void_path) if osp.isfile(void_path) else []
     rank, world_size = get_dist_info()
-    mine = {name: check_label(pool, name, masks(name)[1], name in void_names)
+    classes = getattr(unwrap(runner.model), 'num_classes', None)
+    mine = {name: check_label(pool, name, masks(name)[1], name in void_names, classes)
             for name in list(entry['asked'])[rank::world_size]}
     figures = {name: figure for share in all_gather_object(mine) for name, figure in share.items()}
     missing = [f'{name}: {figures[name][0]}' for name in entry['asked'] if figures[name][0]]
@@ -2555,9 +2705,11 @@ def accept_labels(runner: Runner, state: dict, pool: Pool) -> None:
     state['phase'] = 'train'
 
 
-def check_label(pool: Pool, name: str, mask: np.ndarray, may_be_void: bool) -> tuple[Optional[str], int]:
+def check_label(pool: Pool, name: str, mask: np.ndarray, may_be_void: bool,
+                classes: Optional[int] = None) -> tuple[Optional[str], int]:
     """What is wrong with the label file of an image that was asked for, or None; and how many pixels in ``mask`` are
-    void. One without any label there is taken for not done yet, unless it ``may_be_void``."""
+    void. One without any label there is taken for not done yet, unless it ``may_be_void``. Labels there should be below
+    ``classes``, if that is known."""
     try:
         label = pool.load_label(name)
     except FileNotFoundError as error:
@@ -2567,9 +2719,10 @@ def check_label(pool: Pool, name: str, mask: np.ndarray, may_be_void: bool) -> t
     if label.shape != mask.shape:
         return f'the label map should have the size of the image, {mask.shape}, but got {label.shape}', 0
     void = int((label[mask] == pool.ignore_index(name)).sum())
-    is_blank = void == mask.sum() and not may_be_void
-    return ('it has no label where it was asked for; if all that is void, name the image in to_label/void.txt'
-            if is_blank else None), void
+    why = no_classes(label[mask], classes, pool.ignore_index(name))
+    if void == mask.sum() and not may_be_void:
+        why = 'it has no label where it was asked for; if all that is void, name the image in to_label/void.txt'
+    return why, void
 
 
 def update_pool(runner: Runner, state: dict, pool: Pool) -> None:
@@ -2649,8 +2802,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
             log_request(runner, state, pool)
             return runner.model
         if resumed:
-            load_checkpoint(unwrap(trainer.model), checkpoint_path(runner, state['rounds'][-1], 'last'),
-                            map_location='cpu', logger=runner.logger)
+            load_weights(runner, trainer, checkpoint_path(runner, state['rounds'][-1], 'last'))
     close_round(trainer)
     runner.logger.info(f'Active learning has ended: {reason}\n{rounds_table(state)}')
     runner._has_loaded = True  # `runner.test()` goes on with this model, not with `load_from`
@@ -3230,6 +3382,82 @@ def main(argv: Optional[list] = None) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# One run at a time, and how to go on with one that was stopped
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOCK_FILE = 'al.lock'
+
+
+class Stopped(SystemExit):
+    """SIGTERM as an exception, so that it unwinds as Ctrl-C does, with a shell's exit code: 128 + 15."""
+
+
+def run_alone(runner: Runner) -> torch.nn.Module:
+    """``run_rounds``, as the only run in its work_dir. When it is stopped, the log says how to go on."""
+    with only_run(runner), stops_with_a_word(runner):
+        return run_rounds(runner)
+
+
+@contextlib.contextmanager
+def only_run(runner: Runner):
+    """Hold ``work_dir/al.lock``, from rank 0.
+
+    It is a record lock (``lockf``): forked dataloader workers do not inherit it, as they would one of ``flock``, so
+    that the kernel frees it in the instant in which the process dies, though its workers live on for seconds. Over NFS
+    it counts for all machines, if the server locks at all. Closing any descriptor of the file would free it.
+
+    Raises:
+        RuntimeError: Another run holds it.
+    """
+    path, file, holder = osp.join(runner.work_dir, LOCK_FILE), None, [None]
+    if is_main_process():
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(file, 0)
+            os.write(file, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+        except BlockingIOError:
+            holder = [os.read(file, 999).decode(errors='replace') or 'another process']
+        except OSError as error:
+            runner.logger.warning(f'{path} cannot be locked ({error}): take care that no other run uses this work_dir')
+    broadcast_object_list(holder)
+    try:
+        if holder[0]:
+            raise RuntimeError(f'{runner.work_dir} is in use by {holder[0]}: wait for that run, stop it, or choose '
+                               'another --work-dir')
+        yield
+    finally:
+        if file is not None:
+            os.close(file)
+
+
+@contextlib.contextmanager
+def stops_with_a_word(runner: Runner):
+    """On SIGTERM and Ctrl-C, unless somebody handles them already, log the command that goes on with the run."""
+    stopped, before = [], {}
+
+    def stop(number, frame=None):
+        stopped.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(128 + number)
+
+    for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == default:
+            before[number] = signal.signal(number, stop)
+    try:
+        yield
+    except BaseException as error:
+        if not stopped:
+            raise
+        runner.logger.warning(f'Stopped. Nothing is lost; go on with: {resume_command()}')
+        if isinstance(error, (KeyboardInterrupt, Stopped)):
+            raise
+        stop(stopped[0])  # a bare `except` on the way, as there is in mmengine, had made another error of it
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What the stack needs: checkpoints under torch >= 2.6, and mmcv without compiled ops
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -3292,7 +3520,7 @@ def _wrap_train(train: Callable) -> Callable:
 
     @functools.wraps(train)
     def wrapper(self, *args, **kwargs):
-        return train(self, *args, **kwargs) if self.cfg.get('al') is None else run_rounds(self)
+        return train(self, *args, **kwargs) if self.cfg.get('al') is None else run_alone(self)
 
     return wrapper
 

@@ -45,7 +45,10 @@ def main() -> None:
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         al_patch.init_cpu_processes(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    runner.train()
+    try:
+        runner.train()
+    except KeyboardInterrupt:  # the log has just said how to go on: no traceback after that
+        raise SystemExit(130) from None
 
 
 if __name__ == '__main__':

@@ -1,9 +1,9 @@
 """The `al` block: what is refused, by which words, and the arithmetic of amounts."""
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
-from al_patch import DEFAULTS, budgets, check_runner, count, parse_settings
+from al_patch import DEFAULTS, budgets, check_runner, count, parse_settings, round_config
 
 WRONG = [
     ('unit', 'page'), ('unit', None), ('strategy', 3), ('strategy', dict(score='entropy')), ('strategy', 'nonsense'),
@@ -93,6 +93,12 @@ leaves = st.one_of(
                      'x:', 'builtins:max']))
 names = st.sampled_from(['type', 'score', 'select', 'reduce', 'power', 'value', 'patience', 'metric', '1', '²'])
 values = st.recursive(leaves, lambda v: st.lists(v, max_size=3) | st.dictionaries(names, v, max_size=3), max_leaves=5)
+amounts = st.integers(1, 20) | st.floats(.01, 1.)
+unit_dicts = st.builds(lambda options, kind: dict(options, type=kind), st.dictionaries(
+    st.sampled_from(['size', 'window', 'n_segments', 'compactness', 'radius', 'k']), values | amounts, max_size=2),
+    st.sampled_from(['image', 'region', 'superpixel', 'pixel']) | leaves)
+overrides = st.dictionaries(st.sampled_from([0, '1', '5', '6', 'x']), st.dictionaries(
+    st.sampled_from(['train_cfg.max_iters', 'train_cfg.max_iters.x', '', '.', 'a.b', 'model']), values, max_size=2))
 strategy_dicts = st.builds(lambda options: dict(options, type='entropy'), st.dictionaries(names, values, max_size=2))
 
 
@@ -118,3 +124,41 @@ def test_a_path_that_is_no_function_is_refused_by_its_key(path):
 def test_an_option_of_another_type_than_a_name_is_refused_by_its_key():
     with pytest.raises(ValueError, match='^`al.strategy.score` should be one of'):
         parse_settings(dict(strategy=dict(type='entropy', score=['margin'])))
+
+
+@pytest.fixture
+def runner(make_cfg, build):
+    return build(make_cfg({}))
+
+
+blocks = st.fixed_dictionaries({}, optional=dict(
+    unit=unit_dicts, initial=amounts, budget=amounts | st.lists(amounts, min_size=1, max_size=3), overrides=overrides,
+    per_image=st.booleans(), rounds=st.integers(0, 6), pool_size=amounts, stop=st.fixed_dictionaries({}, optional=dict(
+        value=st.floats(), patience=st.integers(0, 3), metric=leaves))))
+
+
+@settings(max_examples=400, deadline=None, derandomize=True,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(blocks)
+def test_any_block_is_a_plan_or_a_value_error_that_names_it(runner, block):
+    """What passes is one budget a round, and a config for each of them."""
+    try:
+        al = parse_settings(block)
+        check_runner(al, runner)
+    except ValueError as error:
+        assert str(error).startswith('`al') and '\n' not in str(error)
+        event('refused')
+        return
+    event('a plan')
+    plan = budgets(al)
+    assert len(plan) == al.rounds and all(1 <= count(amount, 1000) for amount in plan)
+    for k in range(al.rounds + 1):
+        state = dict(settings=al.to_dict(), round=k, seed=0, phase='train', rounds=[])
+        assert round_config(runner, state, False).work_dir.endswith(f'round_{k}')
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_what_is_no_finite_number_is_refused(value):
+    """JSON has none, and NaN would differ from itself on resume."""
+    with pytest.raises(ValueError, match='^`al` should hold only finite numbers'):
+        parse_settings(dict(stop=dict(value=value)))

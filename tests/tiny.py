@@ -1,6 +1,7 @@
 """A data set, a network and a config so small that a round takes a tenth of a second, and what the configs import."""
 import os
 import os.path as osp
+from typing import Optional
 
 import cv2
 import mmengine
@@ -94,17 +95,20 @@ class TinyRunner(Runner):
 
 @HOOKS.register_module()
 class DieOnce(Hook):
-    """Ends the process as `kill -9` does, once, after an iteration of a round."""
+    """Ends a process, of all ranks or one, after an iteration of a round, but only once: as `kill -9` does, or by a
+    signal."""
     priority = 'LOWEST'
 
-    def __init__(self, round: int, after: int, marker: str):
-        self.round, self.after, self.marker = f'round_{round}', after, marker
+    def __init__(self, round: int, after: int, marker: str, rank: Optional[int] = None, number: Optional[int] = None):
+        self.round, self.after, self.marker, self.rank, self.number = f'round_{round}', after, marker, rank, number
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
         here = runner.work_dir.endswith(self.round) and runner.iter + 1 == self.after
-        if here and not osp.exists(self.marker):
+        if here and self.rank in (None, runner.rank) and not osp.exists(self.marker):
             mmengine.put_text('', self.marker)
-            os._exit(9)
+            if self.number is None:
+                os._exit(9)
+            os.kill(os.getpid(), self.number)
 
 
 def entropy_or_stop(probs_NCHW: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,327 @@
+"""Runs that are killed, stopped, started twice, or lose a process or the disk's last byte."""
+import errno
+import os
+import os.path as osp
+import re
+import shlex
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmengine.runner import Runner
+from test_scripts import ROOT, launch, result, shell, write_config
+
+import al_patch
+from al_patch import STATE_FILE, only_run, read_state, run_rounds, write_atomically, write_png
+
+SHORT = {**tiny.NO_VAL, 'train_cfg.max_iters': 1}
+AL = 'dict(initial=4, budget=2, rounds=1)'
+
+
+# --- kill -9 ---------------------------------------------------------------------------------------------------------
+
+
+def test_killed_runs_end_as_those_that_are_not():
+    """By hand: `python tests/kill.py --kills 50`."""
+    done = shell(sys.executable, osp.join(ROOT, 'tests', 'kill.py'), '--kills', '4', '--unit', 'region', '--processes',
+                 '2', check=False)
+    assert done.returncode == 0 and re.search(r'region \| 2 \| 4 \|.* \| yes', done.stdout), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize('loop, at', [('iters', 2), ('epochs', 1)])
+def test_a_run_killed_before_its_validation_keeps_the_best_checkpoint(make_cfg, train, monkeypatch, loop, at):
+    """The first validation is the best, and the run stops between its checkpoint and it."""
+    values, evaluate = [], Runner.call_hook
+
+    def fall(self, name, **kwargs):  # every validation is worse than the one before it
+        if name == 'after_val_epoch':
+            values.append(float(self.epoch or self.iter))
+            kwargs['metrics'] = dict(mIoU=100 - values[-1])
+        if name == 'before_val_epoch' and stops and self.work_dir.endswith('round_0'):
+            stops.clear()
+            raise InterruptedError
+        return evaluate(self, name, **kwargs)
+
+    monkeypatch.setattr(Runner, 'call_hook', fall)
+    changes, stops = {'train_cfg.val_interval': at}, []
+    _, expected = train(make_cfg({}, loop, changes=changes))
+    cfg = make_cfg({}, loop, work_dir=make_cfg().work_dir + '_stopped', changes=changes)
+    stops.append(True)
+    with pytest.raises(InterruptedError):
+        train(cfg)
+    cfg.resume = True
+    _, rounds = train(cfg)
+    best = f'round_0/best_mIoU_{dict(iters="iter", epochs="epoch")[loop]}_{at}.pth'
+    assert expected[0]['checkpoints']['best'] == rounds[0]['checkpoints']['best'] == best
+    assert osp.isfile(osp.join(cfg.work_dir, best))
+
+
+# --- SIGTERM and Ctrl-C ----------------------------------------------------------------------------------------------
+
+
+def stops_itself(tmp_path, number: int, **kwargs) -> dict:
+    return dict(type='DieOnce', round=1, after=3, marker=str(tmp_path / 'died'), number=int(number), **kwargs)
+
+
+def test_ctrl_c_says_how_to_go_on_and_that_command_does(tmp_path, shared_data):
+    for name, hooks in dict(whole=[], stopped=[stops_itself(tmp_path, signal.SIGINT)]).items():
+        (tmp_path / name).mkdir()
+        config = write_config(tmp_path / name, shared_data, AL, more=f'custom_hooks = {hooks}\n')
+        done = launch(config, 0, tmp_path / name / 'a work dir', check=not hooks)
+    assert done.returncode == 130 and 'Traceback' not in done.stderr
+    [command] = re.findall('Stopped. Nothing is lost; go on with: (.*)', done.stdout + done.stderr)
+    assert shlex.split(command)[-1] == '--resume' and str(tmp_path / 'stopped' / 'a work dir') in shlex.split(command)
+    shell('bash', '-c', command)
+    assert result(tmp_path / 'stopped' / 'a work dir') == result(tmp_path / 'whole' / 'a work dir')
+
+
+def test_sigterm_unwinds_with_its_exit_code(make_cfg, train, tmp_path, monkeypatch):
+    monkeypatch.delenv('AL_COMMAND', raising=False)
+    monkeypatch.setattr(sys, 'argv', ['train it.py', 'x.py', '--resume'])
+    cfg = make_cfg({}, changes=tiny.NO_VAL, custom_hooks=[stops_itself(tmp_path, signal.SIGTERM)])
+    with pytest.raises(SystemExit) as stopped:
+        train(cfg)
+    assert stopped.value.code == 128 + 15 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    logs = ''.join(path.read_text() for path in tmp_path.glob('work/*/*.log'))
+    assert "go on with: python 'train it.py' x.py --resume\n" in logs
+    cfg.update(resume=True)
+    assert [len(entry['asked']) for entry in train(cfg)[1]] == [4, 2]
+
+
+def test_a_bare_except_on_the_way_does_not_hide_the_signal(make_cfg, train, tmp_path, monkeypatch):
+    """mmengine makes a SyntaxError of whatever happens while it formats a config, as it does for every checkpoint."""
+
+    def save(*args, **kwargs):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except:  # noqa: E722
+            raise SyntaxError from None
+
+    monkeypatch.setattr(Runner, 'save_checkpoint', save)
+    with pytest.raises(SystemExit) as stopped:
+        train(make_cfg({}, changes=tiny.NO_VAL))
+    assert stopped.value.code == 143
+    assert 'Stopped. Nothing is lost' in ''.join(path.read_text() for path in tmp_path.glob('work/*/*.log'))
+
+
+def test_a_handler_of_the_users_own_is_kept(make_cfg, train, tmp_path):
+    calls, before = [], signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *args: calls.append(args))
+    try:
+        train(make_cfg({}, changes=tiny.NO_VAL, custom_hooks=[stops_itself(tmp_path, signal.SIGTERM)]))
+        assert len(calls) == 1 and signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+
+def test_a_process_that_dies_ends_the_run(tmp_path, shared_data):
+    """And does not leave the other one waiting for it: `shell` would lose its patience."""
+    hook = dict(type='DieOnce', round=1, after=3, marker=str(tmp_path / 'died'), rank=1)
+    config = write_config(tmp_path, shared_data, AL, sync=True, more=f'custom_hooks = [{hook}]\n')
+    done = launch(config, 2, tmp_path / 'work', check=False)
+    assert done.returncode not in (0, None) and (tmp_path / 'died').exists()
+    assert read_state(tmp_path / 'work' / STATE_FILE)['round'] == 1
+    with only_run(runner_in(tmp_path / 'work')):  # nobody is left who holds the work dir
+        pass
+
+
+def test_two_machines(tmp_path, shared_data):
+    """Two launchers of one process each, as on two machines."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    config = write_config(tmp_path, shared_data, "dict(initial=4, budget=3, rounds=1, unit='pixel')", sync=True)
+    command = ['bash', osp.join(ROOT, 'dist_al_train.sh'), str(config), '1', '--work-dir', str(tmp_path / 'work')]
+    env = {**os.environ, 'PATH': osp.dirname(sys.executable) + os.pathsep + os.environ['PATH'], 'OMP_NUM_THREADS': '1',
+           'PYTHONPATH': osp.join(ROOT, 'tests'), 'CUDA_VISIBLE_DEVICES': '', 'NNODES': '2', 'PORT': port,
+           'MASTER_ADDR': '127.0.0.1'}
+    nodes = [subprocess.Popen(command, env={**env, 'NODE_RANK': str(rank)}, stdout=subprocess.PIPE, text=True,
+                              stderr=subprocess.STDOUT) for rank in range(2)]
+    try:
+        outputs = [node.communicate(timeout=150)[0] for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], outputs[0][-3000:] + outputs[1][-3000:]
+    assert ['Active learning has ended' in output for output in outputs] == [True, False]  # rank 0 alone logs
+    assert [sum(n for n, _ in names.values()) for names, _ in result(tmp_path / 'work')] == [4, 3]
+
+
+# --- two runs at once ------------------------------------------------------------------------------------------------
+
+
+def runner_in(work_dir):
+    import logging
+    return type('', (), dict(work_dir=str(work_dir), logger=logging.getLogger('test')))
+
+
+def test_a_second_run_is_refused_by_name_and_a_crash_frees_the_work_dir(tmp_path, make_cfg, train):
+    """A worker that the first run has forked lives on, and does not keep the lock."""
+    cfg = make_cfg({}, changes=SHORT)
+    os.makedirs(cfg.work_dir)
+    read, write = os.pipe()
+    first = os.fork()
+    if first == 0:
+        try:
+            with only_run(runner_in(cfg.work_dir)):
+                worker = os.fork()
+                if worker:
+                    os.write(write, str(worker).encode())
+                time.sleep(100)
+        finally:
+            os._exit(0)
+    worker = int(os.read(read, 99))
+    try:
+        with pytest.raises(RuntimeError, match=rf'work is in use by process {first} on .*: wait for that run, stop it'):
+            train(cfg)
+        assert not osp.exists(osp.join(cfg.work_dir, STATE_FILE))
+        os.kill(first, signal.SIGKILL)
+        os.waitpid(first, 0)
+        begin = time.time()
+        with only_run(runner_in(cfg.work_dir)):
+            assert time.time() - begin < 2
+        os.kill(worker, 0)  # it is still there
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(read), os.close(write)
+    assert len(train(cfg)[1]) == 2
+
+
+def test_a_run_that_fails_frees_the_work_dir(make_cfg, train, monkeypatch):
+    cfg = make_cfg({}, changes=SHORT)
+    with monkeypatch.context() as patch, pytest.raises(OSError):
+        patch.setattr(al_patch, 'run_rounds', lambda runner: (_ for _ in ()).throw(OSError))
+        train(cfg)
+    assert len(train(cfg)[1]) == 2
+
+
+def test_where_files_cannot_be_locked_the_run_warns(make_cfg, train, tmp_path, monkeypatch):
+    def unsupported(*args):
+        raise OSError(errno.ENOSYS, 'Function not implemented')
+
+    monkeypatch.setattr('fcntl.lockf', unsupported)
+    train(make_cfg(dict(rounds=0), changes=SHORT))
+    logs = ''.join(path.read_text() for path in tmp_path.glob('work/*/*.log'))
+    assert 'al.lock cannot be locked' in logs and 'take care that no other run uses this work_dir' in logs
+
+
+def test_run_rounds_is_what_the_lock_is_around(make_cfg, build, monkeypatch):
+    seen = []
+    monkeypatch.setattr(al_patch, 'run_rounds', lambda runner: seen.append(osp.isfile(
+        osp.join(runner.work_dir, 'al.lock'))) or run_rounds(runner))
+    build(make_cfg(dict(rounds=0), changes=SHORT)).train()
+    assert seen == [True]
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------------
+
+
+class FullDisk:
+    """`os.fsync` that finds no space left for a file from its ``after``-th call on."""
+
+    def __init__(self, after: int):
+        self.left, self.fsync = after, os.fsync
+
+    def __call__(self, file: int) -> None:
+        self.left -= stat.S_ISREG(os.fstat(file).st_mode)
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, 'No space left on device')
+        self.fsync(file)
+
+
+@pytest.mark.parametrize('unit', ['image', 'pixel'])
+def test_a_full_disk_leaves_a_state_to_go_on_from(make_cfg, train, monkeypatch, unit):
+    al = dict(unit=unit, initial=4, budget=2, rounds=1)
+    whole = make_cfg(al, changes=SHORT)
+    _, expected = train(whole)
+    cfg = make_cfg(al, work_dir=whole.work_dir + '_full', changes=SHORT)
+    writes = 0
+    while True:  # every write in turn is the first that fails
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'fsync', FullDisk(writes))
+            try:
+                train(cfg)
+                break
+            except OSError as error:
+                assert re.search(r'cannot be written and is left as it was \(\[Errno 28\] No space left', str(error))
+        assert not [path for _, _, files in os.walk(cfg.work_dir) for path in files if path.endswith('.tmp')]
+        path = osp.join(cfg.work_dir, STATE_FILE)
+        cfg.resume, writes = osp.isfile(path), writes + 1
+        assert not cfg.resume or read_state(path)['rounds'][0]['asked'] == expected[0]['asked']
+    rounds = read_state(path)['rounds']
+    assert writes >= 3 and [entry['asked'] for entry in rounds] == [entry['asked'] for entry in expected]
+
+
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs /dev/full')
+def test_a_write_that_the_system_refuses(tmp_path, monkeypatch):
+    path = tmp_path / 'al_state.json'
+    path.write_text('old')
+    real = open
+    monkeypatch.setattr('builtins.open', lambda name, *args, **kwargs: real(
+        '/dev/full' if str(name).endswith('.tmp') else name, 'wb' if str(name).endswith('.tmp') else args[0]))
+    with pytest.raises(OSError, match=r'al_state.json cannot be written and is left as it was .*No space left'):
+        write_atomically(str(path), 'new')
+    monkeypatch.undo()
+    assert path.read_text() == 'old'
+
+
+def test_a_mask_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = str(tmp_path / 'a' / 'x.png')
+    write_png(path, np.eye(4, dtype=bool))
+    with monkeypatch.context() as patch, pytest.raises(OSError, match='x.png cannot be written'):
+        patch.setattr(os, 'replace', FullDisk(0))
+        patch.setattr(os, 'fsync', FullDisk(0))
+        write_png(path, np.zeros((4, 4), bool))
+    assert (al_patch.read_mask(path) == np.eye(4, dtype=bool)).all() and os.listdir(tmp_path / 'a') == ['x.png']
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+class Evil:
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker, )
+
+
+@pytest.mark.parametrize('phase', ['train', 'query', 'done'])
+def test_a_checkpoint_that_would_run_code_is_refused_by_name(make_cfg, train, tmp_path, phase):
+    cfg = make_cfg(dict(rounds=0 if phase == 'done' else 1), changes=tiny.NO_VAL)
+    name = 'iter_4.pth'
+    if phase == 'train':  # stopped halfway through round 0
+        name, cfg.custom_hooks = 'iter_2.pth', [dict(stops_itself(tmp_path, signal.SIGINT), round=0)]
+        with pytest.raises(KeyboardInterrupt):
+            train(cfg)
+    else:
+        train(make_cfg(dict(rounds=0), changes=tiny.NO_VAL))
+    path = osp.join(cfg.work_dir, 'round_0', name)
+    torch.save(dict(torch.load(path, weights_only=False), state_dict=Evil(tmp_path / 'ran')), path)
+    cfg.resume = True
+    with pytest.raises(ValueError, match=f'{path} cannot be used .* training state it holds posix.mkdir'):
+        train(cfg)
+    assert not (tmp_path / 'ran').exists()
+    torch.load(path, weights_only=False)
+    assert (tmp_path / 'ran').exists()  # the checkpoint was evil indeed
+
+
+def test_a_truncated_checkpoint_is_named(make_cfg, train):
+    cfg = make_cfg({}, changes=tiny.NO_VAL)
+    train(make_cfg(dict(rounds=0), changes=tiny.NO_VAL))
+    path = osp.join(cfg.work_dir, 'round_0', 'iter_4.pth')
+    os.truncate(path, os.path.getsize(path) // 2)
+    cfg.resume = True
+    with pytest.raises(ValueError, match=f'^{path} cannot be used'):
+        train(cfg)

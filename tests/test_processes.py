@@ -1,0 +1,99 @@
+"""One, two and four processes choose the same from one checkpoint, and write each file once."""
+import collections
+import contextlib
+import json
+import os
+import os.path as osp
+import shutil
+import socket
+
+import pytest
+import tiny
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+
+import al_patch
+from al_patch import PRESETS, Pool, add_round, parse_settings, query, read_state
+
+LAST = 'entropy', 'pixel'  # the choice that is labelled, too
+UNITS = dict(image='image', region=dict(type='region', size=[8, 8]), pixel=dict(type='pixel', radius=1))
+
+
+def settings_of(strategy: str, unit: str) -> dict:
+    al = dict(unit=UNITS[unit], strategy=strategy, initial=tiny.NAMES[:3], budget=4, rounds=1)
+    return parse_settings(al).to_dict()
+
+
+def units_of(strategy: str) -> list:
+    """Whole images, and pixels or else regions: those at which a preset is not refused."""
+    units = []
+    for unit in UNITS:
+        with contextlib.suppress(ValueError):
+            units.append(settings_of(strategy, unit) and unit)
+    return units[:1] + units[1:][-1:]
+
+
+def choose(rank: int, processes: int, port: int, cfg: Config, cases: list, out: str) -> None:
+    """What a rank makes of every case, and the files that it writes when it labels the last one; left in a file."""
+    if processes > 1:
+        os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(processes), RANK=str(rank),
+                          LOCAL_RANK=str(rank))
+        al_patch.init_cpu_processes(cfg)
+    cfg.experiment_name = f'choose_{processes}_{rank}'
+    runner, chosen, replace, written = Runner.from_cfg(cfg), {}, os.replace, []
+    pool, before = Pool(cfg), read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE))
+    before['rounds'][0]['held_out'] = tiny.NAMES[:1]  # for those that calibrate
+    for strategy, unit in cases:
+        state = dict(json.loads(json.dumps(before)), settings=settings_of(strategy, unit), pixels=12 * 32 * 48)
+        with torch.serialization.safe_globals(al_patch.checkpoint_globals()):
+            asked = query(runner, runner, state, pool)
+        chosen[f'{strategy} {unit}'] = asked if unit == 'image' else {name: ids.tolist() for name, ids in asked.items()}
+    os.replace = lambda a, b: written.append(b) or replace(a, b)
+    add_round(runner, state, pool, asked)
+    os.replace = replace
+    with open(osp.join(out, f'{processes}_{rank}.json'), 'w') as file:
+        json.dump([chosen, written], file)
+
+
+@pytest.fixture(scope='module')
+def shares(tmp_path_factory, shared_data):
+    """A function from a number of processes to what each of them chose and wrote. All start from one checkpoint."""
+    folder = tmp_path_factory.mktemp('processes')
+    cfg = Config.fromstring(tiny.config_text(shared_data), '.py')
+    cfg.update(work_dir=str(folder / 'trained'), experiment_name='processes',
+               al=dict(initial=tiny.NAMES[:3], budget=4, rounds=0))
+    cases = [(strategy, unit) for strategy in PRESETS for unit in units_of(strategy)] + [LAST]
+
+    def run(processes: int) -> list:
+        own = Config(dict(cfg.to_dict(), work_dir=str(folder / f'of_{processes}')))
+        shutil.copytree(folder / 'trained', own.work_dir)
+        with socket.socket() as free:
+            free.bind(('127.0.0.1', 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.start_processes(choose, (processes, port, own, cases, str(folder)), processes,
+                                              start_method='fork')
+        return [json.load(open(folder / f'{processes}_{rank}.json')) for rank in range(processes)]
+
+    Runner.from_cfg(cfg).train()
+    return {processes: run(processes) for processes in (1, 2, 4)}
+
+
+@pytest.mark.parametrize('strategy', PRESETS)
+def test_any_number_of_processes_chooses_the_same(shares, strategy):
+    assert len(units_of(strategy)) == 2
+    for unit in units_of(strategy):
+        [[[expected, _]], *others] = [[(chosen[f'{strategy} {unit}'], 0) for chosen, _ in shares[n]] for n in (1, 2, 4)]
+        assert all(chosen == expected for ranks in others for chosen, _ in ranks)
+        assert 4 == (len(expected) if unit == 'image' else sum(map(len, expected.values())))
+        assert not {*expected} & {*tiny.NAMES[:3]}
+
+
+@pytest.mark.parametrize('processes', [2, 4])
+def test_the_state_is_written_by_rank_0_and_every_mask_by_one_rank(shares, processes):
+    written = [paths for _, paths in shares[processes]]
+    number = collections.Counter(path for paths in written for path in paths)
+    chosen = shares[processes][0][0][' '.join(LAST)]
+    assert set(number.values()) == {1} and len(number) == len(chosen) + 1
+    states = [[path for path in paths if path.endswith('.json')] for paths in written]
+    assert [len(paths) for paths in states] == [1] + [0] * (processes - 1)
