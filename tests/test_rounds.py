@@ -160,6 +160,21 @@ def test_resume_without_a_state_starts_afresh(make_cfg, train, monkeypatch):
     assert counts(train(cfg)[1]) == [4]
 
 
+@pytest.mark.parametrize('persistent', [True, False])
+def test_dataloader_workers_end_with_their_round(make_cfg, build, persistent):
+    """The garbage collector would wait five seconds for each of them."""
+    workers = dict(num_workers=1, persistent_workers=persistent)
+    runner = build(make_cfg({}, changes=dict(train_dataloader=workers, val_dataloader=workers)))
+    state = dict(schema=1, phase='train', settings=al_patch.parse_settings({}).to_dict(), round=0, seed=0,
+                 rounds=[dict(asked=tiny.NAMES[:4])])
+    al_patch.save_state(state, runner.work_dir)
+    trainer = al_patch.build_round(runner, state, False)
+    trainer.train()
+    assert torch.multiprocessing.active_children()
+    al_patch.close_round(trainer)
+    assert not torch.multiprocessing.active_children()
+
+
 def test_a_runner_of_ones_own(make_cfg, train, monkeypatch):
     monkeypatch.setattr(tiny.TinyRunner, 'trained', [])
     runner, rounds = train(make_cfg({}, runner_type='TinyRunner', changes=tiny.NO_VAL))
