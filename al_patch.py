@@ -846,6 +846,8 @@ def prepare_losses(trainer: Runner) -> None:
                              "are background: use `al.unit='image'` with it")
         if hasattr(module, 'avg_non_ignore'):
             module.avg_non_ignore = True
+            if getattr(module.cls_criterion, '__name__', None) == 'cross_entropy':
+                module.cls_criterion = functools.partial(mean_over_labelled, module.cls_criterion)
     heads = [m for m in unwrap(trainer.model).modules() if hasattr(m, 'loss_decode') and hasattr(m, 'ignore_index')]
     names = []
     for head in heads:
@@ -855,6 +857,16 @@ def prepare_losses(trainer: Runner) -> None:
             check_loss(loss, head.out_channels, head.ignore_index)
     trainer.logger.info('Partly labelled images: avg_non_ignore is set where a loss has it; checked that unlabelled '
                         f'pixels have no gradient under {", ".join(dict.fromkeys(names))}')
+
+
+def mean_over_labelled(cross_entropy: Callable, pred_NCHW: torch.Tensor, label_NHW: torch.Tensor, *args,
+                       **kwargs) -> torch.Tensor:
+    """mmseg's cross entropy, which with class weights looks up that of ``ignore_index`` too, and fails: it is told by
+    what to divide."""
+    weight_C = kwargs.get('class_weight')
+    if weight_C is not None and kwargs.get('avg_factor') is None and kwargs['reduction'] == 'mean':
+        kwargs['avg_factor'] = weight_C[label_NHW[label_NHW != kwargs['ignore_index']]].sum()
+    return cross_entropy(pred_NCHW, label_NHW, *args, **kwargs)
 
 
 def check_loss(loss: torch.nn.Module, channels: int, ignore_index: int) -> None:
@@ -1182,7 +1194,7 @@ class Network:
         handles = [module.register_forward_hook(note) for module in self.fixed]
         handles += [module.register_forward_pre_hook(lambda *_: waiting.clear()) for module in self.dropouts]
         from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-        if getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and self.dropouts[-1] is head.dropout and \
+        if getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and self.dropouts[-1] is getattr(head, 'dropout', 0) and \
                 hasattr(head, 'conv_seg'):
             handles.append(head.conv_seg.register_forward_hook(lambda _, args, output: last.append((args[0], output))))
         try:
@@ -1351,6 +1363,8 @@ def predictions(network: Network, data: dict, seeds: list[int], strategy: 'Strat
                 maps['scores_HW'] = crop(scores[0], meta, input_hw)
             if features_KHW is not None:
                 maps['features_KHW'] = without_padding(features_KHW, meta, input_hw).float()
+                if maps['features_KHW'].shape[1:] != maps['probs_CHW'].shape[1:]:  # a head that refines its logits
+                    maps['features_KHW'] = F.interpolate(maps['features_KHW'][None], maps['probs_CHW'].shape[1:])[0]
         yield map_HW, maps
 
 

@@ -328,6 +328,22 @@ def test_mmsegs_losses_that_are_refused(loss, channels, why):
         check_loss(MODELS.build(loss), channels, 255)
 
 
+@pytest.mark.parametrize('labelled', [0, 1, 20])
+def test_class_weights_are_averaged_over_labelled_pixels(labelled):
+    torch.manual_seed(labelled)
+    logits, label = torch.randn(2, 3, 4, 4), torch.full((2, 4, 4), 255)
+    label.view(-1)[torch.randperm(32)[:labelled]] = torch.randint(0, 3, (labelled, ))
+    head = torch.nn.Module()
+    head.loss_decode = MODELS.build(dict(type='CrossEntropyLoss', class_weight=[1., .5, 2.]))
+    head.ignore_index, head.out_channels = 255, 3
+    logger = types.SimpleNamespace(info=lambda line: None)
+    al_patch.prepare_losses(types.SimpleNamespace(model=torch.nn.Sequential(head), logger=logger))
+    value = head.loss_decode(logits, label, ignore_index=255)
+    weights = torch.tensor([1., .5, 2.])
+    expected = torch.nn.functional.cross_entropy(logits, label, weights, ignore_index=255) if labelled else 0.
+    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+
+
 def test_a_run_refuses_the_loss_before_it_trains(make_cfg, train):
     cfg = make_cfg(dict(unit='pixel'), changes={'model.decode_head.loss_decode.type': 'DiceLoss'})
     with pytest.raises(ValueError, match='^DiceLoss cannot train'):
