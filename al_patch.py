@@ -1194,8 +1194,8 @@ class Network:
         handles = [module.register_forward_hook(note) for module in self.fixed]
         handles += [module.register_forward_pre_hook(lambda *_: waiting.clear()) for module in self.dropouts]
         from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-        if getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and self.dropouts[-1] is getattr(head, 'dropout', 0) and \
-                hasattr(head, 'conv_seg'):
+        is_plain = getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and hasattr(head, 'conv_seg')
+        if is_plain and self.dropouts[-1] is getattr(head, 'dropout', None):
             handles.append(head.conv_seg.register_forward_hook(lambda _, args, output: last.append((args[0], output))))
         try:
             yield
