@@ -1517,9 +1517,18 @@ class Collector:
         return chosen[0]
 
 
-def shortlist(strategy: 'Strategy', unit: dict, collector: Collector, name: str, images: int) -> Optional[int]:
+def free_pixels(state: dict, pool: Pool, names: list[str]) -> dict[str, int]:
+    """How many pixels of each image are not labelled."""
+    free = {name: math.prod(pool.sizes[name]) for name in names}
+    for entry in state['rounds']:
+        for name in set(free).intersection(entry['asked']):
+            free[name] = free[name] - entry['asked'][name][1] if isinstance(entry['asked'], dict) else 0
+    return free
+
+
+def shortlist(strategy: 'Strategy', unit: dict, collector: Collector, name: str, part: float) -> Optional[int]:
     """How many candidates of an image are of use: with top-k, as many as the budget buys; where every pixel is one and
-    each has a vector, four times an image's share of the budget, but at least 256.
+    each has a vector, four times the image's part of the budget, but at least 256.
 
     Raises:
         ValueError: ``al.strategy.shortlist`` is too short to spend the budget.
@@ -1528,7 +1537,7 @@ def shortlist(strategy: 'Strategy', unit: dict, collector: Collector, name: str,
     if is_topk(strategy.select) and not strategy.shortlist:
         return budget
     is_dense = unit['type'] == 'pixel' or bool(unit.get('window'))
-    share = budget / (1 if collector.per_image else images)
+    share = budget * (1 if collector.per_image else part)
     share = math.ceil(share / ((2 * (unit.get('window') or 0) + 1)**2 if collector.in_pixels and is_dense else 1))
     if strategy.shortlist and strategy.shortlist < share:
         raise ValueError(f"`al.strategy.shortlist` should be at least {share}, an image's share of the budget, but got "
@@ -1588,6 +1597,8 @@ def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, 
     full_res = (unit.type == 'pixel' or bool(unit.get('window'))) if al.full_res is None else al.full_res
     loader, batches = query_dataloader(runner.cfg, pool, names)
     progress, offered, network = QueryProgress(runner, len(batches)), {}, None
+    free = {} if whole else free_pixels(state, pool, [name for name in names if name not in closed])
+    total = sum(free.values())
     if strategy.needs_model:
         network = Network(unwrap(trainer.model), strategy.mc)
         amp = trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'
@@ -1595,20 +1606,20 @@ def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, 
         with autocast(enabled=amp):
             offered['thresholds_C'] = calibrate(runner, network, state, pool, strategy.alpha)
     for done, (data, positions) in enumerate(zip(loader if network else itertools.repeat(None), batches), 1):
-        found = [(None, {})] * len(positions)
+        results = [(None, {})] * len(positions)
         if network:
             seeds = [seed_of(state['seed'], 'mc', k, names[position]) for position in positions]
             with autocast(enabled=amp):
-                found = list(predictions(network, data, seeds, strategy, full_res, whole, **offered))
-        for position, (map_HW, maps) in zip(positions, found):
+                results = list(predictions(network, data, seeds, strategy, full_res, whole, **offered))
+        for position, (map_HW, maps) in zip(positions, results):
             name = names[position]
             if any(not torch.isfinite(each).all() for each in (map_HW, *maps.values()) if each is not None):
                 raise ValueError(f'the score of image {name!r} is not finite: the model gives no finite logits')
             draw = generator(state['seed'], 'random', k, name)
-            limit = None if whole else shortlist(strategy, unit, collector, name, max(1, len(names) - len(closed)))
-            free, known = image_candidates(runner, pool, have, name, position, map_HW, maps, strategy, draw, limit,
-                                           collector.floor, unit, offered)
-            collector.add(name, free.take(slice(0)) if name in closed else free, known)
+            limit = None if whole else shortlist(strategy, unit, collector, name, free.get(name, 0) / max(1, total))
+            found, known = image_candidates(runner, pool, have, name, position, map_HW, maps, strategy, draw, limit,
+                                            collector.floor, unit, offered)
+            collector.add(name, found.take(slice(0)) if name in closed else found, known)
         if network:
             progress.step(done)
 
