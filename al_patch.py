@@ -1013,11 +1013,11 @@ def train_round(runner: Runner, trainer: Runner, state: dict) -> None:
     for checkpoint_hook in (h for h in trainer.hooks if isinstance(h, CheckpointHook)):
         best = getattr(checkpoint_hook, 'best_ckpt_path', None)
         checkpoints['best'] = best or next(iter(getattr(checkpoint_hook, 'best_ckpt_path_dict', {}).values()), None)
-    broadcast = [checkpoints]
-    broadcast_object_list(broadcast)  # only rank 0 saves, so only it knows
+    shared = [checkpoints]
+    broadcast_object_list(shared)  # only rank 0 saves, so only it knows
     state['rounds'][state['round']].update(
         labelled=spent(state), metrics=hook.metrics, train_seconds=round(time.time() - begin, 1),
-        checkpoints={key: osp.relpath(path, runner.work_dir) for key, path in broadcast[0].items() if path})
+        checkpoints={key: osp.relpath(path, runner.work_dir) for key, path in shared[0].items() if path})
     state['phase'] = 'query'
     save_state(state, runner.work_dir)
 
