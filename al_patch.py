@@ -841,7 +841,7 @@ def prepare_losses(trainer: Runner) -> None:
         ValueError: A loss or head that cannot be trained with partly labelled images; it names it.
     """
     for module in unwrap(trainer.model).modules():
-        if hasattr(module, '_seg_data_to_instance_data'):
+        if classifies_masks(module):
             raise ValueError(f'{type(module).__name__} learns masks of whole images, for which pixels without a label '
                              "are background: use `al.unit='image'` with it")
         if hasattr(module, 'avg_non_ignore'):
@@ -1071,10 +1071,10 @@ def feature_head(model: torch.nn.Module) -> Optional[torch.nn.Module]:
     return next((head for head in reversed(heads) if hasattr(head, 'conv_seg')), None)
 
 
-def gives_scores(model: torch.nn.Module) -> bool:
-    """Whether a model ends in class scores of masks, a sum of softmax x sigmoid over its queries, and not in logits."""
-    classifies_masks = {'MaskFormerHead', 'Mask2FormerHead', 'SideAdapterCLIPHead'}
-    return not classifies_masks.isdisjoint(cls.__name__ for cls in type(decode_head(model)).__mro__)
+def classifies_masks(head: torch.nn.Module) -> bool:
+    """Whether a head ends in class scores of masks, a sum of softmax x sigmoid over its queries, and not in logits."""
+    names = {'MaskFormerHead', 'Mask2FormerHead', 'SideAdapterCLIPHead'}
+    return hasattr(head, '_seg_data_to_instance_data') or not names.isdisjoint(c.__name__ for c in type(head).__mro__)
 
 
 def native_resolution(model: torch.nn.Module):
@@ -1317,7 +1317,7 @@ def statistics(network: Network, data: dict, seeds: list[int], wanted: list[str]
             for n, meta in enumerate(metas):
                 for view, mean in zip(views, means[n]):
                     seen_MHW = view(logits_SNCHW[:, n].flatten(0, 1), meta, input_hw)
-                    probs_SCHW = to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)), gives_scores(network.model))
+                    probs_SCHW = to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)), classifies_masks(decode_head(network.model)))
                     for name in wanted:
                         share = STATISTICS[name](probs_SCHW)
                         share = share if network.mc == 1 else share.sum(0, keepdim=True).div_(network.mc)

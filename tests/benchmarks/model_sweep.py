@@ -49,6 +49,8 @@ def config_of(family: str):
     strip(cfg.model)
     if 'img_size' in cfg.model.get('backbone', ()):
         cfg.model.backbone.img_size = (SIZE, SIZE)
+    if 'text_encoder' in cfg.model:
+        cfg.model.text_encoder.templates = ['a photo of a {}.']  # of dozens, for each of 171 classes
     cfg.model.data_preprocessor.update(size=(SIZE, SIZE), size_divisor=None, test_cfg=None)
     return cfg
 
@@ -79,7 +81,10 @@ def sweep(family: str) -> dict:
         cfg = config_of(family)
         result['config'] = cfg.filename_used
         model = MODELS.build(cfg.model)
-        if family != 'san':  # whose text encoder is nothing without its weights, and has no other way
+        if family == 'san':  # which can only load its weights
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.02)
+        else:
             model.init_weights()
     except Exception as error:
         return {**result, 'build': f'{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}'}
