@@ -1312,12 +1312,13 @@ def statistics(network: Network, data: dict, seeds: list[int], wanted: list[str]
     if with_features:  # of the pass without dropout, which is the first
         hook = feature_head(network.model).conv_seg.register_forward_pre_hook(
             lambda _, args: None if caught else caught.append(args[0]))
+    are_scores = classifies_masks(decode_head(network.model))
     with native_resolution(network.model):
         for logits_SNCHW in network(data['inputs'], [dict(meta) for meta in metas], seeds):
             for n, meta in enumerate(metas):
                 for view, mean in zip(views, means[n]):
                     seen_MHW = view(logits_SNCHW[:, n].flatten(0, 1), meta, input_hw)
-                    probs_SCHW = to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)), classifies_masks(decode_head(network.model)))
+                    probs_SCHW = to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)), are_scores)
                     for name in wanted:
                         share = STATISTICS[name](probs_SCHW)
                         share = share if network.mc == 1 else share.sum(0, keepdim=True).div_(network.mc)
