@@ -71,7 +71,8 @@ from mmengine.dataset import BaseDataset, Compose, InfiniteSampler, pseudo_colla
 from mmengine.dist import all_gather_object, barrier, broadcast, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.hooks import CheckpointHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.optim import AmpOptimWrapper
+from mmengine.registry import DATASETS, OPTIM_WRAPPERS, DefaultScope
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint, load_checkpoint
 from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
@@ -1035,6 +1036,16 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return getattr(model, 'module', model)
 
 
+def precision(trainer: Runner):
+    """The context of the precision that a round trains in: mixed under an ``AmpOptimWrapper``, in its dtype."""
+    wrapper = trainer.cfg.optim_wrapper
+    kind, dtype = wrapper.get('type', 'OptimWrapper'), wrapper.get('dtype')
+    kind = OPTIM_WRAPPERS.get(kind) if isinstance(kind, str) else kind
+    if not (inspect.isclass(kind) and issubclass(kind, AmpOptimWrapper)):
+        return autocast(enabled=False, dtype=None)
+    return autocast(enabled=True, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
 @contextlib.contextmanager
 def attribute(owner, name: str, value):
     """Set an object's own attribute for a while."""
@@ -1576,15 +1587,14 @@ def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, 
     progress, offered, network = QueryProgress(runner, len(batches)), {}, None
     if strategy.needs_model:
         network = Network(unwrap(trainer.model), strategy.mc)
-        amp = trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'
     if strategy.calibration:
-        with autocast(enabled=amp):
+        with precision(trainer):
             offered['thresholds_C'] = calibrate(runner, network, state, pool, strategy.alpha)
     for done, (data, positions) in enumerate(zip(loader if network else itertools.repeat(None), batches), 1):
         found = [(None, {})] * len(positions)
         if network:
             seeds = [seed_of(state['seed'], 'mc', k, names[position]) for position in positions]
-            with autocast(enabled=amp):
+            with precision(trainer):
                 found = list(predictions(network, data, seeds, strategy, full_res, whole, **offered))
         for position, (map_HW, maps) in zip(positions, found):
             name = names[position]
@@ -2535,9 +2545,8 @@ def predict(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool,
     model, entry = unwrap(trainer.model).eval(), state['rounds'][state['round'] - 1]
     load_checkpoint(model, checkpoint_path(runner, entry, state['settings']['query_with']), map_location='cpu',
                     logger=runner.logger)
-    amp = trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'
     for data, positions in zip(*query_dataloader(runner.cfg, pool, names)):
-        with autocast(enabled=amp):
+        with precision(trainer):
             samples = model.test_step(data)
         for position, sample in zip(positions, samples):
             yield names[position], sample.pred_sem_seg.data[0].cpu().numpy().astype(np.uint8)
@@ -3202,7 +3211,7 @@ def predict_one(trainer: Runner, state: dict, pool: Pool, name: str, strategy: O
     wanted = [key for key in STATISTICS if key == 'probs_NCHW' or strategy and strategy.asks_for(key)]
     seeds = [seed_of(state['seed'], 'mc', len(state['rounds']), name)]
     views = [functools.partial(to_image, align_corners=network.model.align_corners)]
-    with autocast(enabled=trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'):
+    with precision(trainer):
         data = pseudo_collate([pool.subset([name])[0]])
         [(_, _, [means], _)] = statistics(network, data, seeds, wanted, views)
         scores_NHW = call(strategy.score, means['probs_NCHW'], **means, **offered) if has_map(strategy) else [None]
