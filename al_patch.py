@@ -913,8 +913,9 @@ class RoundHook(Hook):
         if at > 0 and at >= loop.val_begin and (at % loop.val_interval == 0 or at == end):
             runner.val_loop.run()
 
-    def before_val(self, runner: Runner) -> None:
-        """Validate what rank 0 saves: without SyncBN, each process has running statistics of its own."""
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Validate what rank 0 saves: without SyncBN, each process has running statistics of its own. After EMAHook, at
+        its higher priority, has swapped in its own."""
         for buffer in filter(torch.is_floating_point, unwrap(runner.model).buffers()):
             broadcast(buffer)
 
@@ -991,7 +992,8 @@ def build_round(runner: Runner, state: dict, resumed: bool) -> Runner:
 
 
 def train_round(runner: Runner, trainer: Runner, state: dict) -> None:
-    """Run the round's training, and note its metrics and checkpoints in the state."""
+    """Run the round's training, and note its metrics and checkpoints in the state. The model then has the weights of
+    the last checkpoint, which were validated: EMAHook leaves others in memory."""
     begin = time.time()
     with reading(trainer._load_from or 'a checkpoint of the config', pickle.UnpicklingError):
         trainer.train()
@@ -1007,6 +1009,7 @@ def train_round(runner: Runner, trainer: Runner, state: dict) -> None:
     state['rounds'][state['round']].update(
         labelled=spent(state), metrics=hook.metrics, train_seconds=round(time.time() - begin, 1),
         checkpoints={key: osp.relpath(path, runner.work_dir) for key, path in broadcast[0].items() if path})
+    load_weights(runner, trainer, checkpoint_path(runner, state['rounds'][state['round']], 'last'))
     state['phase'] = 'query'
     save_state(state, runner.work_dir)
 

@@ -104,3 +104,54 @@ def test_from_scratch_every_round_starts_from_load_from(make_cfg, train, lr):
                             **{'optim_wrapper.optimizer.lr': lr})
     for entry in rounds:
         assert same(weights_at(cfg, entry['checkpoints']['last']), weights, '.weight') == (lr == 0)
+
+
+# --- which weights: EMA ----------------------------------------------------------------------------------------------
+
+EMA = [dict(type='EMAHook', momentum=.5), dict(type='WeightsSeen')]
+
+
+@pytest.mark.parametrize('buffers', [False, True])
+def test_ema_the_query_scores_with_what_validation_saw(make_cfg, train, monkeypatch, seen, buffers):
+    queried, collect = [], al_patch.collect
+
+    def spy(runner, trainer, *args):
+        queried.append({key: value.clone() for key, value in trainer.model.state_dict().items()})
+        collect(runner, trainer, *args)
+
+    monkeypatch.setattr(al_patch, 'collect', spy)
+    hooks = [{**EMA[0], 'update_buffers': buffers}, EMA[1]]
+    cfg, runner, rounds, last = run(make_cfg, train, 'ema', custom_hooks=hooks)
+    [first, final], [asked] = seen.seen, queried
+    assert same(asked, first)
+    raw = torch.load(osp.join(cfg.work_dir, rounds[0]['checkpoints']['last']), weights_only=False)['ema_state_dict']
+    assert not same({'module.' + key: value for key, value in asked.items()}, raw, '.weight')
+    assert same(last, final)
+    assert same(runner.model.state_dict(), final)
+
+
+def test_ema_the_runner_tests_what_validation_saw(make_cfg, train, seen):
+    _, runner, rounds, last = run(make_cfg, train, 'ema', dict(rounds=0), custom_hooks=EMA)
+    assert {key: pytest.approx(value, abs=1e-3) for key, value in runner.test().items()} == rounds[0]['metrics']
+    assert same(seen.seen[-1], last)
+
+
+def test_ema_the_report_looks_with_what_validation_saw(make_cfg, train, monkeypatch, seen):
+    looked, look = [], al_patch.predicted_classes
+
+    def spy(trainer, *args):
+        looked.append({key: value.clone() for key, value in trainer.model.state_dict().items()})
+        return look(trainer, *args)
+
+    monkeypatch.setattr(al_patch, 'predicted_classes', spy)
+    run(make_cfg, train, 'ema', dict(visualize=1), custom_hooks=EMA)
+    assert len(looked) == 2 and all(map(same, looked, seen.seen))
+
+
+def test_ema_processes_validate_the_averaged_statistics_of_rank_0(make_cfg, train, monkeypatch):
+    """Those that are saved, and not the ones that EMAHook has put aside."""
+    shown = []
+    monkeypatch.setattr(al_patch, 'broadcast', lambda buffer: shown.append(buffer.clone()))
+    hooks = [dict(EMA[0], update_buffers=True)]
+    *_, weights = run(make_cfg, train, 'ema', dict(rounds=0), custom_hooks=hooks)
+    assert any(torch.equal(each, weights['decode_head.convs.0.bn.running_mean']) for each in shown)
