@@ -69,7 +69,7 @@ from matplotlib.patches import Patch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset, Compose, InfiniteSampler, pseudo_collate
 from mmengine.dist import all_gather_object, barrier, broadcast, broadcast_object_list, get_dist_info, is_main_process
-from mmengine.hooks import CheckpointHook, Hook, LoggerHook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import DATASETS, OPTIM_WRAPPERS, DefaultScope
@@ -926,6 +926,27 @@ class RoundHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         torch.manual_seed(seed_of(self.seed, runner.rank, 'iter', runner.iter))
+
+    def after_train(self, runner: Runner) -> None:
+        """Save the last weights, which mmengine does not where EarlyStoppingHook ends a round between checkpoints."""
+        for hook in runner.hooks if getattr(runner.train_loop, 'stop_training', False) else ():
+            if isinstance(hook, CheckpointHook) and hook.save_last:
+                step = runner.epoch if hook.by_epoch else runner.iter
+                if hook.last_ckpt != hook.file_backend.join_path(hook.out_dir, hook.filename_tmpl.format(step)):
+                    hook._save_checkpoint_with_step(runner, step, dict(epoch=runner.epoch, iter=runner.iter))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keep what EarlyStoppingHook counts and mmengine forgets; it counts a validation after all saving is done."""
+        checkpoint['early_stopping'] = [(float(h.best_score), h.wait_count) for h in self.early_stopping(runner)]
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        for hook, counted in zip(self.early_stopping(runner), checkpoint.get('early_stopping', ())):
+            if runner._resume:
+                hook.best_score, hook.wait_count = counted
+
+    @staticmethod
+    def early_stopping(runner: Runner) -> list[Hook]:
+        return [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
 
     def after_val_epoch(self, runner: Runner, metrics: Optional[dict] = None) -> None:
         self.metrics = {key: round(float(value), 4) for key, value in (metrics or {}).items() if np.isscalar(value)}

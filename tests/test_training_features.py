@@ -2,6 +2,7 @@
 import os.path as osp
 import types
 
+import mmengine
 import pytest
 import tiny
 import torch
@@ -36,11 +37,35 @@ class WeightsSeen(Hook):
         self.rates.append(runner.optim_wrapper.get_lr()['lr'][0])
 
 
+@HOOKS.register_module()
+class RaiseOnce(Hook):
+    """Ends a run by an error in its first round, after an iteration."""
+    priority = 'LOWEST'
+
+    def __init__(self, after: int, marker: str):
+        self.after, self.marker = after, marker
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        if runner.iter + 1 == self.after and not osp.exists(self.marker):
+            mmengine.put_text('', self.marker)
+            raise InterruptedError('once')
+
+
 @pytest.fixture
 def seen(monkeypatch):
     monkeypatch.setattr(WeightsSeen, 'seen', [])
     monkeypatch.setattr(WeightsSeen, 'rates', [])
     return WeightsSeen
+
+
+def assert_same_runs(one: tuple, other: tuple) -> None:
+    """Two runs asked for the same, and came to the same metrics and weights."""
+    assert [entry['asked'] for entry in one[2]] == [entry['asked'] for entry in other[2]]
+    assert [entry['metrics'] for entry in one[2]] == [entry['metrics'] for entry in other[2]]
+    assert [entry['checkpoints'] for entry in one[2]] == [entry['checkpoints'] for entry in other[2]]
+    assert set(one[3]) == set(other[3])
+    for key, value in one[3].items():
+        torch.testing.assert_close(value, other[3][key], rtol=1e-5, atol=1e-6)
 
 
 # --- mixed precision and the optimizer -------------------------------------------------------------------------------
@@ -155,3 +180,40 @@ def test_ema_processes_validate_the_averaged_statistics_of_rank_0(make_cfg, trai
     hooks = [dict(EMA[0], update_buffers=True)]
     *_, weights = run(make_cfg, train, 'ema', dict(rounds=0), custom_hooks=hooks)
     assert any(torch.equal(each, weights['decode_head.convs.0.bn.running_mean']) for each in shown)
+
+
+# --- early stopping, and what a resumed round goes on with -----------------------------------------------------------
+
+
+@pytest.mark.parametrize('loop, last', [('iters', 'iter_3.pth'), ('epochs', 'epoch_3.pth')])
+def test_early_stopping(make_cfg, train, loop, last):
+    """The round ends where the hook says, between two checkpoints: its last weights are still on disk."""
+    hook = dict(type='EarlyStoppingHook', monitor='mIoU', rule='greater', patience=2, min_delta=1000.)
+    length = dict(iters='train_cfg.max_iters', epochs='train_cfg.max_epochs')[loop]
+    changes = {length: 50, 'train_cfg.val_interval': 1, 'default_hooks.checkpoint.interval': 50,
+               'default_hooks.checkpoint.save_best': None}
+    cfg, runner, rounds, weights = run(make_cfg, train, 'early', loop=loop, custom_hooks=[hook], **changes)
+    assert [entry['checkpoints']['last'] for entry in rounds] == [f'round_{k}/{last}' for k in (0, 1)]
+    assert same(runner.model.state_dict(), weights)
+
+
+@pytest.mark.filterwarnings('ignore:.*GradScaler')
+@pytest.mark.parametrize('changes', [
+    dict(hooks=[dict(type='EMAHook', momentum=.5)]), {'optim_wrapper.accumulative_counts': 2},
+    {'optim_wrapper.type': 'AmpOptimWrapper'},
+    dict(hooks=[dict(type='EarlyStoppingHook', monitor='mIoU', rule='greater', patience=2, min_delta=1000.)])],
+    ids=['ema', 'accumulation', 'amp', 'early_stopping'])
+def test_a_resumed_round_is_as_one_that_was_not_stopped(make_cfg, train, amp_on_cpu, changes):
+    changes = {'train_cfg.val_interval': 2, 'train_cfg.max_iters': 8, **changes}
+    hooks = changes.pop('hooks', [])
+
+    def go(tag: str, fails: bool, **more):
+        marker = osp.join(make_cfg().work_dir, tag, 'marker')
+        if not fails:
+            mmengine.put_text('', marker)
+        failing = dict(type='RaiseOnce', after=5, marker=marker)
+        return run(make_cfg, train, tag, custom_hooks=[*hooks, failing], **changes, **more)
+
+    with pytest.raises(InterruptedError):
+        go('stopped', True)
+    assert_same_runs(go('stopped', True, resume=True), go('straight', False))
