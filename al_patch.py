@@ -1046,6 +1046,8 @@ def close_round(trainer: Runner) -> None:
     for handler in trainer.logger.handlers:
         handler.close()
     trainer.visualizer.close()
+    if trainer.cfg.get('compile'):
+        torch._dynamo.reset()  # it recompiles a function eight times in a process, and then silently stops to compile
     for owner in (MMLogger, MessageHub, DefaultScope, Visualizer, type(trainer.visualizer)):
         owner._instance_dict.pop(trainer.experiment_name, None)
         owner._instance_dict.pop(trainer.visualizer.instance_name, None)

@@ -217,3 +217,44 @@ def test_a_resumed_round_is_as_one_that_was_not_stopped(make_cfg, train, amp_on_
     with pytest.raises(InterruptedError):
         go('stopped', True)
     assert_same_runs(go('stopped', True, resume=True), go('straight', False))
+
+
+# --- memory and speed ------------------------------------------------------------------------------------------------
+
+MC = dict(strategy=dict(type='bald', mc=3))
+RESNET = {
+    'model.backbone': dict(type='ResNet', depth=18, base_channels=8, strides=(1, 1, 1, 1), dilations=(1, 1, 1, 1)),
+    'model.decode_head.in_channels': 64, 'model.decode_head.in_index': 3}
+
+
+@pytest.mark.parametrize('where, on, model', [
+    ('mmengine.runner.activation_checkpointing.checkpoint',
+     dict(activation_checkpointing=['backbone.stage', 'decode_head.conv_seg']), {}),
+    ('mmseg.models.backbones.resnet.cp.checkpoint', {'model.backbone.with_cp': True}, RESNET)],
+    ids=['modules', 'with_cp'])
+def test_activation_checkpointing(make_cfg, train, monkeypatch, where, on, model):
+    calls, checkpoint = [], torch.utils.checkpoint.checkpoint
+    changes = {**model, **tiny.NO_VAL, 'train_cfg.max_iters': 2}
+    plain = run(make_cfg, train, 'plain', MC, **changes)
+    monkeypatch.setattr(where, lambda *args, **kwargs: calls.append(1) or checkpoint(*args, **kwargs))
+    saving = run(make_cfg, train, 'saving', MC, **{**changes, **on})
+    assert calls and counts(saving[2]) == [4, 2]
+    assert all(torch.allclose(saving[3][key], plain[3][key], atol=1e-6) for key in plain[3] if key.endswith('weight'))
+
+
+def test_sync_bn_in_one_process_is_bn(make_cfg, train):
+    runs = [run(make_cfg, train, kind, MC, **{'model.decode_head.norm_cfg.type': kind}) for kind in ('SyncBN', 'BN')]
+    assert_same_runs(*runs)
+    assert type(runs[0][1].model.decode_head.convs[0].bn).__name__ != 'SyncBatchNorm'
+
+
+def test_compile(make_cfg, train, monkeypatch):
+    """Each round compiles anew: torch._dynamo gives up on a function after eight times."""
+    compiled, resets, compile, reset = [], [], torch.compile, torch._dynamo.reset
+    monkeypatch.setattr(torch, 'compile', lambda *args, **kwargs: compiled.append(kwargs) or compile(*args, **kwargs))
+    monkeypatch.setattr(torch._dynamo, 'reset', lambda: resets.append(len(compiled)) or reset())
+    changes = {**tiny.NO_VAL, 'train_cfg.max_iters': 1}
+    one, other = (run(make_cfg, train, tag, MC, **changes, **options) for tag, options in (
+        ('compiled', dict(compile=dict(backend='eager'))), ('plain', {})))
+    assert_same_runs(one, other)
+    assert compiled == [dict(backend='eager')] * 2 and resets == [1, 2]
