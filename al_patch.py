@@ -1083,6 +1083,12 @@ def attribute(owner, name: str, value):
         setattr(owner, name, before) if had else delattr(owner, name)
 
 
+def label_classes(model: torch.nn.Module) -> Optional[int]:
+    """How many values labels have, if that is known: two for a head with one class, whose sigmoid tells it from 0."""
+    classes = getattr(model, 'num_classes', None)
+    return classes and max(2, classes)
+
+
 def decode_head(model: torch.nn.Module) -> Optional[torch.nn.Module]:
     """The head that gives a segmentor's logits: of a cascade, the last."""
     head = getattr(model, 'decode_head', None)
@@ -1734,7 +1740,7 @@ def hold_out(state: dict) -> dict:
 def add_round(runner: Runner, state: dict, pool: Pool, asked, trainer: Optional[Runner] = None) -> None:
     """Label what was asked for, or have a human do so: write the masks, then commit the state of the next round."""
     k, have, unit = len(state['rounds']), labelled(state), ConfigDict(state['settings']).unit
-    classes, entry = getattr(unwrap(runner.model), 'num_classes', None), dict(asked=asked)
+    classes, entry = label_classes(unwrap(runner.model)), dict(asked=asked)
     is_human = state['settings']['oracle'] == 'human'  # whose labels are not there before they are accepted
 
     def label_units(name: str) -> list:
@@ -2728,7 +2734,7 @@ def accept_labels(runner: Runner, state: dict, pool: Pool) -> None:
     missing_path, void_path = (osp.join(label_dir(runner.work_dir, k), file) for file in ('missing.txt', 'void.txt'))
     void_names = mmengine.list_from_file(void_path) if osp.isfile(void_path) else []
     rank, world_size = get_dist_info()
-    classes = getattr(unwrap(runner.model), 'num_classes', None)
+    classes = label_classes(unwrap(runner.model))
     mine = {name: check_label(pool, name, masks(name)[1], name in void_names, classes)
             for name in list(entry['asked'])[rank::world_size]}
     figures = {name: figure for share in all_gather_object(mine) for name, figure in share.items()}
