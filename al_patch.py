@@ -3247,8 +3247,9 @@ def predict_one(trainer: Runner, state: dict, pool: Pool, name: str, strategy: O
         data = pseudo_collate([pool.subset([name])[0]])
         [(_, _, [means], _)] = statistics(network, data, seeds, wanted, views)
         scores_NHW = call(strategy.score, means['probs_NCHW'], **means, **offered) if has_map(strategy) else [None]
-    prediction_HW = means['probs_NCHW'][0].argmax(0).cpu().numpy()
-    return prediction_HW, None if scores_NHW[0] is None else scores_NHW[0].float().cpu().numpy()
+    probs_CHW, head = means['probs_NCHW'][0], decode_head(network.model)
+    prediction_HW = probs_CHW[1] > head.threshold if getattr(head, 'out_channels', None) == 1 else probs_CHW.argmax(0)
+    return prediction_HW.long().cpu().numpy(), None if scores_NHW[0] is None else scores_NHW[0].float().cpu().numpy()
 
 
 def has_map(strategy: Optional[Strategy]) -> bool:

@@ -2,6 +2,7 @@
 import shutil
 
 import cv2
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -148,3 +149,16 @@ def test_one_output_cannot_be_trained_with_partly_labelled_images(binary, train)
     """mmseg's binary cross entropy asks for the largest label, and fails where there is none."""
     with pytest.raises(ValueError, match='^CrossEntropyLoss cannot train with partly labelled images'):
         train(binary(dict(unit='region', initial=tiny.NAMES[:2]), BINARY['sigmoid']))
+
+
+@torch.no_grad()
+def test_pictures_show_what_mmseg_predicts_above_the_threshold(binary, build):
+    runner = build(binary({}, BINARY['sigmoid']))
+    torch.nn.init.normal_(runner.model.decode_head.conv_seg.weight, std=30)
+    pool = al_patch.Pool(runner.cfg)
+    prediction, _ = al_patch.predict_one(runner, dict(seed=0, rounds=[]), pool, tiny.NAMES[0])
+    data = al_patch.pseudo_collate([pool.subset(tiny.NAMES[:1])[0]])
+    [sample] = runner.model.eval().test_step(data)
+    expected = sample.pred_sem_seg.data[0].numpy()
+    assert set(np.unique(expected)) == {0, 1} and (sample.seg_logits.data[0].numpy() > .5).sum() > expected.sum()
+    assert (prediction == expected).all()
