@@ -69,9 +69,10 @@ from matplotlib.patches import Patch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset, Compose, InfiniteSampler, pseudo_collate
 from mmengine.dist import all_gather_object, barrier, broadcast, broadcast_object_list, get_dist_info, is_main_process
-from mmengine.hooks import CheckpointHook, Hook, LoggerHook
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
-from mmengine.registry import DATASETS, DefaultScope
+from mmengine.optim import AmpOptimWrapper
+from mmengine.registry import DATASETS, OPTIM_WRAPPERS, DefaultScope
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint, load_checkpoint
 from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
@@ -924,8 +925,9 @@ class RoundHook(Hook):
         if at > 0 and at >= loop.val_begin and (at % loop.val_interval == 0 or at == end):
             runner.val_loop.run()
 
-    def before_val(self, runner: Runner) -> None:
-        """Validate what rank 0 saves: without SyncBN, each process has running statistics of its own."""
+    def before_val_epoch(self, runner: Runner) -> None:
+        """Validate what rank 0 saves: without SyncBN, each process has running statistics of its own. After EMAHook, at
+        its higher priority, has swapped in its own."""
         for buffer in filter(torch.is_floating_point, unwrap(runner.model).buffers()):
             broadcast(buffer)
 
@@ -936,6 +938,27 @@ class RoundHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         torch.manual_seed(seed_of(self.seed, runner.rank, 'iter', runner.iter))
+
+    def after_train(self, runner: Runner) -> None:
+        """Save the last weights, which mmengine does not where EarlyStoppingHook ends a round between checkpoints."""
+        for hook in runner.hooks if getattr(runner.train_loop, 'stop_training', False) else ():
+            if isinstance(hook, CheckpointHook) and hook.save_last:
+                step = runner.epoch if hook.by_epoch else runner.iter
+                if hook.last_ckpt != hook.file_backend.join_path(hook.out_dir, hook.filename_tmpl.format(step)):
+                    hook._save_checkpoint_with_step(runner, step, dict(epoch=runner.epoch, iter=runner.iter))
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Keep what EarlyStoppingHook counts and mmengine forgets; it counts a validation after all saving is done."""
+        checkpoint['early_stopping'] = [(float(h.best_score), h.wait_count) for h in self.early_stopping(runner)]
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        for hook, counted in zip(self.early_stopping(runner), checkpoint.get('early_stopping', ())):
+            if runner._resume:
+                hook.best_score, hook.wait_count = counted
+
+    @staticmethod
+    def early_stopping(runner: Runner) -> list[Hook]:
+        return [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
 
     def after_val_epoch(self, runner: Runner, metrics: Optional[dict] = None) -> None:
         self.metrics = {key: round(float(value), 4) for key, value in (metrics or {}).items() if np.isscalar(value)}
@@ -1002,7 +1025,8 @@ def build_round(runner: Runner, state: dict, resumed: bool) -> Runner:
 
 
 def train_round(runner: Runner, trainer: Runner, state: dict) -> None:
-    """Run the round's training, and note its metrics and checkpoints in the state."""
+    """Run the round's training, and note its metrics and checkpoints in the state. The model then has the weights of
+    the last checkpoint, which were validated: EMAHook leaves others in memory."""
     begin = time.time()
     with reading(trainer._load_from or 'a checkpoint of the config', pickle.UnpicklingError):
         trainer.train()
@@ -1018,6 +1042,7 @@ def train_round(runner: Runner, trainer: Runner, state: dict) -> None:
     state['rounds'][state['round']].update(
         labelled=spent(state), metrics=hook.metrics, train_seconds=round(time.time() - begin, 1),
         checkpoints={key: osp.relpath(path, runner.work_dir) for key, path in shared[0].items() if path})
+    load_weights(runner, trainer, checkpoint_path(runner, state['rounds'][state['round']], 'last'))
     state['phase'] = 'query'
     save_state(state, runner.work_dir)
 
@@ -1033,6 +1058,8 @@ def close_round(trainer: Runner) -> None:
     for handler in trainer.logger.handlers:
         handler.close()
     trainer.visualizer.close()
+    if trainer.cfg.get('compile'):
+        torch._dynamo.reset()  # it recompiles a function eight times in a process, and then silently stops to compile
     for owner in (MMLogger, MessageHub, DefaultScope, Visualizer, type(trainer.visualizer)):
         owner._instance_dict.pop(trainer.experiment_name, None)
         owner._instance_dict.pop(trainer.visualizer.instance_name, None)
@@ -1047,6 +1074,16 @@ def unwrap(model: torch.nn.Module) -> torch.nn.Module:
     return getattr(model, 'module', model)
 
 
+def precision(trainer: Runner):
+    """The context of the precision that a round trains in: mixed under an ``AmpOptimWrapper``, in its dtype."""
+    wrapper = trainer.cfg.optim_wrapper
+    kind, dtype = wrapper.get('type', 'OptimWrapper'), wrapper.get('dtype')
+    kind = OPTIM_WRAPPERS.get(kind) if isinstance(kind, str) else kind
+    if not (inspect.isclass(kind) and issubclass(kind, AmpOptimWrapper)):
+        return autocast(enabled=False, dtype=None)
+    return autocast(enabled=True, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
 @contextlib.contextmanager
 def attribute(owner, name: str, value):
     """Set an object's own attribute for a while."""
@@ -1056,6 +1093,12 @@ def attribute(owner, name: str, value):
         yield
     finally:
         setattr(owner, name, before) if had else delattr(owner, name)
+
+
+def label_classes(model: torch.nn.Module) -> Optional[int]:
+    """How many values labels have, if that is known: two for a head with one class, whose sigmoid tells it from 0."""
+    classes = getattr(model, 'num_classes', None)
+    return classes and max(2, classes)
 
 
 def decode_head(model: torch.nn.Module) -> Optional[torch.nn.Module]:
@@ -1602,15 +1645,14 @@ def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, 
     total = sum(free.values())
     if strategy.needs_model:
         network = Network(unwrap(trainer.model), strategy.mc)
-        amp = trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'
     if strategy.calibration:
-        with autocast(enabled=amp):
+        with precision(trainer):
             offered['thresholds_C'] = calibrate(runner, network, state, pool, strategy.alpha)
     for done, (data, positions) in enumerate(zip(loader if network else itertools.repeat(None), batches), 1):
         results = [(None, {})] * len(positions)
         if network:
             seeds = [seed_of(state['seed'], 'mc', k, names[position]) for position in positions]
-            with autocast(enabled=amp):
+            with precision(trainer):
                 results = list(predictions(network, data, seeds, strategy, full_res, whole, **offered))
         for position, (map_HW, maps) in zip(positions, results):
             name = names[position]
@@ -1724,7 +1766,7 @@ def hold_out(state: dict) -> dict:
 def add_round(runner: Runner, state: dict, pool: Pool, asked, trainer: Optional[Runner] = None) -> None:
     """Label what was asked for, or have a human do so: write the masks, then commit the state of the next round."""
     k, have, unit = len(state['rounds']), labelled(state), ConfigDict(state['settings']).unit
-    classes, entry = getattr(unwrap(runner.model), 'num_classes', None), dict(asked=asked)
+    classes, entry = label_classes(unwrap(runner.model)), dict(asked=asked)
     is_human = state['settings']['oracle'] == 'human'  # whose labels are not there before they are accepted
 
     def label_units(name: str) -> list:
@@ -2561,9 +2603,8 @@ def predict(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool,
     model, entry = unwrap(trainer.model).eval(), state['rounds'][state['round'] - 1]
     load_checkpoint(model, checkpoint_path(runner, entry, state['settings']['query_with']), map_location='cpu',
                     logger=runner.logger)
-    amp = trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'
     for data, positions in zip(*query_dataloader(runner.cfg, pool, names)):
-        with autocast(enabled=amp):
+        with precision(trainer):
             samples = model.test_step(data)
         for position, sample in zip(positions, samples):
             yield names[position], sample.pred_sem_seg.data[0].cpu().numpy().astype(np.uint8)
@@ -2719,7 +2760,7 @@ def accept_labels(runner: Runner, state: dict, pool: Pool) -> None:
     missing_path, void_path = (osp.join(label_dir(runner.work_dir, k), file) for file in ('missing.txt', 'void.txt'))
     void_names = mmengine.list_from_file(void_path) if osp.isfile(void_path) else []
     rank, world_size = get_dist_info()
-    classes = getattr(unwrap(runner.model), 'num_classes', None)
+    classes = label_classes(unwrap(runner.model))
     mine = {name: check_label(pool, name, masks(name)[1], name in void_names, classes)
             for name in list(entry['asked'])[rank::world_size]}
     figures = {name: figure for share in all_gather_object(mine) for name, figure in share.items()}
@@ -3228,12 +3269,13 @@ def predict_one(trainer: Runner, state: dict, pool: Pool, name: str, strategy: O
     wanted = [key for key in STATISTICS if key == 'probs_NCHW' or strategy and strategy.asks_for(key)]
     seeds = [seed_of(state['seed'], 'mc', len(state['rounds']), name)]
     views = [functools.partial(to_image, align_corners=network.model.align_corners)]
-    with autocast(enabled=trainer.cfg.optim_wrapper.get('type') == 'AmpOptimWrapper'):
+    with precision(trainer):
         data = pseudo_collate([pool.subset([name])[0]])
         [(_, _, [means], _)] = statistics(network, data, seeds, wanted, views)
         scores_NHW = call(strategy.score, means['probs_NCHW'], **means, **offered) if has_map(strategy) else [None]
-    prediction_HW = means['probs_NCHW'][0].argmax(0).cpu().numpy()
-    return prediction_HW, None if scores_NHW[0] is None else scores_NHW[0].float().cpu().numpy()
+    probs_CHW, head = means['probs_NCHW'][0], decode_head(network.model)
+    prediction_HW = probs_CHW[1] > head.threshold if getattr(head, 'out_channels', None) == 1 else probs_CHW.argmax(0)
+    return prediction_HW.long().cpu().numpy(), None if scores_NHW[0] is None else scores_NHW[0].float().cpu().numpy()
 
 
 def has_map(strategy: Optional[Strategy]) -> bool:

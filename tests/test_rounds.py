@@ -140,7 +140,8 @@ def test_the_checkpoint_that_scores(make_cfg, train, monkeypatch, which):
     monkeypatch.setattr(al_patch, 'load_checkpoint', lambda m, path, **k: loaded.append(path) or load(m, path, **k))
     cfg = make_cfg(dict(query_with=which), changes={'train_cfg.val_interval': 1})
     runner, rounds = train(cfg)
-    assert loaded == [osp.join(cfg.work_dir, rounds[0]['checkpoints'][which])]
+    after_training, after_last = (osp.join(cfg.work_dir, entry['checkpoints']['last']) for entry in rounds)
+    assert loaded == [after_training, osp.join(cfg.work_dir, rounds[0]['checkpoints'][which]), after_last]
 
 
 @pytest.mark.parametrize('own, al, seed', [(0, 5, 0), (1, 5, 1), (None, 5, 5), (3, None, 3)])
