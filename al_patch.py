@@ -1875,7 +1875,8 @@ def cell_weights(unit: dict, ids: np.ndarray, segments: Optional[np.ndarray], sh
     share = scipy.sparse.coo_matrix((np.ones(len(rows), np.float32), (rows, columns)),
                                     (len(ids), cells[0] * cells[1])).tocsr().tocoo()
     share.data /= np.bincount(rows, minlength=len(ids))[share.row]
-    return torch.sparse_coo_tensor(np.stack([share.row, share.col]), share.data, share.shape, is_coalesced=True)
+    weights = torch.sparse_coo_tensor(np.stack([share.row, share.col]), share.data, share.shape)
+    return weights._coalesced_(True)  # it is; torch < 2.1 cannot be told above
 
 
 # ---------------------------------------------------------------------------------------------------------------------
