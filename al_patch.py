@@ -922,7 +922,7 @@ class RoundHook(Hook):
         python_random.seed(seed)
         np.random.seed(seed % 2**32)
         batches = getattr(runner.train_loop, 'dataloader_iterator', None)
-        if hasattr(batches, 'skip_iter'):  # the maintained fork's, which would spare the pipelines and their random draws
+        if hasattr(batches, 'skip_iter'):  # the maintained fork's would spare the pipelines, and so their random draws
             batches.skip_iter = lambda skipped: collections.deque(itertools.islice(batches, skipped), maxlen=0)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
