@@ -56,7 +56,7 @@ from xml.sax.saxutils import quoteattr
 
 import cv2
 import mmcv.utils.ext_loader
-import mmengine
+import mmengine.runner.checkpoint
 import numpy as np
 import scipy.cluster.vq
 import scipy.ndimage
@@ -935,6 +935,9 @@ class RoundHook(Hook):
         seed = seed_of(self.seed, runner.rank, 'epoch', runner.epoch)
         python_random.seed(seed)
         np.random.seed(seed % 2**32)
+        batches = getattr(runner.train_loop, 'dataloader_iterator', None)
+        if hasattr(batches, 'skip_iter'):  # the maintained fork's would spare the pipelines, and so their random draws
+            batches.skip_iter = lambda skipped: collections.deque(itertools.islice(batches, skipped), maxlen=0)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         torch.manual_seed(seed_of(self.seed, runner.rank, 'iter', runner.iter))
@@ -1943,7 +1946,8 @@ def cell_weights(unit: dict, ids: np.ndarray, segments: Optional[np.ndarray], sh
     share = scipy.sparse.coo_matrix((np.ones(len(rows), np.float32), (rows, columns)),
                                     (len(ids), cells[0] * cells[1])).tocsr().tocoo()
     share.data /= np.bincount(rows, minlength=len(ids))[share.row]
-    return torch.sparse_coo_tensor(np.stack([share.row, share.col]), share.data, share.shape, is_coalesced=True)
+    weights = torch.sparse_coo_tensor(np.stack([share.row, share.col]), share.data, share.shape)
+    return weights._coalesced_(True)  # it is; torch < 2.1 cannot be told above
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2848,7 +2852,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
     pool = Pool(runner.cfg)
     state = start_state(runner, al, pool)
     resumed = bool(runner.cfg.get('resume'))
-    with torch.serialization.safe_globals(checkpoint_globals()):
+    with checkpoints_are_data():
         while state['phase'] != 'label':
             log_round(runner, state)
             trainer = build_round(runner, state, resumed)
@@ -3571,6 +3575,23 @@ def checkpoint_globals() -> list:
     dtypes = [type(np.dtype(code)) for code in '?bBhHiIlLqQefd']
     return [HistoryBuffer, np.ndarray, np.dtype, *dict.fromkeys(dtypes), multiarray.scalar, multiarray._reconstruct,
             (_getattr_of_history_buffer, 'builtins.getattr')]
+
+
+@contextlib.contextmanager
+def checkpoints_are_data():
+    """Within it, ``torch.load`` by default reads what mmengine's own checkpoints hold, and refuses the rest.
+
+    That is torch >= 2.6, the first that protects by default; before it any checkpoint is read, as by stock mmengine.
+    The maintained fork's mmengine reads again, without protection, what was refused: not here.
+    """
+    fallback = getattr(mmengine.runner.checkpoint, '_safe_torch_load', None)
+    with contextlib.ExitStack() as stack:
+        if hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'):  # came with that default
+            stack.enter_context(torch.serialization.safe_globals(checkpoint_globals()))
+            if fallback is not None:
+                stack.callback(setattr, mmengine.runner.checkpoint, '_safe_torch_load', fallback)
+                mmengine.runner.checkpoint._safe_torch_load = torch.load
+        yield
 
 
 def load_ext_lazily(name: str, functions: list[str]):

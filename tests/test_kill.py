@@ -297,6 +297,8 @@ class Evil:
         return os.mkdir, (self.marker, )
 
 
+@pytest.mark.skipif(not hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'),
+                    reason='torch < 2.6 reads any checkpoint')
 @pytest.mark.parametrize('phase', ['train', 'query', 'done'])
 def test_a_checkpoint_that_would_run_code_is_refused_by_name(make_cfg, train, tmp_path, phase):
     cfg = make_cfg(dict(rounds=0 if phase == 'done' else 1), changes=tiny.NO_VAL)

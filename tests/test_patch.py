@@ -1,7 +1,12 @@
 """The patch: put in place by the import, undone without a trace, and idle without an `al` block."""
+import importlib.util
 import os.path as osp
+import types
 
+import mmcv.ops.psa_mask
+import mmcv.utils.ext_loader
 import pytest
+import tiny
 from conftest import TARGETS, raw
 from mmengine.dataset import BaseDataset
 from mmengine.runner import Runner
@@ -71,6 +76,24 @@ def test_a_missing_op_fails_by_name_when_it_is_called():
     ext = al_patch.load_ext_lazily('_ext', ['roi_align_forward'])
     with pytest.raises(RuntimeError, match='calls the compiled op `roi_align_forward`, which mmcv-lite does not have'):
         ext.roi_align_forward(1, 2)
+
+
+@pytest.mark.skipif(importlib.util.find_spec('mmcv._ext') is None, reason='mmcv has no compiled ops')
+def test_compiled_ops_are_mmcvs_own_and_are_called(make_cfg, train, monkeypatch):
+    assert vars(mmcv.utils.ext_loader)['load_ext'] is al_patch._ORIGINALS[mmcv.utils.ext_loader, 'load_ext']
+    ext, calls = mmcv.ops.psa_mask.ext_module, []
+    assert isinstance(ext, types.ModuleType) and ext.__name__ == 'mmcv._ext'
+    monkeypatch.setattr(mmcv.ops.psa_mask, 'ext_module', types.SimpleNamespace(
+        psamask_forward=lambda *args, **kwargs: calls.append('forward') or ext.psamask_forward(*args, **kwargs),
+        psamask_backward=lambda *args, **kwargs: calls.append('backward') or ext.psamask_backward(*args, **kwargs)))
+    cfg = make_cfg({}, changes=tiny.NO_VAL)
+    cfg.model.decode_head = dict(
+        type='PSAHead', in_channels=8, channels=4, mask_size=(9, 9), psa_type='bi-direction', num_classes=3,
+        norm_cfg=dict(type='BN'), loss_decode=dict(type='CrossEntropyLoss'))
+    _, rounds = train(cfg)
+    assert [len(entry['asked']) for entry in rounds] == [4, 2]
+    # two of the head's directions: in 4 iterations of 2 rounds, and of the pool of 8 images in batches of 2
+    assert calls.count('backward') == 16 and calls.count('forward') == 16 + 8
 
 
 def test_getattr_in_a_checkpoint_answers_for_history_buffers_only():
