@@ -412,12 +412,18 @@ class Pool:
         leaf, index = self.where[name]
         info = self.leaves[leaf].get_data_info(index)
         with reading(info['img_path']):
-            return self.leaves[leaf].pipeline.transforms[0](info)['img']
+            image = self.leaves[leaf].pipeline.transforms[0](info)['img']
+            if image.ndim not in (2, 3):
+                raise ValueError(f'the pipeline should load images (H, W[, C]), but got {image.shape}')
+            return image
 
     def load_label(self, name: str) -> np.ndarray:
         """The label map of an image that was asked for, (H, W), as training loads it."""
         leaf, index = self.where[name]
-        return Compose(self.label_loaders[leaf])(self.leaves[leaf].get_data_info(index))['gt_seg_map']
+        results = Compose(self.label_loaders[leaf])(self.leaves[leaf].get_data_info(index))
+        if 'gt_seg_map' not in results:
+            raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
+        return results['gt_seg_map']
 
     @property
     def classes(self) -> list[str]:

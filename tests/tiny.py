@@ -74,9 +74,9 @@ def make_data(root: str) -> str:
 class TinyBackbone(BaseModule):
     """Two convolutions, at a quarter of the resolution."""
 
-    def __init__(self):
+    def __init__(self, in_channels: int = 3):
         super().__init__()
-        self.stem = torch.nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.stem = torch.nn.Conv2d(in_channels, 8, 3, stride=2, padding=1)
         self.stage = torch.nn.Conv2d(8, 8, 3, stride=2, padding=1)
 
     def forward(self, x: torch.Tensor) -> tuple:
