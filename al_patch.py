@@ -3605,8 +3605,9 @@ def load_ext_lazily(name: str, functions: list[str]):
 
     def missing(function: str) -> Callable:
         def op(*args, **kwargs):
-            raise RuntimeError(f'this model calls the compiled op `{function}`, which mmcv-lite does not have: install '
-                               'the full mmcv (pip uninstall mmcv-lite; pip install "mmcv>=2.0.0rc4,<2.2.0")')
+            raise RuntimeError(f'this model calls the compiled op `{function}`, which the installed mmcv lacks: '
+                               'install the full one, for mmcv-lite by: pip uninstall mmcv-lite; '
+                               'pip install --no-build-isolation "mmcv>=2.0.0rc4,<2.2.0"')
         return op
 
     return types.SimpleNamespace(**{function: missing(function) for function in functions})

@@ -74,7 +74,7 @@ def test_without_al_a_runner_trains_as_stock(make_cfg, build, tmp_path):
 
 def test_a_missing_op_fails_by_name_when_it_is_called():
     ext = al_patch.load_ext_lazily('_ext', ['roi_align_forward'])
-    with pytest.raises(RuntimeError, match='calls the compiled op `roi_align_forward`, which mmcv-lite does not have'):
+    with pytest.raises(RuntimeError, match='calls the compiled op `roi_align_forward`, which the installed mmcv lacks'):
         ext.roi_align_forward(1, 2)
 
 
