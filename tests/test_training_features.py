@@ -250,6 +250,10 @@ def test_sync_bn_in_one_process_is_bn(make_cfg, train):
 
 def test_compile(make_cfg, train, monkeypatch):
     """Each round compiles anew: torch._dynamo gives up on a function after eight times. The first really does, here."""
+    try:
+        torch.compile(len, backend='eager')
+    except (AttributeError, RuntimeError) as error:
+        pytest.skip(f'this torch does not compile: {error}')
     compiled, resets, compile, reset = [], [], torch.compile, torch._dynamo.reset
 
     def compile_once(function, **options):
