@@ -28,6 +28,14 @@ AL = 'dict(initial=4, budget=2, rounds=1)'
 # --- kill -9 ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_counts():
+    """What a shell starts in the background ignores Ctrl-C, and hands that on to what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_killed_runs_end_as_those_that_are_not():
     """By hand: `python tests/kill.py --kills 50`."""
     done = shell(sys.executable, osp.join(ROOT, 'tests', 'kill.py'), '--kills', '4', '--unit', 'region', '--processes',
