@@ -102,7 +102,7 @@ def test_a_function_gets_what_its_parameters_are_named_after(make_cfg, train, gr
     assert select['vectors_ND'].shape == (n, 5 + 8 + 1) and select['probs_NC'].shape == (n, 5)
     assert select['labelled_LD'].shape == (len(select['labelled_scores_L']), 14) and len(select['labelled_LD'])
     assert select['vectors_ND'][:, :5].numpy() == pytest.approx(2 * select['probs_NC'].numpy(), abs=1e-5)
-    assert select['vectors_ND'][:, -1].numpy() == pytest.approx(2 * select['scores_N'].numpy(), abs=1e-4)
+    assert select['vectors_ND'][:, -1].numpy() == pytest.approx(2 * select['scores_N'].numpy(), rel=1e-4, abs=1e-4)
     assert (embed['weights_NP'] is None) == (unit == 'image')
     if unit == 'image':
         assert n == 12 - 6 and len(select['labelled_LD']) == 6

@@ -101,6 +101,8 @@ def test_a_subset_is_not_a_copy_by_mmengine(make_cfg, monkeypatch):
     """`get_subset` copies with a memo by id() that outlives the objects: a later run would get parts of an earlier."""
     pool = Pool(make_cfg())
     [memo] = BaseDataset._copy_without_annotation.__defaults__
+    if memo is None:
+        pytest.skip('this mmengine copies with a memo of its own each time')
     monkeypatch.setitem(memo, id(pool.leaves[0].pipeline), 'a part of an earlier run')
     assert shown(pool.subset(['a/01', 'b/10'])) == ['a/01', 'b/10']
 

@@ -314,6 +314,15 @@ def test_mmsegs_losses_that_are_let_in(loss, channels):
     check_loss(MODELS.build(loss), channels, 255)
 
 
+def weighs_what_is_labelled() -> bool:
+    """mmseg 1.2.2 looks up the class weight of `ignore_index`, too, where it averages over labelled pixels."""
+    loss = MODELS.build(dict(type='CrossEntropyLoss', class_weight=[1., 1.], avg_non_ignore=True))
+    try:
+        return bool(loss(torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 255]]]), ignore_index=255).isfinite())
+    except IndexError:
+        return False
+
+
 @pytest.mark.parametrize('loss, channels, why', [
     (dict(type='DiceLoss'), 3, 'pixels without a label change it'),
     (dict(type='HuasdorffDisstanceLoss'), 3, 'pixels without a label change it'),
@@ -324,6 +333,8 @@ def test_mmsegs_losses_that_are_let_in(loss, channels):
     (dict(type='FocalLoss'), 3, r'it fails on them \(RuntimeError'),  # mmseg's version without a GPU fails on anything
     (dict(type='BoundaryLoss'), 3, r'it fails on them \(IndexError')], ids=str)
 def test_mmsegs_losses_that_are_refused(loss, channels, why):
+    if 'class_weight' in loss and weighs_what_is_labelled():
+        pytest.skip('this mmseg weighs classes where pixels have a label')
     with pytest.raises(ValueError, match=f'^{loss["type"]} cannot train with partly labelled images: {why}'):
         check_loss(MODELS.build(loss), channels, 255)
 
