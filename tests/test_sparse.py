@@ -315,8 +315,8 @@ def test_mmsegs_losses_that_are_let_in(loss, channels):
 
 
 def weighs_what_is_labelled() -> bool:
-    """mmseg 1.2.2 looks up the class weight of `ignore_index`, too, where it averages over labelled pixels."""
-    loss = MODELS.build(dict(type='CrossEntropyLoss', class_weight=[1., 1.], avg_non_ignore=True))
+    """mmseg 1.2.2 looks up the class weight of `ignore_index`, too: it fails on a pixel without a label."""
+    loss = MODELS.build(dict(type='CrossEntropyLoss', class_weight=[1., 1.]))
     try:
         return bool(loss(torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 255]]]), ignore_index=255).isfinite())
     except IndexError:

