@@ -853,7 +853,7 @@ def prepare_losses(trainer: Runner) -> None:
                              "are background: use `al.unit='image'` with it")
         if hasattr(module, 'avg_non_ignore'):
             module.avg_non_ignore = True
-            if getattr(module.cls_criterion, '__name__', None) == 'cross_entropy':
+            if getattr(module.cls_criterion, '__name__', None) in ('cross_entropy', 'binary_cross_entropy'):
                 module.cls_criterion = functools.partial(mean_over_labelled, module.cls_criterion)
     heads = [m for m in unwrap(trainer.model).modules() if hasattr(m, 'loss_decode') and hasattr(m, 'ignore_index')]
     names = []
@@ -866,14 +866,18 @@ def prepare_losses(trainer: Runner) -> None:
                         f'pixels have no gradient under {", ".join(dict.fromkeys(names))}')
 
 
-def mean_over_labelled(cross_entropy: Callable, pred_NCHW: torch.Tensor, label_NHW: torch.Tensor, *args,
+def mean_over_labelled(criterion: Callable, pred_NCHW: torch.Tensor, label_NHW: torch.Tensor, *args,
                        **kwargs) -> torch.Tensor:
-    """mmseg's cross entropy, which with class weights looks up that of ``ignore_index`` too, and fails: it is told by
-    what to divide."""
+    """mmseg's cross entropy, which fails with one sigmoid output where no pixel is labelled, and with class weights
+    looks up that of ``ignore_index`` too: it is spared the one, and told by what to divide for the other."""
+    labels = label_NHW[label_NHW != kwargs['ignore_index']]
+    if kwargs['reduction'] == 'mean' and not labels.numel():
+        return pred_NCHW.sum() * 0
     weight_C = kwargs.get('class_weight')
-    if weight_C is not None and kwargs.get('avg_factor') is None and kwargs['reduction'] == 'mean':
-        kwargs['avg_factor'] = weight_C[label_NHW[label_NHW != kwargs['ignore_index']]].sum()
-    return cross_entropy(pred_NCHW, label_NHW, *args, **kwargs)
+    if (weight_C is not None and kwargs.get('avg_factor') is None and kwargs['reduction'] == 'mean'
+            and criterion.__name__ == 'cross_entropy'):
+        kwargs['avg_factor'] = weight_C[labels].sum()
+    return criterion(pred_NCHW, label_NHW, *args, **kwargs)
 
 
 def check_loss(loss: torch.nn.Module, channels: int, ignore_index: int) -> None:

@@ -339,20 +339,49 @@ def test_mmsegs_losses_that_are_refused(loss, channels, why):
         check_loss(MODELS.build(loss), channels, 255)
 
 
+def softmax_with_class_weights(logits, label):
+    return torch.nn.functional.cross_entropy(logits, label, torch.tensor([1., .5, 2.]), ignore_index=255)
+
+
+def one_sigmoid(logits, label):
+    known = label != 255
+    return torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0][known], label[known].float())
+
+
+def one_sigmoid_with_weight(logits, label):
+    known = label != 255
+    p, y = logits[:, 0][known].sigmoid(), label[known]
+    return -(3. * y * p.log() + (1 - y) * (1 - p).log()).mean()
+
+
 @pytest.mark.parametrize('labelled', [0, 1, 20])
-def test_class_weights_are_averaged_over_labelled_pixels(labelled):
+@pytest.mark.parametrize('options, channels, slow', [
+    (dict(class_weight=[1., .5, 2.]), 3, softmax_with_class_weights), (dict(use_sigmoid=True), 1, one_sigmoid),
+    (dict(use_sigmoid=True, class_weight=[3.]), 1, one_sigmoid_with_weight)])
+def test_cross_entropy_is_averaged_over_labelled_pixels(options, channels, slow, labelled):
     torch.manual_seed(labelled)
-    logits, label = torch.randn(2, 3, 4, 4), torch.full((2, 4, 4), 255)
-    label.view(-1)[torch.randperm(32)[:labelled]] = torch.randint(0, 3, (labelled, ))
+    logits, label = torch.randn(2, channels, 4, 4, requires_grad=True), torch.full((2, 4, 4), 255)
+    label.view(-1)[torch.randperm(32)[:labelled]] = torch.randint(0, max(2, channels), (labelled, ))
     head = torch.nn.Module()
-    head.loss_decode = MODELS.build(dict(type='CrossEntropyLoss', class_weight=[1., .5, 2.]))
-    head.ignore_index, head.out_channels = 255, 3
+    head.loss_decode = MODELS.build(dict(type='CrossEntropyLoss', **options))
+    head.ignore_index, head.out_channels = 255, channels
     logger = types.SimpleNamespace(info=lambda line: None)
     al_patch.prepare_losses(types.SimpleNamespace(model=torch.nn.Sequential(head), logger=logger))
     value = head.loss_decode(logits, label, ignore_index=255)
-    weights = torch.tensor([1., .5, 2.])
-    expected = torch.nn.functional.cross_entropy(logits, label, weights, ignore_index=255) if labelled else 0.
-    assert float(value) == pytest.approx(float(expected), rel=1e-5)
+    value.backward()
+    assert float(value) == pytest.approx(float(slow(logits, label)) if labelled else 0., rel=1e-5)
+    assert bool(logits.grad.any()) == bool(labelled)
+
+
+def test_one_sigmoid_output_learns_from_single_pixels(make_cfg, train, shared_data, tmp_path):
+    root = shutil.copytree(shared_data, tmp_path / 'two_classes')
+    for path in root.glob('ann/*/*.png'):
+        label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+        cv2.imwrite(str(path), np.where(label == 2, 0, label))
+    _, rounds = train(make_cfg(dict(unit='pixel', initial=5, budget=3), root=str(root), changes={
+        'model.decode_head.num_classes': 2, 'model.decode_head.out_channels': 1, 'model.decode_head.threshold': .5,
+        'model.decode_head.loss_decode.use_sigmoid': True, **tiny.NO_VAL}))
+    assert len(rounds) == 2 and len(rounds[1]['asked']) > 0
 
 
 def test_a_run_refuses_the_loss_before_it_trains(make_cfg, train):
