@@ -22,6 +22,12 @@ pip install -q "${COMMON[@]}" "${PACKAGES[@]}"
 if [ -n "${OPS:-}" ]; then # from source, past any wheel without ops that pip has kept, and with torch in sight
     MMCV_WITH_OPS=1 pip install --no-build-isolation --no-cache-dir --no-binary "${OPS%%=*}" "$OPS"
 fi
+if [[ $1 == fork* ]]; then # its mmengine looks for the base of a `mmseg::` config in a package of the old name
+    cd "$(python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+    cp -r onedl_mmsegmentation-1.4.2.dist-info mmsegmentation-1.4.2.dist-info
+    sed -i 's/^Name: .*/Name: mmsegmentation/' mmsegmentation-1.4.2.dist-info/METADATA
+    cd - > /dev/null
+fi
 pip list | grep -iE '^(torch|numpy|(onedl-)?mm)'
 bash dist_al_train.sh configs/al_digits.py 0 --work-dir "$FOLDER/al_digits"
 python -m pytest tests
