@@ -373,17 +373,6 @@ def test_cross_entropy_is_averaged_over_labelled_pixels(options, channels, slow,
     assert bool(logits.grad.any()) == bool(labelled)
 
 
-def test_one_sigmoid_output_learns_from_single_pixels(make_cfg, train, shared_data, tmp_path):
-    root = shutil.copytree(shared_data, tmp_path / 'two_classes')
-    for path in root.glob('ann/*/*.png'):
-        label = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-        cv2.imwrite(str(path), np.where(label == 2, 0, label))
-    _, rounds = train(make_cfg(dict(unit='pixel', initial=5, budget=3), root=str(root), changes={
-        'model.decode_head.num_classes': 2, 'model.decode_head.out_channels': 1, 'model.decode_head.threshold': .5,
-        'model.decode_head.loss_decode.use_sigmoid': True, **tiny.NO_VAL}))
-    assert len(rounds) == 2 and len(rounds[1]['asked']) > 0
-
-
 def test_a_run_refuses_the_loss_before_it_trains(make_cfg, train):
     cfg = make_cfg(dict(unit='pixel'), changes={'model.decode_head.loss_decode.type': 'DiceLoss'})
     with pytest.raises(ValueError, match='^DiceLoss cannot train'):
