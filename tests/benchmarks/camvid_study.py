@@ -12,6 +12,7 @@ import argparse
 import csv
 import glob
 import json
+import math
 import os
 import os.path as osp
 import subprocess
@@ -43,6 +44,8 @@ RUNS = {  # in the order of their importance
     'superpixel/real': dict(SUPERPIXEL, strategy='real'), 'superpixel/entropy': dict(SUPERPIXEL, strategy='entropy'),
     **{f'pixel/{name}': dict(PIXEL, strategy=name) for name in ('real', 'entropy')},
 }
+COLOURS = dict(random='#555555', entropy=al_patch.COLOURS[0], real=al_patch.COLOURS[1],  # the same in all panels
+               margin=al_patch.COLOURS[2], pixelpick=al_patch.COLOURS[2])
 RARE = ('Pole', 'SignSymbol', 'Fence', 'Pedestrian', 'Bicyclist')  # 0.3 to 1.2 % of the training pixels each
 
 
@@ -185,25 +188,42 @@ def summary(curves: dict[str, list[list[dict]]]) -> PrettyTable:
     return table
 
 
+def panels_of(names: list[str]) -> dict[str, list[str]]:
+    """What is drawn together: a unit; of whole images, which have most, strategies without and with an embedding."""
+    def is_diverse(name: str) -> bool:
+        return al_patch.resolve_strategy(name.split('/')[1]).embed is not None
+
+    of_unit = {unit: [name for name in names if name.startswith(f'{unit}/')]
+               for unit in ('image', 'superpixel', 'pixel')}
+    image = of_unit.pop('image')
+    panels = {'image: uncertainty': [name for name in image if not is_diverse(name)],
+              'image: diversity': [name for name in image if is_diverse(name) or name == 'image/random'], **of_unit}
+    return {title: members for title, members in panels.items() if members}
+
+
 def draw(curves: dict[str, list[list[dict]]], path: str) -> None:
-    """A panel a unit: validation mIoU over the labelled share, mean and one standard deviation."""
-    units = list(dict.fromkeys(name.split('/')[0] for name in curves if '/' in name))
-    figure = Figure((4.6 * len(units), 3.8), dpi=120, layout='constrained')
+    """Validation mIoU over the labelled share: mean and one standard deviation."""
+    panels = panels_of(list(curves))
+    height = math.ceil(len(panels) / 2)
+    figure = Figure((10, 3.9 * height), dpi=120, layout='constrained')
     full = np.mean([rows[-1]['mIoU'] for rows in curves['full']]) if 'full' in curves else None
-    for unit, axes in zip(units, figure.subplots(1, len(units), sharey=True, squeeze=False)[0]):
-        for i, name in enumerate(name for name in curves if name.startswith(f'{unit}/')):
+    for (title, names), axes in zip(panels.items(), figure.subplots(height, 2, sharey=True, squeeze=False).flat):
+        others = iter(al_patch.COLOURS[3:])
+        for i, name in enumerate(names):
+            strategy = name.split('/')[1]
+            colour = COLOURS.get(strategy) or next(others)
             share_R = np.mean([[row['share'] for row in rows] for rows in curves[name]], 0)
             values_SR = np.array([[row['mIoU'] for row in rows] for rows in curves[name]])
             mean_R, std_R = values_SR.mean(0), values_SR.std(0, ddof=min(1, len(values_SR) - 1))
-            colour = '#555555' if name.endswith('/random') else al_patch.COLOURS[i]
-            axes.plot(share_R, mean_R, 'os^Dv<>X'[i % 8] + '-', color=colour, label=name.split('/')[1])
+            axes.plot(share_R, mean_R, 'os^Dv<>X'[i % 8] + '-', color=colour, label=strategy)
             axes.fill_between(share_R, mean_R - std_R, mean_R + std_R, color=colour, alpha=.15, linewidth=0)
         for level in (1, .95) if full else ():
             axes.axhline(level * full, color='#555555', linestyle=':', alpha=level ** 12)
-            axes.annotate(f'{level:.0%} of full supervision', (1, level * full), xycoords=('axes fraction', 'data'),
-                          ha='right', va='bottom', size=8, color='#555555')
-        al_patch.tidy(axes, title=f'unit: {unit}', ylabel='mIoU' if unit == units[0] else '',
-                      xlabel='% of images labelled' if unit == 'image' else '% of pixels labelled')
+            text = 'full supervision' if level == 1 else f'{level:.0%} of it'
+            axes.annotate(text, (0, level * full), xycoords=('axes fraction', 'data'),
+                          va='bottom', size=8, color='#555555')
+        al_patch.tidy(axes, title=title, ylabel='mIoU',
+                      xlabel='% of images labelled' if title.startswith('image') else '% of pixels labelled')
         axes.legend(frameon=False, loc='lower right')
     al_patch.save_figure(figure, path)
 
