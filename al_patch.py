@@ -2968,6 +2968,7 @@ def rounds_table(state: dict) -> PrettyTable:
 # ---------------------------------------------------------------------------------------------------------------------
 
 COLOURS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'  # Okabe & Ito, less the yellow
+MARKERS = 'os^Dv<>X'
 
 
 def never_stops(look: Callable) -> Callable:
@@ -3209,6 +3210,15 @@ def tidy(axes, legend: bool = True, **labels) -> None:
         axes.legend(frameon=False)
 
 
+def draw_curve(axes, x_R: np.ndarray, values_SR: np.ndarray, colour: str, marker: str, label: str) -> None:
+    """The mean over seeds and, of several, one standard deviation around it."""
+    mean_R = values_SR.mean(0)
+    axes.plot(x_R, mean_R, marker + '-', color=colour, label=label)
+    if len(values_SR) > 1:
+        std_R = values_SR.std(0, ddof=1)
+        axes.fill_between(x_R, mean_R - std_R, mean_R + std_R, color=colour, alpha=.2, linewidth=0)
+
+
 def draw_curves(groups: dict[str, np.ndarray], metric: str, full: Optional[float]) -> Figure:
     """The metric over the labelled share and, where there are any, over clicks: means, and one standard deviation."""
     has_clicks = any(np.isfinite(curves[:, 1]).any() for curves in groups.values())
@@ -3216,12 +3226,8 @@ def draw_curves(groups: dict[str, np.ndarray], metric: str, full: Optional[float
     figure = Figure((5.6 * len(xlabels), 3.8), dpi=120, layout='constrained')
     for row, axes in enumerate(figure.subplots(1, len(xlabels), squeeze=False)[0]):
         for i, (label, curves) in enumerate(groups.items()):
-            colour, x_R, mean_R = COLOURS[i % len(COLOURS)], curves[:, row].mean(0), curves[:, 2].mean(0)
-            axes.plot(x_R, mean_R, 'os^Dv<>X'[i % 8] + '-', color=colour,
-                      label=f'{label} ({len(curves)} seeds)' if len(curves) > 1 else label)
-            if len(curves) > 1:
-                std_R = curves[:, 2].std(0, ddof=1)
-                axes.fill_between(x_R, mean_R - std_R, mean_R + std_R, color=colour, alpha=.2, linewidth=0)
+            draw_curve(axes, curves[:, row].mean(0), curves[:, 2], COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)],
+                       f'{label} ({len(curves)} seeds)' if len(curves) > 1 else label)
         if full is not None:
             axes.axhline(full, color='#555555', linestyle=':', label=f'all labels: {full:.2f}')
         tidy(axes, legend=row == 0, xlabel=xlabels[row], ylabel=metric)

@@ -188,41 +188,40 @@ def summary(curves: dict[str, list[list[dict]]]) -> PrettyTable:
     return table
 
 
-def panels_of(names: list[str]) -> dict[str, list[str]]:
-    """What is drawn together: a unit; of whole images, which have most, strategies without and with an embedding."""
-    def is_diverse(name: str) -> bool:
-        return al_patch.resolve_strategy(name.split('/')[1]).embed is not None
-
-    of_unit = {unit: [name for name in names if name.startswith(f'{unit}/')]
-               for unit in ('image', 'superpixel', 'pixel')}
-    image = of_unit.pop('image')
-    panels = {'image: uncertainty': [name for name in image if not is_diverse(name)],
-              'image: diversity': [name for name in image if is_diverse(name) or name == 'image/random'], **of_unit}
-    return {title: members for title, members in panels.items() if members}
+def panels_of(name: str) -> list[str]:
+    """Where a run is drawn: in its unit's panel; of whole images, which have most, strategies with an embedding have
+    one of their own, and random is in both."""
+    unit, _, strategy = name.partition('/')
+    if unit == 'full':
+        return []
+    if unit != 'image':
+        return [unit]
+    embed = al_patch.resolve_strategy(strategy).embed
+    return ['image: uncertainty'] * (not embed) + ['image: diversity'] * bool(embed or strategy == 'random')
 
 
 def draw(curves: dict[str, list[list[dict]]], path: str) -> None:
     """Validation mIoU over the labelled share: mean and one standard deviation."""
-    panels = panels_of(list(curves))
+    panels = {}
+    for name in curves:
+        for title in panels_of(name):
+            panels.setdefault(title, []).append(name)
     height = math.ceil(len(panels) / 2)
     figure = Figure((10, 3.9 * height), dpi=120, layout='constrained')
     full = np.mean([rows[-1]['mIoU'] for rows in curves['full']]) if 'full' in curves else None
     for (title, names), axes in zip(panels.items(), figure.subplots(height, 2, sharey=True, squeeze=False).flat):
         others = iter(al_patch.COLOURS[3:])
         for i, name in enumerate(names):
-            strategy = name.split('/')[1]
+            strategy, marker = name.split('/')[1], al_patch.MARKERS[i % len(al_patch.MARKERS)]
             colour = COLOURS.get(strategy) or next(others)
-            share_R = np.mean([[row['share'] for row in rows] for rows in curves[name]], 0)
-            values_SR = np.array([[row['mIoU'] for row in rows] for rows in curves[name]])
-            mean_R, std_R = values_SR.mean(0), values_SR.std(0, ddof=min(1, len(values_SR) - 1))
-            axes.plot(share_R, mean_R, 'os^Dv<>X'[i % 8] + '-', color=colour, label=strategy)
-            axes.fill_between(share_R, mean_R - std_R, mean_R + std_R, color=colour, alpha=.15, linewidth=0)
-        for level in (1, .95) if full else ():
+            share_SR, values_SR = (np.array([[row[key] for row in rows] for rows in curves[name]])
+                                   for key in ('share', 'mIoU'))
+            al_patch.draw_curve(axes, share_SR.mean(0), values_SR, colour, marker, strategy)
+        for level, text in ((1, 'full supervision'), (.95, '95% of it')) if full else ():
             axes.axhline(level * full, color='#555555', linestyle=':', alpha=level ** 12)
-            text = 'full supervision' if level == 1 else f'{level:.0%} of it'
-            axes.annotate(text, (0, level * full), xycoords=('axes fraction', 'data'),
-                          va='bottom', size=8, color='#555555')
-        al_patch.tidy(axes, title=title, ylabel='mIoU',
+            axes.annotate(text, (0, level * full), xycoords=('axes fraction', 'data'), va='bottom', size=8,
+                          color='#555555')
+        al_patch.tidy(axes, legend=False, title=title, ylabel='mIoU',
                       xlabel='% of images labelled' if title.startswith('image') else '% of pixels labelled')
         axes.legend(frameon=False, loc='lower right')
     al_patch.save_figure(figure, path)
