@@ -8,20 +8,23 @@ is stock.
 What is patched, and nothing else (see ``_PATCHES`` at the end; ``remove_patch()`` undoes it):
 
 - ``mmengine.runner.Runner.train``: runs the rounds, if the runner's config has an ``al`` block.
-- ``mmengine.runner.Runner.build_dataloader``: understands a key ``labelled`` in a dataloader's config.
-- ``mmengine.dataset.BaseDataset.full_init``: under that key, keeps only the labelled images.
+- ``mmengine.runner.Runner.build_dataloader``: understands a key ``al`` in a dataloader's config.
 - ``mmcv.utils.ext_loader.load_ext``: only where mmcv has no compiled ops (mmcv-lite), so that a missing op fails when
   it is called, by name, and not when mmseg is imported.
 
-The file reads in the order of one image's journey: settings, pool and state, labelled training set, training, query,
-strategies, the human who labels, the rounds themselves and what guards them, reports and pictures, and the patch.
+Read it from the top: the settings, ``run_rounds``, which is the whole journey, and then its rooms in the order in which
+an image passes through them: pool, state, labelled training set, training, query, network, units, strategies. Each
+uses what stands below it. At the end are the rules of settings, files and seeds, guards, and the patch.
 
-``python al_patch.py report DIR [DIR ...]`` compares runs, and ``python al_patch.py status DIR`` says where one stands.
+Two companions attach themselves where they lie beside this file: ``al_report.py`` draws and compares runs,
+``al_label.py`` writes what people are to label.
 """
-import argparse
+from __future__ import annotations
+
 import collections
 import contextlib
 import copy
+import dataclasses
 import difflib
 import fcntl
 import functools
@@ -40,19 +43,14 @@ import pickle
 import random as python_random
 import re
 import shlex
-import shutil
-import signal
 import socket
 import sys
-import threading
 import time
+import traceback
 import types
 import warnings
 import zipfile
-from contextvars import ContextVar
-from typing import Callable, Iterator, NamedTuple, Optional, Union
-from urllib.parse import quote
-from xml.sax.saxutils import quoteattr
+from typing import Annotated, Any, Callable, Iterator, NamedTuple
 
 import cv2
 import mmcv.utils.ext_loader
@@ -63,193 +61,186 @@ import scipy.ndimage
 import scipy.sparse
 import torch
 import torch.nn.functional as F
-from matplotlib.colors import to_rgb as colour_to_rgb
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset, Compose, InfiniteSampler, pseudo_collate
 from mmengine.dist import all_gather_object, barrier, broadcast, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.optim import AmpOptimWrapper
-from mmengine.registry import DATASETS, OPTIM_WRAPPERS, DefaultScope
+from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS, DefaultScope, Registry
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint, load_checkpoint
 from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
 from PIL import Image
 from prettytable import PrettyTable
-from rich.progress import MofNCompleteColumn, Progress
-from torch.utils.data import ConcatDataset, Subset
+from rich.progress import track
+from torch.utils.data import Dataset
 
 __version__ = '0.1.0'
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: the `al` block
 # ---------------------------------------------------------------------------------------------------------------------
-
-DEFAULTS = dict(
-    unit='image',         # what is asked for: image | region | superpixel | pixel, or dict(type=a unit, **options)
-    strategy='entropy',   # a name, dict(type=a name, **options), or 'package.module:function' of your own
-    initial=0.05,         # labelled at the start: as budget, at random | whole images: list of names or split file
-    budget=0.05,          # asked for per round: int (units) | fraction (of images or pixels) | list, one entry a round
-    per_image=False,      # spend the budget in every image by itself, not over the whole pool
-    rounds=5,             # queries; training runs rounds + 1 times (a budget list sets it, too)
-    weights='scratch',    # what a round starts from: scratch (= the config's own init or load_from) | last | best
-    query_with='last',    # checkpoint that scores the pool: last | best
-    pool_size=None,       # score only a random subset of the pool: int | fraction of the images
-    full_res=None,        # score the enlarged logits, not the native ones; default: for pixels and windows only
-    oracle='simulated',   # simulated: labels are on disk, hidden until asked for | human: stop and wait for them
-    overrides=None,       # config overrides for single rounds, e.g. {2: {'train_cfg.max_iters': 4000}}
-    stop=None,            # stop early: dict(metric='mIoU', value=75) and / or dict(metric='mIoU', patience=2)
-    visualize=0,          # images to draw after each query: those asked for first, and as many that stay the same
-    seed=None)            # of every random choice; defaults to randomness.seed
-
-UNIT_OPTIONS = dict(
-    image=dict(),                                    # whole images
-    region=dict(size=[32, 32], window=None),         # cells (h, w) of a grid; or (2 window + 1)^2 pixels anywhere
-    superpixel=dict(n_segments=1024, compactness=10.),  # SLIC segments
-    pixel=dict(radius=0))                            # single pixels, of which no two lie within radius of each other
-
-MAY_CHANGE_ON_RESUME = ('rounds', 'budget', 'stop', 'visualize')  # they extend a run, or only look at it
+#
+# A setting is a parameter: its default stands beside its name, what it may be in its annotation. So it is with the
+# block below, the units, the strategies' functions and the stopping rule, and `check_settings` checks them all.
 
 
-def _is_amount(value) -> bool:
-    """An int counts; a float is a fraction. ``True`` is neither."""
-    return (type(value) is int and value > 0) or (type(value) is float and 0 < value <= 1)
+def one_of(*values: str):
+    return rule(' or '.join(filter(None, (', '.join(map(repr, values[:-1])), repr(values[-1])))),
+                lambda value: value in values)
 
 
-def _is_overrides(value) -> bool:
-    return isinstance(value, dict) and all(
-        re.fullmatch('0|[1-9][0-9]*', str(k)) and isinstance(v, dict) for k, v in value.items())
+def maybe(annotation):
+    """``None``, or what the annotation asks for."""
+    should_be, holds = annotation.__metadata__[0]
+    return rule(f'None or {should_be}', lambda value: value is None or holds(value))
 
 
-def _is_stop(value) -> bool:
-    return (isinstance(value, dict) and set(value) <= {'metric', 'value', 'patience'} and
-            ('value' in value or 'patience' in value) and isinstance(value.get('metric', ''), str) and
-            isinstance(value.get('value', 0.), (int, float)) and
-            type(value.get('patience', 1)) is int and value.get('patience', 1) > 0)
+def rule(should_be: str, holds: Callable):
+    return Annotated[Any, Rule(should_be, holds)]
 
 
-# key: (test, what the value should be)
-_CHECKS = dict(
-    unit=(lambda v: isinstance(v, str) or isinstance(v, dict) and isinstance(v.get('type'), str),
-          f"{', '.join(map(repr, UNIT_OPTIONS))}, or dict(type=one of these, **options)"),
-    strategy=(lambda v: isinstance(v, str) or isinstance(v, dict) and isinstance(v.get('type'), str),
-              "a strategy's name, dict(type=name, **options) or 'package.module:function'"),
-    initial=(lambda v: _is_amount(v) or (isinstance(v, str) and v) or
-             (isinstance(v, list) and v and all(isinstance(n, str) for n in v)),
-             'a positive int, a fraction in (0, 1], a list of image names, or the path of a split file'),
-    budget=(lambda v: _is_amount(v) or (isinstance(v, list) and v and all(map(_is_amount, v))),
-            'a positive int, a fraction in (0, 1], or a list of these with one entry a round'),
-    per_image=(lambda v: isinstance(v, bool), 'True or False'),
-    full_res=(lambda v: v is None or isinstance(v, bool), 'None, True or False'),
-    rounds=(lambda v: type(v) is int and v >= 0, 'an int >= 0'),
-    weights=(lambda v: v in ('scratch', 'last', 'best'), "'scratch', 'last' or 'best'"),
-    query_with=(lambda v: v in ('last', 'best'), "'last' or 'best'"),
-    pool_size=(lambda v: v is None or _is_amount(v), 'None, a positive int, or a fraction in (0, 1]'),
-    oracle=(lambda v: v in ('simulated', 'human'), "'simulated' or 'human'"),
-    overrides=(lambda v: v is None or _is_overrides(v), 'None or a dict from a round to a dict of config keys, e.g. '
-               "{2: {'train_cfg.max_iters': 4000}}"),
-    stop=(lambda v: v is None or _is_stop(v), "None or a dict of 'metric' with 'value' and / or 'patience', e.g. "
-          "dict(metric='mIoU', value=75)"),
-    visualize=(lambda v: type(v) is int and v >= 0, 'an int >= 0'),
-    seed=(lambda v: v is None or (type(v) is int and v >= 0), 'None or an int >= 0'))
+class Rule(NamedTuple):
+    """What a setting should be, in words that finish an error's sentence, and the test."""
+    should_be: str
+    holds: Callable
 
 
-def parse_settings(block: dict) -> ConfigDict:
-    """Validate an ``al`` block and fill in the defaults.
+@dataclasses.dataclass
+class Block:
+    """The ``al`` block of a config."""
+    unit: TypeName = 'image'         # what is asked for: image | region | superpixel | pixel, or dict(type=, **options)
+    strategy: TypeName = 'entropy'   # a name, dict(type=a name, **options), or 'package.module:function' of your own
+    initial: Initial = 0.05          # labelled at the start: as budget, at random | whole images: names or split file
+    budget: Budget = 0.05            # asked for per round: int (units) | fraction | list, one entry a round
+    per_image: Flag = False          # spend the budget in every image by itself, not over the whole pool
+    rounds: Count = 5                # queries; training runs rounds + 1 times (a budget list sets it, too)
+    weights: Start = 'scratch'       # what a round starts from: scratch (= the config's own) | last | best
+    query_with: Which = 'last'       # checkpoint that scores the pool: last | best
+    pool_size: MaybeAmount = None    # score only a random subset of the pool: int | fraction of the images
+    full_res: MaybeFlag = None       # score the enlarged logits, not the native ones; default: as the unit has it
+    oracle: Oracle = 'simulated'     # simulated: labels are on disk, hidden until asked for | human: wait for them
+    overrides: Overrides = None      # config overrides for single rounds, e.g. {2: {'train_cfg.max_iters': 4000}}
+    stop: StopSetting = None         # stop early: dict(metric='mIoU', value=75) and / or dict(metric=, patience=2)
+    seed: MaybeCount = None          # of every random choice; defaults to randomness.seed
+
+
+Flag = rule('True or False', lambda v: isinstance(v, bool))
+MaybeFlag = maybe(Flag)
+Start = one_of('scratch', 'last', 'best')
+Which = one_of('last', 'best')
+Oracle = one_of('simulated', 'human')
+MaybeAmount = maybe(rule('a positive int, or a fraction in (0, 1]', lambda v: is_amount(v)))
+Budget = rule('a positive int, a fraction in (0, 1], or a list of these with one entry a round',
+              lambda v: is_amount(v) or is_list_of(v, is_amount))
+Initial = rule('a positive int, a fraction in (0, 1], a list of image names, or the path of a split file',
+               lambda v: is_amount(v) or bool(v) and isinstance(v, str) or is_list_of(v, lambda n: isinstance(n, str)))
+TypeName = rule("a name, dict(type=name, **options) or 'package.module:function'",
+                lambda v: isinstance(v, str) or isinstance(v, dict) and isinstance(v.get('type'), str))
+Overrides = maybe(rule("a dict from a round to a dict of config keys, e.g. {2: {'train_cfg.max_iters': 4000}}",
+                       lambda v: isinstance(v, dict) and all(re.fullmatch('0|[1-9][0-9]*', str(k)) and isinstance(
+                           override, dict) for k, override in v.items())))
+StopSetting = maybe(rule("a dict of 'metric' with 'value' and / or 'patience', e.g. dict(metric='mIoU', value=75)",
+                         lambda v: isinstance(v, dict) and ('value' in v or 'patience' in v)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rounds
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_alone(runner: Runner) -> torch.nn.Module:
+    """``run_rounds``, as the only run in its work_dir."""
+    with only_run(runner), checkpoints_are_data():
+        return run_rounds(runner)
+
+
+def run_rounds(runner: Runner) -> torch.nn.Module:
+    """Active learning: train, query, label, once per round, until the rounds, the pool or a stopping rule end it.
 
     Args:
-        block: The config's ``al`` block.
+        runner: The caller's runner, whose config has an ``al`` block. It holds the last round's model afterwards.
 
     Returns:
-        The settings, one attribute a key of ``DEFAULTS``.
+        The last round's model. With ``al.oracle='human'`` it returns when labels are to be given; resuming goes on.
+    """
+    state = start_or_resume(runner)
+    while state.phase != 'label':
+        trainer = build_round(state)
+        if state.phase == 'train':
+            train_round(state, trainer)
+            tell_hooks(state, 'after_al_train', trainer)
+        reason = why_stop(state)
+        if reason:
+            break
+        asked = query(state, trainer)
+        if not asked:
+            reason = 'the pool is empty: nothing is left to ask for'
+            break
+        tell_hooks(state, 'after_al_query', trainer, asked)
+        add_round(state, asked)
+        tell_hooks(state, 'after_al_ask', trainer)
+        close_round(trainer)
+        del trainer
+        gc.collect()
+    else:
+        log_request(state)
+        return runner.model
+    end_rounds(state, trainer, reason)
+    return runner.model
+
+
+def start_or_resume(runner: Runner) -> State:
+    """Settings, pool and a fresh state or, with ``--resume``, the one on disk; refused where going on would lose or mix
+    labels.
 
     Raises:
-        ValueError: It names the key, what it should be and what was given.
+        FileExistsError: A state is there, but ``--resume`` is not.
+        ValueError: A setting has changed since the run began, labelled images have left the data set, or labels that
+            a human was asked for are not there yet.
     """
-    if not isinstance(block, dict):
-        raise ValueError(f'`al` should be a dict, but got {block!r}')
-    block = json.loads(json.dumps(_plain(block)))  # exactly as the state file will hold it: lists, string keys
-    for key in block:
-        if key not in DEFAULTS:
-            near = difflib.get_close_matches(key, DEFAULTS, 1)
-            hint = f'did you mean `al.{near[0]}`?' if near else f'known keys: {", ".join(DEFAULTS)}'
-            raise ValueError(f'`al.{key}` is not a setting; {hint}')
-    al = {**DEFAULTS, **block}
-    for key, (is_valid, should_be) in _CHECKS.items():
-        if not is_valid(al[key]):
-            raise ValueError(f'`al.{key}` should be {should_be}, but got {al[key]!r}')
-    if isinstance(al['budget'], list):
-        if block.get('rounds', len(al['budget'])) != len(al['budget']):
-            raise ValueError(f'`al.budget` should have one entry for each of the `al.rounds` = {al["rounds"]} rounds, '
-                             f'but got {len(al["budget"])} entries')
-        al['rounds'] = len(al['budget'])
-    al['unit'] = parse_unit(al['unit'])
-    strategy = resolve_strategy(al['strategy'])
-    if al['unit']['type'] not in ('image', 'pixel') and strategy.reduce.keywords['how'] not in ('mean', 'max'):
-        raise ValueError("`al.strategy.reduce` should be 'mean' or 'max' below image level, but got "
-                         f"{strategy.reduce.keywords['how']!r}")
-    if al['unit']['type'] == 'pixel' and strategy.embed in (confusion, cooccurrence):
-        raise ValueError(f"`al.unit` should be 'image', 'region' or 'superpixel' for the embedding "
-                         f"{strategy.embed.__name__}, which is a pixel's softmax over again, but got 'pixel'")
-    if al['per_image'] and al['unit']['type'] == 'image':
-        raise ValueError('`al.per_image` should be False for whole images, but got True')
-    return ConfigDict(al)
+    companions = attach_companions(runner)
+    al = parse_settings(runner.cfg.al)
+    check_config(al, runner)
+    pool, path = Pool(runner.cfg), osp.join(runner.work_dir, STATE_FILE)
+    found = [osp.isfile(path)]
+    broadcast_object_list(found)  # rank 0's view: it may write before another rank looks
+    if found[0] and not runner.cfg.get('resume'):
+        raise FileExistsError(f'{path} holds an active learning run already: add --resume to go on with it, or choose '
+                              'another --work-dir')
+    if not found[0]:
+        seed = next(s for s in (al.seed, runner.cfg.get('randomness', {}).get('seed'), runner.seed) if s is not None)
+        state = State(dict(seed=seed, config=config_digest(runner.cfg)), runner.work_dir, al, runner, pool)
+        state.companions = companions
+        asked = initial_images(state) or query(state, None)
+        if is_main_process():  # checkpoints of an older run: nothing of it may leak into this one
+            for stale in glob.glob(osp.join(glob.escape(runner.work_dir), 'round_*', 'last_checkpoint')):
+                os.remove(stale)
+        add_round(state, asked)
+        tell_hooks(state, 'after_al_ask', None)
+        return state
+    content = read_state(path)
+    check_resume(content, al, pool)
+    state = State(content, runner.work_dir, al, runner, pool)
+    state.companions, state.is_resumed = companions, True
+    changed = [key for key, digest in config_digest(runner.cfg).items() if state.config.get(key) != digest]
+    if changed:
+        runner.logger.warning(f'The config has changed since the run began: {", ".join(changed)}')
+    if state.phase == 'label':
+        tell_hooks(state, 'after_al_ask', None)  # where the run was killed before, or a hook failed
+        accept_labels(state)
+    added = set(pool.names) - set(content['pool'])
+    removed = [name for name in content['pool'] if name not in pool.where]
+    if added:
+        runner.logger.info(f'{len(added)} new images have joined the pool, which has {len(pool)} now')
+    if removed:
+        runner.logger.warning(f'{len(removed)} unlabelled images have left the data set: {", ".join(removed[:10])}')
+    state.save()
+    return state
 
 
-def parse_unit(unit) -> dict:
-    """A unit's settings with its defaults filled in.
-
-    Raises:
-        ValueError: An unknown unit or option, or a value out of range.
-    """
-    given = dict(unit) if isinstance(unit, dict) else dict(type=unit)
-    kind = given.pop('type')
-    if kind not in UNIT_OPTIONS:
-        raise ValueError(f'`al.unit` should be {_CHECKS["unit"][1]}, but got {kind!r}')
-    strangers = [key for key in given if key not in UNIT_OPTIONS[kind]]
-    if strangers:
-        raise ValueError(f'`al.unit` {kind!r} has no option {", ".join(strangers)}; it takes '
-                         f'{", ".join(UNIT_OPTIONS[kind]) or "none"}')
-    unit = dict(type=kind, **{**UNIT_OPTIONS[kind], **given})
-    is_natural = {key: type(value) is int and value > 0 for key, value in unit.items()}
-    size = unit.get('size')
-    for key, ok, should_be in (
-            ('size', isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size),
-             'a pair of ints (h, w)'),
-            ('window', unit.get('window') is None or is_natural['window'], 'None or a positive int'),
-            ('n_segments', is_natural.get('n_segments') and unit['n_segments'] < 2**16, 'an int in [1, 65535]'),
-            ('compactness', isinstance(unit.get('compactness'), (int, float)), 'a number'),
-            ('radius', unit.get('radius') == 0 or is_natural.get('radius'), 'an int >= 0')):
-        if key in unit and not ok:
-            raise ValueError(f'`al.unit.{key}` should be {should_be}, but got {unit[key]!r}')
-    return unit
-
-
-def _plain(value):
-    """Config containers as plain ones; what JSON cannot hold is an error that says so."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(v) for v in value]
-    if value is None or isinstance(value, (bool, int, str)) or isinstance(value, float) and math.isfinite(value):
-        return value
-    raise ValueError(f'`al` should hold only finite numbers, strings, lists and dicts, but got {value!r} '
-                     f'({type(value).__name__})')
-
-
-def count(amount, total: int) -> int:
-    """An int as it is; a fraction of ``total``, rounded, but at least one."""
-    return amount if isinstance(amount, int) else max(1, round(amount * total))
-
-
-def budgets(al: dict) -> list:
-    """What each round may ask for."""
-    return al['budget'] if isinstance(al['budget'], list) else [al['budget']] * al['rounds']
-
-
-def check_runner(al: dict, runner: Runner) -> None:
+def check_config(al: dict, runner: Runner) -> None:
     """Refuse, before anything expensive, what ``al`` asks of a config that cannot give it.
 
     Raises:
@@ -264,13 +255,11 @@ def check_runner(al: dict, runner: Runner) -> None:
     if not any(hook.save_last for hook in checkpoint_hooks):
         raise ValueError('`default_hooks.checkpoint` should be a CheckpointHook with save_last=True (its default): '
                          "a round's weights have to be on disk to score the pool and to resume")
-    if 'best' in (al['weights'], al['query_with']):
-        key = 'weights' if al['weights'] == 'best' else 'query_with'
-        if cfg.get('val_cfg') is None:
-            raise ValueError(f"`al.{key}='best'` needs validation, but the config has no `val_cfg`")
-        if not any(hook.save_best for hook in checkpoint_hooks):
-            raise ValueError(f"`al.{key}='best'` needs `default_hooks.checkpoint.save_best`, e.g. save_best='mIoU'")
-    check_model(unwrap(runner.model), resolve_strategy(al['strategy']))
+    for key in ('weights', 'query_with'):
+        if al[key] == 'best' and (cfg.get('val_cfg') is None or not any(hook.save_best for hook in checkpoint_hooks)):
+            raise ValueError(f"`al.{key}='best'` needs validation (`val_cfg`) and `default_hooks.checkpoint.save_best`,"
+                             " e.g. save_best='mIoU'")
+    check_model(unwrap(runner.model), resolve_strategy(al.strategy))
     if al['stop'] and cfg.get('val_cfg') is None:
         raise ValueError('`al.stop` needs a validation metric, but the config has no `val_cfg`')
     late = [k for k in (al['overrides'] or {}) if int(k) > al['rounds']]
@@ -283,650 +272,379 @@ def check_runner(al: dict, runner: Runner) -> None:
             raise ValueError(f'`al.overrides[{k}]` should fit the config, but got {override} ({error})') from error
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The pool: all training images, by name, without their labels
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def image_name(dataset: BaseDataset, info: dict) -> str:
-    """An image's name as mmseg's split files spell it: its path below ``img_path``, without ``img_suffix``."""
-    prefix = (dataset.data_prefix or {}).get('img_path') or ''
-    path = info['img_path']
-    name = path[len(prefix):].lstrip('/') if prefix and path.startswith(prefix) else osp.basename(path)
-    suffix = getattr(dataset, 'img_suffix', None) or osp.splitext(name)[1]
-    return name[:-len(suffix)] if suffix and name.endswith(suffix) else name
-
-
-def leaf_configs(dataset: dict) -> list[dict]:
-    """The data sets under any nesting of wrappers (``RepeatDataset``, ``ConcatDataset``, ...), without building a
-    wrapper, because some read every label to do so."""
-    if not isinstance(dataset, dict):
-        raise ValueError(f'`train_dataloader.dataset` should be a config dict down to its leaves, but got a '
-                         f'{type(dataset).__name__} object')
-    inner = dataset.get('datasets') or ([dataset['dataset']] if 'dataset' in dataset else [])
-    return [leaf for item in inner for leaf in leaf_configs(item)] if inner else [dataset]
-
-
-def query_pipeline(cfg: dict) -> list:
-    """The test pipeline without the transforms that load labels."""
-    for key in ('test_dataloader', 'val_dataloader'):
-        if cfg.get(key):
-            pipeline = leaf_configs(cfg[key]['dataset'])[0]['pipeline']
-            break
-    else:
-        pipeline = cfg.get('test_pipeline')
-    if not pipeline:
-        raise ValueError('the pool is scored through the test pipeline, but the config has no `test_dataloader`, '
-                         '`val_dataloader` or `test_pipeline`')
-    return [step for step in pipeline if not loads_labels(step)]
-
-
-def loads_labels(step: dict) -> bool:
-    """Whether a transform of a pipeline's config loads labels: LoadAnnotations and its like."""
-    return re.match(r'Load\w*Ann', str(step['type']).rsplit('.')[-1]) is not None
-
-
-@contextlib.contextmanager
-def reading(path: str, errors: type = Exception):
-    """Let an error name the file that it is about.
-
-    Raises:
-        ValueError: It is, in one line, what went wrong inside.
-    """
-    try:
-        yield
-    except errors as error:
-        why = f'{type(error).__name__}: {error}'
-        if isinstance(error, pickle.UnpicklingError):  # torch's own text, of many lines, tells to drop the protection
-            what = ', '.join(re.findall(r'GLOBAL ([\w.]+)', why)) or 'what no checkpoint has'
-            why = f'beside weights and training state it holds {what}: reading that could run any code'
-        raise ValueError(f'{path} cannot be used ({" ".join(why.split())})') from error
-
-
-def no_classes(labels: np.ndarray, classes: Optional[int], ignore_index: int) -> Optional[str]:
-    """What is wrong with labels, if some are neither one of so many classes (None: unknown) nor the one to ignore."""
-    strange = np.setdiff1d(labels, [*range(classes or 0), ignore_index])
-    return f'labels should be below {classes}, the number of classes, or {ignore_index} for none, but got ' \
-        f'{", ".join(map(str, strange[:5]))}' if classes and len(strange) else None
-
-
-class NamedSubset(Subset):
-    """Some images of a leaf data set. One that cannot be read is an error that names it."""
-
-    def __getitem__(self, i: int) -> dict:
-        with reading(self.dataset.get_data_info(self.indices[i])['img_path']):
-            return self.dataset[self.indices[i]]
-
-    def __getitems__(self, indices: list) -> list:
-        return [self[i] for i in indices]
-
-
-class Pool:
-    """Every image of the training set, labelled or not, in the data set's order, readable without its label.
-
-    Args:
-        cfg: The run's config.
-
-    Raises:
-        ValueError: There is no image, or two images have one name.
-    """
-
-    def __init__(self, cfg: dict):
-        pipeline, self.leaves, self.where, paths = query_pipeline(cfg), [], {}, {}
-        self.label_loaders = []
-        for leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']):
-            try:
-                leaf = DATASETS.build({**leaf_cfg, 'pipeline': copy.deepcopy(pipeline)})
-            except ValueError as error:  # mmengine's own for an empty one is 'need at least one array to concatenate'
-                raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset` '
-                                 f'({error})') from error
-            self.label_loaders.append([step for step in leaf_cfg.get('pipeline', ()) if loads_labels(step)])
-            if not isinstance(leaf, BaseDataset):
-                raise ValueError('active learning filters subclasses of mmengine.dataset.BaseDataset, but got a '
-                                 f'{type(leaf).__name__}')
-            leaf.full_init()
-            leaf.test_mode = True  # an unreadable image is then an error, and not replaced by another one
-            for index in range(len(leaf)):
-                info = leaf.get_data_info(index)
-                name, path = image_name(leaf, info), info['img_path']
-                with reading(path):
-                    name.encode()  # the state is UTF-8: a file's name that is not has no place there
-                if paths.setdefault(name, path) != path:
-                    raise ValueError(f'image names should be unique, but {paths[name]} and {path} are both {name!r}')
-                self.where.setdefault(name, (len(self.leaves), index))
-            self.leaves.append(leaf)
-        self.names = list(self.where)
-        if not self.names:
-            raise ValueError('the training set has no images: check `train_dataloader.dataset`')
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def info(self, name: str) -> dict:
-        """What the data set knows of an image: ``img_path``, ``seg_map_path`` and the rest."""
-        leaf, index = self.where[name]
-        return self.leaves[leaf].get_data_info(index)
-
-    def load_image(self, name: str) -> np.ndarray:
-        """An image as its pipeline loads it, (H, W[, C]), before any other transform."""
-        leaf, index = self.where[name]
-        info = self.leaves[leaf].get_data_info(index)
-        with reading(info['img_path']):
-            image = self.leaves[leaf].pipeline.transforms[0](info)['img']
-            if image.ndim not in (2, 3):
-                raise ValueError(f'the pipeline should load images (H, W[, C]), but got {image.shape}')
-            return image
-
-    def load_label(self, name: str) -> np.ndarray:
-        """The label map of an image that was asked for, (H, W), as training loads it."""
-        leaf, index = self.where[name]
-        results = Compose(self.label_loaders[leaf])(self.leaves[leaf].get_data_info(index))
-        if 'gt_seg_map' not in results:
-            raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
-        return results['gt_seg_map']
-
-    @property
-    def classes(self) -> list[str]:
-        return list(self.leaves[0].metainfo['classes'])
-
-    @property
-    def palette(self) -> np.ndarray:
-        """The classes' colours, RGB. (C, 3)"""
-        return np.array(self.leaves[0].metainfo['palette'])
-
-    def check_label(self, name: str, classes: Optional[int], mask_HW: Optional[np.ndarray] = None) -> np.ndarray:
-        """The label map of an image that was asked for, or its values (N,) under the mask of what was.
-
-        Raises:
-            ValueError: Image or label map cannot be read, they differ in size, or a label is none of the classes.
-        """
-        leaf, index = self.where[name]
-        path, shape = self.leaves[leaf].get_data_info(index).get('seg_map_path'), self.load_image(name).shape[:2]
-        with reading(path or f'the label map of {name!r}'):
-            label = self.load_label(name)
-            if label.shape != shape:
-                raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}')
-            label = label if mask_HW is None else label[mask_HW]
-            why = no_classes(label, classes, self.ignore_index(name))
-            if why:
-                raise ValueError(why)
-        return label
-
-    def ignore_index(self, name: str) -> int:
-        return getattr(self.leaves[self.where[name][0]], 'ignore_index', 255)
-
-    @functools.cached_property
-    def sizes(self) -> dict[str, tuple[int, int]]:
-        """(H, W) of every image, from the files' headers where Pillow knows the format."""
-        sizes = {}
-        for name, (leaf, index) in self.where.items():
-            try:
-                with Image.open(self.leaves[leaf].get_data_info(index)['img_path']) as image:
-                    sizes[name] = image.size[::-1]
-            except (OSError, ValueError, Image.DecompressionBombError):  # not local, or only the pipeline reads it
-                sizes[name] = self.load_image(name).shape[:2]
-        return sizes
-
-    def subset(self, names: list[str]) -> ConcatDataset:
-        """The images of these names, which are in pool order, through the query pipeline."""
-        chosen = [[] for _ in self.leaves]
-        for name in names:
-            leaf, index = self.where[name]
-            chosen[leaf].append(index)
-        # not leaf.get_subset: its copies share a memo by id() for as long as the process lives, and mix objects up
-        return ConcatDataset([NamedSubset(leaf, indices) for leaf, indices in zip(self.leaves, chosen) if indices])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# State: what was asked for and what came of it, in `work_dir/al_state.json`
-# ---------------------------------------------------------------------------------------------------------------------
-
-SCHEMA = 1
-STATE_FILE = 'al_state.json'
-
-
-def write_atomically(path: str, content: Union[str, bytes]) -> None:
-    """Replace a file's content as a whole or, whenever the process is killed, not at all.
-
-    Raises:
-        OSError: There is no space left, or the like. What was there is left as it was.
-    """
-    content, temporary = content.encode() if isinstance(content, str) else content, f'{path}.tmp'
-    try:
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(temporary)  # left by a run that was killed; or a link, which is not to be written through
-        with open(temporary, 'xb') as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise OSError(f'{path} cannot be written and is left as it was ({error}): go on with --resume when it can'
-                      ) from error
-    directory = os.open(osp.dirname(path), os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
-
-
-def save_state(state: dict, work_dir: str) -> None:
-    """Commit the state from rank 0; every rank returns when it is on disk."""
-    if is_main_process():
-        write_atomically(osp.join(work_dir, STATE_FILE), json.dumps(state, indent=1, ensure_ascii=False))
-    barrier()
-
-
-def read_state(path: str) -> dict:
-    """Read ``al_state.json``.
-
-    Raises:
-        ValueError: It is damaged, or written by a newer version of this module.
-    """
-    try:
-        with open(path, encoding='utf-8') as file:
-            state = json.load(file)
-        schema = state['schema']
-        if type(state.get('round', 0)) is not int:  # it names a directory
-            raise ValueError(f'its round is {state["round"]!r}')
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f'{path} is damaged ({error}): restore a copy, or start in another work_dir') from error
-    if schema != SCHEMA:
-        raise ValueError(f'{path} should have schema {SCHEMA}, but got {schema}: use the al_patch.py that wrote it')
-    return state
-
-
-def labelled(state: dict, until: Optional[int] = None) -> dict[str, Optional[int]]:
-    """What is labelled in round ``until`` (default: now): image name -> None for a whole image, else the round whose
-    mask file holds all that is labelled of it. In the order in which the images were first asked for."""
-    have = {}
-    for k, entry in enumerate(state['rounds'][:None if until is None else until + 1]):
-        whole = isinstance(entry['asked'], list)
-        have.update({name: None if whole else k for name in entry['asked']})
-    return have
-
-
-def png_path(folder: str, name: str, root: Optional[str] = None) -> str:
-    """Where a folder keeps its PNG for an image. It cannot lie outside the folder nor, through links, outside ``root``
-    (default: the folder).
-
-    Raises:
-        ValueError: The name, or a link on the way, leads elsewhere.
-    """
-    folder = osp.abspath(folder)
-    path = osp.abspath(osp.join(folder, name + '.png'))
-    if not path.startswith(folder + os.sep):
-        raise ValueError(f'an image name should stay below its directory, but got {name!r}')
-    if not osp.realpath(path).startswith(osp.join(osp.realpath(root or folder), '')):
-        raise ValueError(f'{path} should lie in {root or folder}, but a symbolic link leads to {osp.realpath(path)}')
-    return path
-
-
-def mask_path(work_dir: str, k: int, name: str) -> str:
-    """Where round ``k`` keeps the mask of what is labelled of an image."""
-    return png_path(osp.join(round_dir(work_dir, k), 'labelled'), name, work_dir)
-
-
-def write_png(path: str, array_HW: np.ndarray, palette: Optional[np.ndarray] = None) -> None:
-    """An array as a PNG (booleans take 1 bit each; numbers may have a palette, (256, 3)), all or nothing."""
-    os.makedirs(osp.dirname(path), exist_ok=True)
-    png, image = io.BytesIO(), Image.fromarray(array_HW)
-    if palette is not None:
-        image.putpalette(palette.tobytes())
-    image.save(png, 'PNG')
-    write_atomically(path, png.getvalue())
-
-
-def read_mask(path: str) -> np.ndarray:
-    """A mask as booleans, (H, W).
-
-    Raises:
-        ValueError: The file is missing or damaged.
-    """
-    try:
-        with Image.open(path) as image:
-            return np.array(image.convert('1'))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f'the mask {path} is missing or damaged ({error}): restore it from a copy') from error
-
-
-def labelled_mask(runner: Runner, pool: Pool, have: dict, name: str) -> np.ndarray:
-    """What is labelled of an image, (H, W) booleans."""
-    if name not in have:
-        return np.zeros(pool.sizes[name], bool)
-    return np.ones(pool.sizes[name], bool) if have[name] is None else \
-        read_mask(mask_path(runner.work_dir, have[name], name))
-
-
-def on_all_ranks(function: Callable, names: list[str]) -> dict:
-    """What a function makes of each name; every rank does its share.
-
-    Raises:
-        ValueError: On every rank, with what went wrong on any.
-    """
-    rank, world_size = get_dist_info()
-    mine, errors = {}, []
-    for name in names[rank::world_size]:
-        try:
-            mine[name] = function(name)
-        except ValueError as error:
-            errors.append(str(error))
-    shares = all_gather_object((mine, errors))
-    errors = [error for share in shares for error in share[1]]
-    if errors:
-        raise ValueError('; '.join(errors[:5]) + (f'; and {len(errors) - 5} more' if len(errors) > 5 else ''))
-    return {name: share[0][name] for name in names for share in shares if name in share[0]}
-
-
-def seed_of(*parts) -> int:
-    """A seed for one named purpose, so that no draw depends on how many were made before it."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], 'big')
-
-
-def generator(*parts) -> torch.Generator:
-    """A CPU generator seeded for one named purpose."""
-    return torch.Generator().manual_seed(seed_of(*parts))
-
-
-def initial_names(initial, pool: Pool, seed: int) -> list[str]:
-    """The images that are labelled before the first round.
+def initial_images(state: State) -> dict[str, None]:
+    """The whole images that are labelled before the first round; empty where units of images are to be drawn.
 
     Raises:
         ValueError: More than there are, or names that are not in the data set.
     """
+    initial, pool = state.al.initial, state.pool
     if not isinstance(initial, (str, list)):
-        n = count(initial, len(pool))
+        if state.counts_pixels:
+            return {}
+        n = number_of(initial, len(pool))
         if n > len(pool):
             raise ValueError(f'`al.initial` should be at most the {len(pool)} images there are, but got {initial!r}')
-        chosen = torch.randperm(len(pool), generator=generator(seed, 'initial'))[:n]
-        return [pool.names[i] for i in sorted(chosen.tolist())]
-    if isinstance(initial, str) and not osp.isfile(initial):
-        raise ValueError(f'`al.initial` should name a split file, but there is no file {initial!r}')
-    names = initial if isinstance(initial, list) else mmengine.list_from_file(initial)
-    names = list(dict.fromkeys(filter(None, (name.strip() for name in names))))
-    strangers = [name for name in names if name not in pool.where]
-    if strangers or not names:
-        near = difflib.get_close_matches(strangers[0] if strangers else '', pool.names, 1) or pool.names[:1]
-        raise ValueError(f'`al.initial` should hold names of training images such as {near[0]!r}, but {len(strangers)} '
-                         f'of {len(names)} are not in the data set: {", ".join(strangers[:5])}')
-    return sorted(names, key=pool.names.index)
+        chosen = torch.randperm(len(pool), generator=state.generator('initial'))[:n]
+        names = [pool.names[i] for i in sorted(chosen.tolist())]
+    else:
+        if isinstance(initial, str) and not osp.isfile(initial):
+            raise ValueError(f'`al.initial` should name a split file, but there is no file {initial!r}')
+        names = initial if isinstance(initial, list) else mmengine.list_from_file(initial)
+        names = list(dict.fromkeys(filter(None, (name.strip() for name in names))))
+        strangers = [name for name in names if name not in pool.where]
+        if strangers or not names:
+            near = difflib.get_close_matches(strangers[0] if strangers else '', pool.names, 1) or pool.names[:1]
+            raise ValueError(f'`al.initial` should hold names of training images such as {near[0]!r}, but '
+                             f'{len(strangers)} of {len(names)} are not in the data set: {", ".join(strangers[:5])}')
+        names.sort(key=pool.names.index)
+    left, worst = len(pool) - len(names), max((number_of(n, len(pool)) for n in budgets(state.al)), default=0)
+    if not state.counts_pixels and worst > left:
+        raise ValueError(f'`al.budget` should be at most the {left} images that are not in `al.initial`, but '
+                         f'got {worst} ({state.al.budget!r})')
+    return dict.fromkeys(names)
 
 
-def config_digest(cfg: dict) -> dict:
-    """A short digest for each top-level config key that shapes training, to tell what changed between two starts."""
-    volatile = {'al', 'work_dir', 'resume', 'launcher', 'log_level', 'visualizer', 'vis_backends', 'env_cfg',
-                'experiment_name', 'model_wrapper_cfg', 'custom_imports', 'log_processor'}
-    return {key: hashlib.sha256(repr(value).encode()).hexdigest()[:12]
-            for key, value in sorted(Config.to_dict(cfg).items()) if key not in volatile}
-
-
-def start_state(runner: Runner, al: dict, pool: Pool) -> dict:
-    """A fresh state or, with ``--resume``, the one on disk; refused where going on would lose or mix labels.
-
-    Raises:
-        FileExistsError: A state is there, but ``--resume`` is not.
-        ValueError: A setting has changed since the run began, labelled images have left the data set, or labels that
-            a human was asked for are not there yet.
-    """
-    path = osp.join(runner.work_dir, STATE_FILE)
-    found = [osp.isfile(path)]
-    broadcast_object_list(found)  # rank 0's view: it may write before another rank looks
-    if not found[0]:
-        seed = next(s for s in (al.seed, runner.cfg.get('randomness', {}).get('seed'), runner.seed) if s is not None)
-        state = dict(schema=SCHEMA, phase='train', round=0, seed=seed, settings=al.to_dict(),
-                     config=config_digest(runner.cfg), images=len(pool), rounds=[], pool=pool.names)
-        if al.unit.type != 'image':
-            state['pixels'] = sum(h * w for h, w in pool.sizes.values())
-        if al.unit.type == 'image' or isinstance(al.initial, (str, list)):
-            names = initial_names(al.initial, pool, seed)
-            left = len(pool) - len(names)
-            worst = max((count(n, len(pool)) for n in budgets(al)), default=0)
-            if al.unit.type == 'image' and worst > left:
-                raise ValueError(f'`al.budget` should be at most the {left} images that are not in `al.initial`, but '
-                                 f'got {worst} ({al.budget!r})')
-            asked = names
-        else:
-            asked = query(runner, None, state, pool)
-        if is_main_process():  # checkpoints of an older run: nothing of it may leak into this one
-            for stale in glob.glob(osp.join(glob.escape(runner.work_dir), 'round_*', 'last_checkpoint')):
-                os.remove(stale)
-        add_round(runner, state, pool, asked)
-        return state
-    if not runner.cfg.get('resume'):
-        raise FileExistsError(f'{path} holds an active learning run already: add --resume to go on with it, or choose '
-                              'another --work-dir')
-    state = read_state(path)
-    check_resume(state, al, pool)
-    changed = [key for key, digest in config_digest(runner.cfg).items() if state['config'].get(key) != digest]
-    if changed:
-        runner.logger.warning(f'The config has changed since the run began: {", ".join(changed)}')
-    state['settings'] = al.to_dict()
-    if state['phase'] == 'label':
-        accept_labels(runner, state, pool)
-    update_pool(runner, state, pool)
-    return state
-
-
-def check_resume(state: dict, al: dict, pool: Pool) -> None:
+def check_resume(content: dict, al: dict, pool: Pool) -> None:
     """Refuse to go on with settings under which the rounds so far would have been others."""
-    for key, value in state['settings'].items():
-        if key not in MAY_CHANGE_ON_RESUME and al.get(key) != value:
+    began = {**al, **parse_settings({k: v for k, v in content['settings'].items() if k in al})}
+    for key, value in began.items():
+        if key not in MAY_CHANGE_ON_RESUME and al[key] != value:
             raise ValueError(f'`al.{key}` was {value!r} when the run began and cannot change on resume, but got '
-                             f'{al.get(key)!r}')
-    past = len(state['rounds']) - 1
-    before, now = (budgets(settings)[:past] for settings in (state['settings'], al))
+                             f'{al[key]!r}')
+    past = len(content['rounds']) - 1
+    before, now = (budgets(settings)[:past] for settings in (began, al))
     if before != now:
         raise ValueError(f'`al.rounds` and `al.budget` should leave the {past} queries that were made as they were '
                          f'({before}), but got {now}')
-    gone = [name for name in labelled(state) if name not in pool.where]
+    gone = [name for entry in content['rounds'] for name in entry['asked'] if name not in pool.where]
     if gone:
         raise ValueError(f'{len(gone)} labelled images are not in the data set any more: {", ".join(gone[:5])}')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The labelled training set: what `build_dataloader` and `full_init` do under the key `labelled`
-# ---------------------------------------------------------------------------------------------------------------------
-
-_LABELLED: ContextVar[Optional[dict]] = ContextVar('labelled', default=None)  # image name -> path of its mask, or None
+MAY_CHANGE_ON_RESUME = ['rounds', 'budget', 'stop']  # they extend a run; a companion adds what only looks at one
 
 
-def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs):
-    """Build a dataloader whose data sets keep only what is labelled.
-
-    Args:
-        build: Stock ``Runner.build_dataloader``.
-        dataloader: A dataloader's config with ``labelled=dict(state=path of al_state.json, round=k)``.
-    """
-    dataloader = copy.copy(dataloader)
-    where = dataloader.pop('labelled')
-    state = read_state(where['state'])
-    have = labelled(state, where['round'])
-    for name in state['rounds'][where['round']].get('held_out', ()):
-        del have[name]
-    token = _LABELLED.set({name: None if k is None else mask_path(osp.dirname(where['state']), k, name)
-                           for name, k in have.items()})
-    try:
-        loader = build(dataloader, *args, **kwargs)
-    finally:
-        _LABELLED.reset(token)
-    check_filtered(loader.dataset)
-    if not len(loader) and not isinstance(loader.sampler, InfiniteSampler):
-        raise ValueError(f'`train_dataloader.batch_size` should be at most the {len(loader.dataset)} labelled images, '
-                         f'or drop_last=False, but got {loader.batch_size}: there is no batch to train with')
-    return loader
-
-
-def keep_labelled(dataset: BaseDataset, have: dict) -> None:
-    """Filter a leaf data set as soon as it knows its images, before any wrapper counts them or reads a label; and hide
-    what is not labelled of an image."""
-    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
-    names = [image_name(dataset, info) for info in infos]
-    dataset.get_subset_([i for i, name in enumerate(names) if name in have])
-    dataset.is_labelled = True
-    masks = {info['img_path']: have[name] for info, name in zip(infos, names) if have.get(name)}
-    if masks or type(dataset.pipeline) is Compose:
-        dataset.pipeline = SparseLabels(dataset.pipeline.transforms, masks, getattr(dataset, 'ignore_index', 255))
-
-
-def check_filtered(dataset) -> None:
-    """Refuse a data set with a leaf whose own ``full_init`` went past the filter: it would train on every label."""
-    inner = getattr(dataset, 'datasets', None) or [getattr(dataset, key) for key in ('dataset', '_dataset')
-                                                   if hasattr(dataset, key)]
-    for child in inner:
-        check_filtered(child)
-    if not inner and not getattr(dataset, 'is_labelled', False):
-        raise ValueError(f'{type(dataset).__name__}.full_init should call mmengine\'s BaseDataset.full_init, where '
-                         'only the labelled images are kept, but does not')
-
-
-class SparseLabels(Compose):
-    """A data set's pipeline that shows only the labelled pixels of an image, and takes care not to lose them. A file
-    that cannot be read is named.
-
-    - The mask is applied by the transform that loads the label map, before any geometry.
-    - A random transform that leaves no labelled pixel, as a crop can, is drawn again, up to ten times.
-    - A resize keeps every labelled pixel: its label lands where the pixel lands, also where nearest neighbour skips it.
-
-    Args:
-        transforms: The stock pipeline's.
-        masks: Path of an image -> path of its mask; all other images are wholly labelled.
-        ignore_index: What the loss ignores.
-    """
-
-    def __init__(self, transforms: list, masks: dict, ignore_index: int):
-        super().__init__(transforms)
-        self.masks, self.ignore_index = masks, ignore_index
-
-    def __call__(self, results: dict) -> Optional[dict]:
-        path = self.masks.get(results['img_path'])
-        with reading(f'{results["img_path"]} or its label map'):
-            return super().__call__(results) if path is None else self.show_labelled(results, path)
-
-    def show_labelled(self, results: dict, path: str) -> Optional[dict]:
-        for transform in self.transforms:
-            before, results = results, transform(copy.copy(results))
-            if results is None:
-                return None
-            label, old = results.get('gt_seg_map'), before.get('gt_seg_map')
-            if label is None or label is old:
-                continue
-            if old is None:
-                results['gt_seg_map'] = self.hide(label, path)
-            elif any('Resize' in cls.__name__ for cls in type(transform).__mro__):  # mmcv's and mmseg's
-                results['gt_seg_map'] = keep_pixels(old, label, self.ignore_index)
-            elif (old != self.ignore_index).any():
-                for _ in range(10):
-                    if (results['gt_seg_map'] != self.ignore_index).any():
-                        break
-                    results = transform(copy.copy(before))
-        return results
-
-    def hide(self, label_HW: np.ndarray, path: str) -> np.ndarray:
-        mask = read_mask(path)
-        if mask.shape != label_HW.shape[:2]:
-            raise ValueError(f'the mask {path} has size {mask.shape}, but the label map {label_HW.shape[:2]}')
-        return np.where(mask, label_HW, np.array(self.ignore_index, label_HW.dtype))
-
-
-def keep_pixels(old_HW: np.ndarray, new_HW: np.ndarray, ignore_index: int) -> np.ndarray:
-    """Put back, into a label map that was resized by nearest neighbour, the labelled pixels that it skipped."""
-    rows, cols = np.divmod(np.flatnonzero(old_HW != ignore_index), old_HW.shape[1])
-    r, c = rows * new_HW.shape[0] // old_HW.shape[0], cols * new_HW.shape[1] // old_HW.shape[1]
-    lost = new_HW[r, c] == ignore_index
-    new_HW = new_HW.copy()
-    new_HW[r[lost], c[lost]] = old_HW[rows[lost], cols[lost]]
-    return new_HW
-
-
-def prepare_losses(trainer: Runner) -> None:
-    """Make a model's losses average over labelled pixels only, and refuse those that look at the others.
-
-    Every loss of a decode head is tried on a few pixels: one without any label must be finite, and the gradient must
-    vanish where there is no label.
+def parse_settings(block: dict) -> ConfigDict:
+    """Validate an ``al`` block and fill in the defaults. Equal settings come out equal, however they were written.
 
     Raises:
-        ValueError: A loss or head that cannot be trained with partly labelled images; it names it.
+        ValueError: It names the key, what it should be and what was given.
     """
-    for module in unwrap(trainer.model).modules():
-        if classifies_masks(module):
-            raise ValueError(f'{type(module).__name__} learns masks of whole images, for which pixels without a label '
-                             "are background: use `al.unit='image'` with it")
-        if hasattr(module, 'avg_non_ignore'):
-            module.avg_non_ignore = True
-            if getattr(module.cls_criterion, '__name__', None) in ('cross_entropy', 'binary_cross_entropy'):
-                module.cls_criterion = functools.partial(mean_over_labelled, module.cls_criterion)
-    heads = [m for m in unwrap(trainer.model).modules() if hasattr(m, 'loss_decode') and hasattr(m, 'ignore_index')]
-    names = []
-    for head in heads:
-        losses = head.loss_decode if isinstance(head.loss_decode, torch.nn.ModuleList) else [head.loss_decode]
-        for loss in losses:
-            names.append(type(loss).__name__)
-            check_loss(loss, head.out_channels, head.ignore_index)
-    trainer.logger.info('Partly labelled images: avg_non_ignore is set where a loss has it; checked that unlabelled '
-                        f'pixels have no gradient under {", ".join(dict.fromkeys(names))}')
-
-
-def mean_over_labelled(criterion: Callable, pred_NCHW: torch.Tensor, label_NHW: torch.Tensor, *args,
-                       **kwargs) -> torch.Tensor:
-    """mmseg's cross entropy, which fails with one sigmoid output where no pixel is labelled, and with class weights
-    looks up that of ``ignore_index`` too: it is spared the one, and told by what to divide for the other."""
-    labels = label_NHW[label_NHW != kwargs['ignore_index']]
-    if kwargs['reduction'] == 'mean' and not labels.numel():
-        return pred_NCHW.sum() * 0
-    weight_C = kwargs.get('class_weight')
-    if (weight_C is not None and kwargs.get('avg_factor') is None and kwargs['reduction'] == 'mean'
-            and criterion.__name__ == 'cross_entropy'):
-        kwargs['avg_factor'] = weight_C[labels].sum()
-    return criterion(pred_NCHW, label_NHW, *args, **kwargs)
-
-
-def check_loss(loss: torch.nn.Module, channels: int, ignore_index: int) -> None:
-    """Try a loss on partly labelled and on unlabelled pixels.
-
-    Raises:
-        ValueError: It lets unlabelled pixels in, or is not finite where no pixel is labelled.
-    """
-    logits = torch.randn(2, channels, 4, 4, generator=generator('loss'))
-    parameter = next(itertools.chain(loss.buffers(), loss.parameters()), logits)
-    logits = logits.to(parameter.device).requires_grad_()
-    label = torch.zeros(2, 4, 4, dtype=torch.long, device=logits.device)
-    label[:, :, 2:] = ignore_index
-    takes = inspect.signature(loss.forward).parameters
-    options = dict(weight=None, ignore_index=ignore_index)
-    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
-        options = {key: value for key, value in options.items() if key in takes}
-    why = None
-    try:
-        value, empty = (loss(logits, each, **options).mean() for each in (label, torch.full_like(label, ignore_index)))
-        if torch.autograd.grad(value, logits)[0][..., 2:].any():
-            why = 'pixels without a label change it'
-        elif not torch.isfinite(empty):
-            why = 'it is not finite where there is none'
-    except Exception as error:
-        raise ValueError(f'{type(loss).__name__} cannot train with partly labelled images: it fails on them '
-                         f"({type(error).__name__}: {error}); use a plain CrossEntropyLoss, or `al.unit='image'`"
+    if not isinstance(block, dict):
+        raise ValueError(f'`al` should be a dict, but got {block!r}')
+    try:  # exactly as the state file will hold it: lists, string keys
+        block = json.loads(json.dumps(block, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'`al` should hold only finite numbers, strings, lists and dicts, but got {block!r} ({error})'
                          ) from error
-    if why:
-        raise ValueError(f'{type(loss).__name__} cannot train with partly labelled images: {why}; use a '
-                         "plain CrossEntropyLoss, or `al.unit='image'`")
+    al = ConfigDict(check_settings(block, block_settings(), 'al'))
+    if isinstance(al.budget, list):
+        if block.get('rounds', len(al.budget)) != len(al.budget):
+            raise ValueError(f'`al.budget` should have one entry for each of the `al.rounds` = {al.rounds} rounds, '
+                             f'but got {len(al.budget)} entries')
+        al.rounds = len(al.budget)
+    if al.stop:
+        al.stop = check_settings(al.stop, settings_of(reached, 1), 'al.stop')
+    unit, strategy = resolve_unit(al.unit), resolve_strategy(al.strategy)
+    al.unit, al.strategy = unit.setting, strategy.setting
+    unit.kind.check(al, strategy)
+    return al
 
+
+def add_round(state: State, asked: dict) -> None:
+    """Label what was asked for, or have a human do so: write the masks, then commit the state of the next round.
+
+    Args:
+        asked: Name of an image -> ids of its units, or None for the whole image.
+
+    Raises:
+        ValueError: A label that is on disk cannot be used; it names all the files. The state on disk is as it was.
+    """
+    k, is_human, first = len(state.rounds), state.al.oracle == 'human', isinstance(state.al.initial, (str, list))
+    waits = is_human and not (k == 0 and first)  # images that `initial` names have their labels
+
+    def ask(name: str) -> tuple[list | None, int, int]:
+        old = state.mask(name) if state.counts_pixels else None
+        new = None if old is None else ~old if asked[name] is None else state.units(name).mask(asked[name]) & ~old
+        void = 0 if waits else state.check_label(name, new)
+        pixels = 0 if new is None else int(new.sum())
+        if asked[name] is None:
+            return None, pixels, void
+        write_png(state.mask_path(k, name), old | new)
+        return [len(asked[name]), pixels], pixels, void
+
+    figures = on_all_ranks(ask, list(asked))
+    entry = dict(asked={name: figures[name][0] for name in asked}, strategy=state.strategy_of(k).record)
+    if state.counts_pixels:
+        entry.update(pixels=sum(pixels for _, pixels, _ in figures.values()),
+                     void_pixels=sum(void for *_, void in figures.values()))
+    state.rounds.append(entry)
+    entry.update(hold_out(state), spent=state.spent())
+    state.phase, state.is_resumed = 'label' if waits else 'train', False
+    state.save()
+
+
+def hold_out(state: State) -> dict:
+    """The labelled images that the newest round does not train on, if the strategy calibrates on some.
+
+    Raises:
+        ValueError: There is one labelled image only.
+    """
+    share, names = state.strategy.calibration, list(state.labelled())
+    if not share:
+        return {}
+    if len(names) < 2:
+        raise ValueError(f'`al.initial` should be at least 2 images, of which `al.strategy.calibration` = {share} are '
+                         f'held out, but got {len(names)}')
+    order = torch.randperm(len(names), generator=state.generator('hold_out', len(state.rounds))).tolist()
+    return dict(held_out=[names[i] for i in sorted(order[:min(len(names) - 1, max(1, round(share * len(names))))])])
+
+
+def accept_labels(state: State) -> None:
+    """Check that all labels of the state's round are there, count void pixels, and let the round train.
+
+    Raises:
+        ValueError: It names the images whose label file is missing, unreadable, of another size than the image, or
+            without a label where it was asked for. ``to_label/missing.txt`` holds them all.
+    """
+    folder = osp.join(state.folder(), 'to_label')
+    missing_path, void_path = (osp.join(folder, file) for file in ('missing.txt', 'void.txt'))
+    may_be_void = mmengine.list_from_file(void_path) if osp.isfile(void_path) else []
+
+    def accept(name: str) -> int | str:
+        new = state.asked_mask(name) if state.counts_pixels else np.ones(state.pool.sizes[name], bool)
+        try:
+            void = state.check_label(name, new)
+        except (ValueError, FileNotFoundError) as error:
+            return str(error)
+        return void if void < new.sum() or name in may_be_void else 'it has no label where it was asked for; if all ' \
+            'that is void, name the image in to_label/void.txt'
+
+    figures = on_all_ranks(accept, list(state.entry['asked']))
+    missing = [f'{name}: {why}' for name, why in figures.items() if isinstance(why, str)]
+    if is_main_process():
+        os.makedirs(folder, exist_ok=True)
+        if missing:
+            write_atomically(missing_path, '\n'.join([*missing, '']))
+        elif osp.isfile(missing_path):
+            os.remove(missing_path)
+    if missing:
+        raise ValueError(f'{len(missing)} of the {len(figures)} label maps that round {state.round} needs are not there'
+                         f' yet (all in {missing_path}): {"; ".join(missing[:10])}')
+    if state.counts_pixels:
+        state.entry['void_pixels'] = sum(figures.values())
+        state.entry['spent'] = state.spent()
+    state.phase = 'train'
+
+
+def log_request(state: State) -> None:
+    """Say what a human is to do, and how to go on."""
+    entry, folder = state.entry, osp.join(state.folder(), 'to_label')
+    units = sum(units[0] for units in entry['asked'].values() if units)
+    what = f' ({units} {state.al.unit.type}s, {entry["pixels"]} pixels)' if state.counts_pixels else ''
+    first = state.pool.info(next(iter(entry['asked']))).get('seg_map_path')
+    state.logger.info(f'Round {state.round} waits for labels in {len(entry["asked"])} images{what}: see {folder}\nPut '
+                      f'each label map where the data set looks for it, the first at {first}\nThen go on with: '
+                      f'{resume_command()}')
+
+
+def why_stop(state: State) -> str | None:
+    """The reason to end after the state's round, or None."""
+    reason = reached(state, **state.al.stop) if state.al.stop else None
+    if reason:
+        return reason
+    if state.round >= state.al.rounds:
+        return f'all {state.al.rounds} rounds of queries are done'
+    spent = state.spent()
+    if spent.get('pixels', spent['images']) == (state.pool.pixels if state.counts_pixels else len(state.pool)):
+        return f'the pool is empty after {state.round} rounds: everything is labelled'
+    return None
+
+
+def reached(state: State, metric: str = 'mIoU', value: MaybeNumber = None, patience: MaybeNatural = None
+            ) -> str | None:
+    """The stopping rule: a metric has come to ``value``, or has not risen for ``patience`` rounds. Its parameters are
+    what ``al.stop`` may hold.
+
+    Raises:
+        ValueError: ``al.stop`` asks for a metric that validation does not report.
+    """
+    history = [entry['metrics'].get(metric) for entry in state.rounds]
+    if None in history:
+        raise ValueError(f'`al.stop.metric` should be one of {", ".join(state.entry["metrics"])}, but got {metric!r}')
+    if value is not None and history[-1] >= value:
+        return f'{metric} {history[-1]:.2f} has reached al.stop.value = {value}'
+    if patience is not None and len(history) - 1 - history.index(max(history)) >= patience:
+        return f'{metric} has not risen above {max(history):.2f} for al.stop.patience = {patience} rounds'
+    return None
+
+
+def end_rounds(state: State, trainer: Runner, reason: str) -> None:
+    """Say why, and leave the last round's weights in the caller's runner."""
+    if state.is_resumed:  # then nothing has loaded them
+        load_weights(state, state.checkpoint(state.round, 'last'))
+    close_round(trainer)
+    state.ended = reason
+    state.save()
+    state.logger.info(f'Active learning has ended: {reason}\n{rounds_table(state)}')
+    state.runner._has_loaded = True  # `runner.test()` goes on with this model, not with `load_from`
+
+
+def resume_command() -> str:
+    """The command line that goes on with this run. The launcher hands its own on in ``AL_COMMAND``."""
+    command = os.environ.get('AL_COMMAND', '').strip() or shlex.join(['python', *sys.argv])
+    return command if '--resume' in shlex.split(command) else f'{command} --resume'
+
+
+def tell_hooks(state: State, point: str, *args) -> None:
+    """Call every hook of the caller's runner that has a method of this name: ``after_al_train(state, trainer)``,
+    ``after_al_query(state, trainer, asked)`` or ``after_al_ask(state, trainer)``, on all ranks. One that fails is
+    reported, and stops neither the run nor the others."""
+    for hook in [hook for hook in state.runner.hooks if hasattr(hook, point)]:
+        failed = None
+        try:
+            getattr(hook, point)(state, *args)
+        except Exception:
+            failed = traceback.format_exc()
+        for text in filter(None, all_gather_object(failed)):  # which waits for all ranks, too
+            state.logger.warning(f'{type(hook).__name__}.{point} failed, the run goes on:\n{text}')
+
+
+def attach_companions(runner: Runner) -> list[Hook]:
+    """The hooks of those companions that lie beside this file, registered; what is missing is said once, and its keys
+    of the ``al`` block have no effect."""
+    hooks, missing = [], []
+    sys.modules.setdefault('al_patch', sys.modules[__name__])  # a companion imports this very module
+    for name, keys in COMPANIONS.items():
+        if osp.isfile(osp.join(osp.dirname(__file__), f'{name}.py')):
+            hooks.append(importlib.import_module(f'{__package__}.{name}' if __package__ else name).hook())
+            runner.register_hook(hooks[-1])
+        else:
+            missing.append(f'{name}.py')
+            block_settings().update({key: (None, Any) for key in keys})
+    if missing:
+        runner.logger.info(f'Not beside al_patch.py: {", ".join(missing)}. The run does without figures, or exports')
+    return hooks
+
+
+@functools.cache
+def block_settings() -> dict[str, tuple]:
+    """The keys of the ``al`` block, each with default and annotation. A companion adds its own."""
+    return settings_of(Block)
+
+
+COMPANIONS = dict(al_report=['visualize'], al_label=[])  # and their keys of the `al` block
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: one ordinary runner a round
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def build_round(state: State) -> Runner:
+    """A fresh runner for the state's round, of the caller's class; the caller's own takes over its model."""
+    log_round(state)
+    trainer = type(state.runner).from_cfg(round_config(state))
+    for hook in [RoundHook(seed_of(state.seed, 'train', state.round), state.counts_pixels), *state.companions]:
+        trainer.register_hook(hook)
+    state.runner.model = trainer.model
+    if state.counts_pixels:
+        gather_labelled_pixels(state.model)
+    return trainer
+
+
+def log_round(state: State) -> None:
+    """One line on where the run stands, and how to go on if it is stopped."""
+    spent = ', '.join(f'{key}: {value}' for key, value in state.spent().items())
+    state.logger.info(f'Round {state.round} of {state.al.rounds} ({state.phase}), labelled {spent}; seed {state.seed}, '
+                      f'{state.folder()}; after a stop, go on with: {resume_command()}')
+
+
+def round_config(state: State) -> Config:
+    """The config of the state's round: the run's own, less the ``al`` block, on the labelled images, with the round's
+    overrides, work_dir and weights. It is dumped to that work_dir like any other."""
+    k, cfg = state.round, copy.deepcopy(state.runner.cfg)
+    cfg.pop('al')
+    cfg.merge_from_dict((state.al.overrides or {}).get(str(k), {}))
+    cfg.work_dir = state.folder()
+    cfg.experiment_name = f'{state.runner.experiment_name}_round_{k}'
+    if isinstance(cfg.get('visualizer'), dict):
+        cfg.visualizer.name = cfg.experiment_name  # visualizers are singletons by name: each round gets its own
+    seed = cfg.get('randomness', {}).get('seed')
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': state.seed if seed is None else seed}
+    cfg.train_dataloader.al = dict(state=osp.join(state.work_dir, STATE_FILE), round=k)
+    if k > 0 and state.al.weights != 'scratch':
+        cfg.load_from = state.checkpoint(k - 1, state.al.weights)
+    halfway = resumable_checkpoint(cfg.work_dir) if state.is_resumed and state.phase == 'train' else None
+    cfg.resume = halfway is not None
+    cfg.load_from = halfway or cfg.get('load_from')
+    return cfg
+
+
+def resumable_checkpoint(directory: str) -> str | None:
+    """The checkpoint that mmengine would resume from, if it is there and was written to its end."""
+    path = find_latest_checkpoint(directory) if osp.isdir(directory) else None
+    return path if path and osp.isfile(path) and zipfile.is_zipfile(path) else None
+
+
+def train_round(state: State, trainer: Runner) -> None:
+    """Run the round's training, and note its metrics and checkpoints in the state. The model then has the weights of
+    the last checkpoint, which were validated: EMAHook leaves others in memory."""
+    begin = time.time()
+    with reading(trainer._load_from or 'a checkpoint of the config', pickle.UnpicklingError):
+        trainer.train()
+    hook = next(hook for hook in trainer.hooks if isinstance(hook, RoundHook))
+    if trainer.val_loop is not None and hook.validated_at != trainer.iter:  # e.g. resumed after the last iteration
+        trainer.val_loop.run()
+    checkpoints = dict(last=find_latest_checkpoint(trainer.work_dir))
+    for checkpoint_hook in (h for h in trainer.hooks if isinstance(h, CheckpointHook)):
+        best = getattr(checkpoint_hook, 'best_ckpt_path', None)
+        checkpoints['best'] = best or next(iter(getattr(checkpoint_hook, 'best_ckpt_path_dict', {}).values()), None)
+    shared = [checkpoints]
+    broadcast_object_list(shared)  # only rank 0 saves, so only it knows
+    state.entry.update(metrics=hook.metrics, train_seconds=round(time.time() - begin, 1), checkpoints={
+        key: osp.relpath(path, state.work_dir) for key, path in shared[0].items() if path})
+    load_weights(state, state.checkpoint(state.round, 'last'))
+    state.phase = 'query'
+    state.save()
+    write_curve(state)
+
+
+def write_curve(state: State) -> None:
+    """The table of rounds as ``learning_curve.csv``."""
+    if is_main_process():
+        table = rounds_table(state).get_csv_string(lineterminator='\n')
+        write_atomically(osp.join(state.work_dir, 'learning_curve.csv'), table)
+
+
+def rounds_table(state: State) -> PrettyTable:
+    """The run so far, one row a round."""
+    metrics = list(dict.fromkeys(key for entry in state.rounds for key in entry.get('metrics', {})))
+    table = PrettyTable(['round', *state.spent(), *metrics, 'train s', 'query s'], align='r', none_format='-')
+    for k, entry in enumerate(state.rounds):
+        table.add_row([k, *entry['spent'].values(), *(entry.get('metrics', {}).get(key) for key in metrics),
+                       entry.get('train_seconds'), entry.get('query_seconds')])
+    return table
+
+
 class RoundHook(Hook):
     """Keeps a round's last validation metrics, and makes its random draws and validations a function of the iteration,
-    so that a resumed round trains as an uninterrupted one."""
+    so that a resumed round trains as an uninterrupted one.
+
+    Args:
+        seed: The round's.
+        is_sparse: Whether images are partly labelled, so that losses have to be tried on one without labels.
+    """
     priority = 'VERY_LOW'
 
-    def __init__(self, seed: int):
-        self.seed, self.metrics, self.validated_at = seed, {}, -1
+    def __init__(self, seed: int, is_sparse: bool):
+        self.seed, self.is_sparse, self.metrics, self.validated_at = seed, is_sparse, {}, -1
 
     def before_train(self, runner: Runner) -> None:
         """Validate again what was resumed from: mmengine saves before it validates, and a run that is stopped in
         between would have lost the metrics and the best checkpoint."""
+        if self.is_sparse:
+            check_void(runner)
         loop = runner.train_loop
         if runner.val_loop is None or not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
             return
@@ -973,91 +691,9 @@ class RoundHook(Hook):
     def early_stopping(runner: Runner) -> list[Hook]:
         return [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
 
-    def after_val_epoch(self, runner: Runner, metrics: Optional[dict] = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         self.metrics = {key: round(float(value), 4) for key, value in (metrics or {}).items() if np.isscalar(value)}
         self.validated_at = runner.iter
-
-
-def round_dir(work_dir: str, k: int) -> str:
-    return osp.join(work_dir, f'round_{k}')
-
-
-def resumable_checkpoint(directory: str) -> Optional[str]:
-    """The checkpoint that mmengine would resume from, if it is there and was written to its end."""
-    path = find_latest_checkpoint(directory) if osp.isdir(directory) else None
-    return path if path and osp.isfile(path) and zipfile.is_zipfile(path) else None
-
-
-def round_config(runner: Runner, state: dict, resumed: bool) -> Config:
-    """The config of the state's round: the run's own, less the ``al`` block, on the labelled images, with the round's
-    overrides, work_dir and weights. It is dumped to that work_dir like any other."""
-    al, k = ConfigDict(state['settings']), state['round']
-    cfg = copy.deepcopy(runner.cfg)
-    cfg.pop('al')
-    cfg.merge_from_dict((al.overrides or {}).get(str(k), {}))
-    cfg.work_dir = round_dir(runner.work_dir, k)
-    cfg.experiment_name = f'{runner.experiment_name}_round_{k}'
-    if isinstance(cfg.get('visualizer'), dict):
-        cfg.visualizer.name = cfg.experiment_name  # visualizers are singletons by name: each round gets its own
-    seed = cfg.get('randomness', {}).get('seed')
-    cfg.randomness = {**cfg.get('randomness', {}), 'seed': state['seed'] if seed is None else seed}
-    cfg.train_dataloader.labelled = dict(state=osp.join(runner.work_dir, STATE_FILE), round=k)
-    if k > 0 and al.weights != 'scratch':
-        cfg.load_from = checkpoint_path(runner, state['rounds'][k - 1], al.weights)
-    halfway = resumable_checkpoint(cfg.work_dir) if resumed and state['phase'] == 'train' else None
-    cfg.resume = halfway is not None
-    cfg.load_from = halfway or cfg.get('load_from')
-    return cfg
-
-
-def checkpoint_path(runner: Runner, entry: dict, which: str) -> str:
-    """A round's ``last`` or ``best`` checkpoint."""
-    path = osp.join(runner.work_dir, entry['checkpoints'][which])
-    if not osp.isfile(path):
-        raise FileNotFoundError(f'the checkpoint {path} that the run needs to go on is gone: put it back, or start in '
-                                'another work_dir')
-    return path
-
-
-def load_weights(runner: Runner, trainer: Runner, path: str) -> None:
-    """Load a checkpoint into the round's model; an error names it."""
-    with reading(path):
-        load_checkpoint(unwrap(trainer.model), path, map_location='cpu', logger=runner.logger)
-
-
-def build_round(runner: Runner, state: dict, resumed: bool) -> Runner:
-    """A fresh runner for the state's round, of the caller's class; the caller's own takes over its model."""
-    cfg = round_config(runner, state, resumed)
-    trainer = type(runner).from_cfg(cfg)
-    trainer.register_hook(RoundHook(seed_of(state['seed'], 'train', state['round'])))
-    trainer.register_hook(ClassIoU())
-    if state['settings']['unit']['type'] != 'image':
-        prepare_losses(trainer)
-    runner.model = trainer.model
-    return trainer
-
-
-def train_round(runner: Runner, trainer: Runner, state: dict) -> None:
-    """Run the round's training, and note its metrics and checkpoints in the state. The model then has the weights of
-    the last checkpoint, which were validated: EMAHook leaves others in memory."""
-    begin = time.time()
-    with reading(trainer._load_from or 'a checkpoint of the config', pickle.UnpicklingError):
-        trainer.train()
-    hook = next(hook for hook in trainer.hooks if isinstance(hook, RoundHook))
-    if trainer.val_loop is not None and hook.validated_at != trainer.iter:  # e.g. resumed after the last iteration
-        trainer.val_loop.run()
-    checkpoints = dict(last=find_latest_checkpoint(trainer.work_dir))
-    for checkpoint_hook in (h for h in trainer.hooks if isinstance(h, CheckpointHook)):
-        best = getattr(checkpoint_hook, 'best_ckpt_path', None)
-        checkpoints['best'] = best or next(iter(getattr(checkpoint_hook, 'best_ckpt_path_dict', {}).values()), None)
-    shared = [checkpoints]
-    broadcast_object_list(shared)  # only rank 0 saves, so only it knows
-    state['rounds'][state['round']].update(
-        labelled=spent(state), metrics=hook.metrics, train_seconds=round(time.time() - begin, 1),
-        checkpoints={key: osp.relpath(path, runner.work_dir) for key, path in shared[0].items() if path})
-    load_weights(runner, trainer, checkpoint_path(runner, state['rounds'][state['round']], 'last'))
-    state['phase'] = 'query'
-    save_state(state, runner.work_dir)
 
 
 def close_round(trainer: Runner) -> None:
@@ -1079,12 +715,758 @@ def close_round(trainer: Runner) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The labelled training set: what `build_dataloader` does under the key `al`
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs):
+    """Build a dataloader whose data sets keep only what is labelled.
+
+    Every leaf of its config is handed to its wrapper as a callable, which builds the leaf and filters it, before any
+    wrapper counts images or reads a label.
+
+    Args:
+        build: Stock ``Runner.build_dataloader``.
+        dataloader: A dataloader's config with ``al=dict(state=path of al_state.json, round=k)``.
+    """
+    dataloader = copy.copy(dataloader)
+    where, kept = dataloader.pop('al'), []
+    state = State(read_state(where['state']), osp.dirname(where['state']))
+    have = {name: None if k is None else state.mask_path(k, name)
+            for name, k in state.labelled(where['round']).items()
+            if name not in state.rounds[where['round']].get('held_out', ())}
+
+    def filtered(dataset: dict) -> dict:
+        key, inner = inner_configs(dataset)
+        if key:
+            inner = [filtered(item) for item in inner]
+            return {**dataset, key: inner if key == 'datasets' else inner[0]}
+
+        def build_leaf(**more) -> BaseDataset:  # a wrapper may add arguments of its own
+            leaf = DATASETS.build({**copy.deepcopy(dataset), **more})
+            leaf.full_init()
+            keep_labelled(leaf, have)
+            kept.append((leaf, len(leaf)))
+            return leaf
+
+        return dict(type=build_leaf)
+
+    loader = build({**dataloader, 'dataset': filtered(dataloader['dataset'])}, *args, **kwargs)
+    for leaf, n in kept:
+        if len(leaf) != n:  # mmengine and its wrappers call full_init again
+            raise ValueError(f'{type(leaf).__name__}.full_init should do nothing the second time, as mmengine\'s '
+                             f'BaseDataset.full_init, but has brought back images that are not labelled')
+    if not len(loader) and not isinstance(loader.sampler, InfiniteSampler):
+        raise ValueError(f'`train_dataloader.batch_size` should be at most the {len(loader.dataset)} labelled images, '
+                         f'or drop_last=False, but got {loader.batch_size}: there is no batch to train with')
+    return loader
+
+
+def keep_labelled(dataset: BaseDataset, have: dict) -> None:
+    """Filter a leaf data set, and hide what is not labelled of an image.
+
+    Args:
+        have: Image name -> path of its mask, or None for a whole image.
+    """
+    infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    names = [image_name(dataset, info) for info in infos]
+    dataset.get_subset_([i for i, name in enumerate(names) if name in have])
+    masks = {info['img_path']: have[name] for info, name in zip(infos, names) if have.get(name)}
+    if masks or type(dataset.pipeline) is Compose:
+        dataset.pipeline = SparseLabels(dataset.pipeline.transforms, masks, getattr(dataset, 'ignore_index', 255))
+
+
+class SparseLabels(Compose):
+    """A data set's pipeline that shows only the labelled pixels of an image, and takes care not to lose them. A file
+    that cannot be read is named.
+
+    - The mask is applied by the transform that loads the label map, before any geometry.
+    - A random transform that leaves no labelled pixel, as a crop can, is drawn again, up to ten times.
+    - A resize keeps every labelled pixel: its label lands where the pixel lands, also where nearest neighbour skips it.
+
+    Args:
+        transforms: The stock pipeline's.
+        masks: Path of an image -> path of its mask; all other images are wholly labelled.
+        ignore_index: What the loss ignores.
+    """
+
+    def __init__(self, transforms: list, masks: dict, ignore_index: int):
+        super().__init__(transforms)
+        self.masks, self.ignore_index = masks, ignore_index
+
+    def __call__(self, results: dict) -> dict | None:
+        path = self.masks.get(results['img_path'])
+        with reading(f'{results["img_path"]} or its label map'):
+            return super().__call__(results) if path is None else self.show_labelled(results, path)
+
+    def show_labelled(self, results: dict, path: str) -> dict | None:
+        for transform in self.transforms:
+            before, results = results, transform(copy.copy(results))
+            if results is None:
+                return None
+            label, old = results.get('gt_seg_map'), before.get('gt_seg_map')
+            if label is None or label is old:
+                continue
+            if old is None:
+                results['gt_seg_map'] = self.hide(label, path)
+            elif any('Resize' in cls.__name__ for cls in type(transform).__mro__):  # mmcv's and mmseg's
+                results['gt_seg_map'] = keep_pixels(old, label, self.ignore_index)
+            elif (old != self.ignore_index).any():
+                for _ in range(10):
+                    if (results['gt_seg_map'] != self.ignore_index).any():
+                        break
+                    results = transform(copy.copy(before))
+        return results
+
+    def hide(self, label_HW: np.ndarray, path: str) -> np.ndarray:
+        mask = read_mask(path)
+        if mask.shape != label_HW.shape[:2]:
+            raise ValueError(f'the mask {path} has size {mask.shape}, but the label map {label_HW.shape[:2]}')
+        return np.where(mask, label_HW, np.array(self.ignore_index, label_HW.dtype))
+
+
+def keep_pixels(old_HW: np.ndarray, new_HW: np.ndarray, ignore_index: int) -> np.ndarray:
+    """Put back, into a label map that was resized by nearest neighbour, the labelled pixels that it skipped."""
+    rows, cols = np.divmod(np.flatnonzero(old_HW != ignore_index), old_HW.shape[1])
+    r, c = rows * new_HW.shape[0] // old_HW.shape[0], cols * new_HW.shape[1] // old_HW.shape[1]
+    lost = new_HW[r, c] == ignore_index
+    new_HW = new_HW.copy()
+    new_HW[r[lost], c[lost]] = old_HW[rows[lost], cols[lost]]
+    return new_HW
+
+
+def gather_labelled_pixels(model: torch.nn.Module) -> None:
+    """Let every loss of a decode head see the labelled pixels alone, as one column (1, C, n, 1), so that its mean is
+    theirs, whatever it does with void; without any it is zero.
+
+    Raises:
+        ValueError: A head learns masks of whole images, or a loss looks at a pixel's neighbours; it names it.
+    """
+    for head in list(model.modules()):
+        if classifies_masks(head):
+            raise ValueError(f'{type(head).__name__} learns masks of whole images, for which pixels without a label '
+                             "are background: use `al.unit='image'` with it")
+        if not (hasattr(head, 'loss_decode') and hasattr(head, 'ignore_index')):
+            continue
+        for loss in head.loss_decode if isinstance(head.loss_decode, torch.nn.ModuleList) else [head.loss_decode]:
+            if not hasattr(loss.forward, 'gathers'):
+                check_loss(loss, head.out_channels, next(model.parameters()).device)
+                loss.forward = gathered(loss.forward, head.ignore_index)
+
+
+def gathered(forward: Callable, ignore_index: int) -> Callable:
+    """A loss's ``forward(pred_NCHW, label_NHW, weight=, ...)`` on the labelled pixels of a batch."""
+
+    @functools.wraps(forward)
+    def on_labelled(pred: torch.Tensor, label: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        known = label != ignore_index
+        if known.all() or pred.shape[2:] != label.shape[1:]:
+            return forward(pred, label, *args, **kwargs)
+        is_map = kwargs.get('reduction_override') == 'none'  # mmseg's OHEMPixelSampler ranks pixels by their losses
+        if not known.any():
+            return torch.zeros_like(label, dtype=pred.dtype) if is_map else pred.sum() * 0
+        maps = {key: value[known].view(1, -1, 1) for key, value in kwargs.items()
+                if isinstance(value, torch.Tensor) and value.shape == label.shape}
+        loss = forward(pred.movedim(1, -1)[known].T[None, ..., None], label[known].view(1, -1, 1), *args,
+                       **{**kwargs, **maps})
+        return torch.zeros_like(label, dtype=loss.dtype).masked_scatter(known, loss) if is_map else loss
+
+    on_labelled.gathers = True
+    return on_labelled
+
+
+def check_loss(loss: torch.nn.Module, channels: int, device: torch.device) -> None:
+    """Try a loss on a column of pixels and on the same in reverse.
+
+    Raises:
+        ValueError: It looks at neighbours, which a pixel of a partly labelled image does not have.
+    """
+    pred = torch.linspace(0, 9, 12 * channels, device=device).sin().view(1, channels, 12, 1)
+    label, why = (torch.arange(12, device=device) % max(2, channels)).view(1, 12, 1), 'it looks at neighbours of pixels'
+    try:
+        values = [loss(pred[:, :, order], label[:, order], ignore_index=255).mean()
+                  for order in ([*range(12)], [*range(11, -1, -1)], [*range(0, 12, 2), *range(1, 12, 2)])]
+        if torch.allclose(torch.stack(values), values[0], rtol=1e-3):
+            return
+    except Exception as error:
+        why = f'it fails on single pixels ({type(error).__name__}: {error})'
+    raise ValueError(f"{type(loss).__name__} cannot train with partly labelled images: {why}; use a plain "
+                     "CrossEntropyLoss, or `al.unit='image'`")
+
+
+@torch.no_grad()
+def check_void(trainer: Runner) -> None:
+    """Train on two images without any label, but for the step: what is then not zero learns from what nobody labelled,
+    unless it does not change with labels at all, as a distillation loss.
+
+    Raises:
+        ValueError: It names the loss.
+    """
+    model, dataset = unwrap(trainer.model), trainer.train_dataloader.dataset
+    batch = pseudo_collate([dataset[0], dataset[len(dataset) - 1]])
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def losses(fill: Callable) -> dict:
+        data = model.data_preprocessor(copy.deepcopy(batch), True)
+        for sample in data['data_samples']:
+            sample.gt_sem_seg.data = fill(sample.gt_sem_seg.data)
+        torch.manual_seed(0)  # of dropout
+        return {key: sum(map(torch.sum, value)) if isinstance(value, list) else value.sum()
+                for key, value in model(**data, mode='loss').items() if 'loss' in key}
+
+    ignore_index = getattr(decode_head(model), 'ignore_index', 255)
+    void, some = losses(lambda label: torch.full_like(label, ignore_index)), losses(torch.zeros_like)
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    for key in [key for key, value in void.items() if value != 0]:
+        if void[key] != some[key]:
+            raise ValueError(f'{key} of {type(decode_head(model)).__name__} learns from pixels without a label: it is '
+                             f"{float(void[key]):.3g} where there is none at all; use `al.unit='image'`, or leave that "
+                             'loss out of the config')
+        trainer.logger.info(f'{key} does not depend on labels, and is left alone')
+    trainer.logger.info('Partly labelled images: losses see labelled pixels only, and are zero where there are none')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Query: score the pool with the round's model, and choose
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def unwrap(model: torch.nn.Module) -> torch.nn.Module:
-    return getattr(model, 'module', model)
+@torch.no_grad()
+def query(state: State, trainer: Runner | None) -> dict[str, np.ndarray | None]:
+    """Choose what to label next. A function of checkpoint, pool, labelled set, settings and seed.
+
+    Args:
+        trainer: The round's runner. None for the random choice before the first round.
+
+    Returns:
+        Name of an image -> ids of its chosen units, or None for the whole image.
+    """
+    begin, this = time.time(), Query(state, trainer)
+    total, is_watched = sum(map(len, deal(state, this.names))), sys.stdout.isatty() and is_main_process()
+    for done, (name, seen) in enumerate(track(this.look(), 'Query', total, disable=not is_watched), 1):
+        this.collector.add(name, *this.candidates(name, seen))
+        if done == total or not is_watched:
+            log_progress(state, begin, done, total)
+    asked = this.asked()
+    if state.rounds:
+        state.entry['query_seconds'] = round(time.time() - begin, 1)
+    return asked
+
+
+class Query:
+    """One query: the images that it looks at, what it may spend, and what can be asked for in each image.
+
+    Attributes:
+        names: Of all images that it looks at.
+        open: Those of them from which it may choose; of the others only what is labelled counts.
+    """
+
+    def __init__(self, state: State, trainer: Runner | None):
+        al, pool, k, have = state.al, state.pool, len(state.rounds), state.labelled()
+        self.state, self.trainer, self.strategy, self.thresholds = state, trainer, state.strategy_of(k), {}
+        self.amount = budgets(al)[k - 1] if k else al.initial
+        names = [name for name in pool.names if have.get(name, 0) is not None]
+        if al.pool_size is not None and k:
+            least = 0 if state.counts_pixels else number_of(self.amount, len(pool))
+            size = max(least, number_of(al.pool_size, len(pool)))
+            order = torch.randperm(len(names), generator=state.generator('pool_size', k)).tolist()
+            names = [names[i] for i in sorted(order[:size])]
+        self.open = frozenset(names)
+        self.names = [name for name in pool.names if name in self.open or
+                      name in have and self.strategy.asks_for('labelled_LD')]
+        self.position = {name: i for i, name in enumerate(self.names)}
+        self.free = self.free_pixels() if state.counts_pixels else {}
+        self.total = sum(self.free.values())
+        self.in_pixels = state.counts_pixels and isinstance(self.amount, float)
+        self.collector = Collector(self.strategy.select, self.budget, al.per_image, self.in_pixels,
+                                   (state.seed, 'select', k), (k - 1) / max(1, al.rounds - 1))
+        if self.strategy.needs_model:
+            self.collector.device = next(state.model.parameters()).device
+
+    def free_pixels(self) -> dict[str, int]:
+        """How many pixels of each image are not labelled."""
+        free = {name: math.prod(self.state.pool.sizes[name]) for name in self.open}
+        for entry in self.state.rounds:
+            for name, units in entry['asked'].items():
+                if name in free:
+                    free[name] -= units[1] if units else free[name]
+        return free
+
+    def budget(self, name: str | None = None) -> int:
+        """What may be spent: over all images or, with ``al.per_image``, in one."""
+        if not self.in_pixels:
+            return number_of(self.amount, len(self.state.pool))
+        return number_of(self.amount, math.prod(self.state.pool.sizes[name]) if self.state.al.per_image else
+                         self.state.pool.pixels)
+
+    def limit(self, name: str, units: Areas) -> int | None:
+        """How many candidates of an image are of use: with top-k, as many as the budget buys; where every pixel is one
+        and each has a vector, four times the image's part of the budget, but at least 256.
+
+        Raises:
+            ValueError: ``al.strategy.shortlist`` is too short to spend the budget.
+        """
+        budget, shortlist = self.budget(name), self.strategy.shortlist
+        if self.strategy.select is topk and not shortlist:
+            return budget
+        share = budget * (1 if self.state.al.per_image else self.free.get(name, 0) / max(1, self.total))
+        share = math.ceil(share / (units.size if self.in_pixels else 1))
+        if shortlist and shortlist < share:
+            raise ValueError(f"`al.strategy.shortlist` should be at least {share}, an image's share of the budget, but "
+                             f'got {shortlist}')
+        return shortlist or (max(256, 4 * share) if units.is_dense and self.strategy.embed else None)
+
+    def look(self) -> Iterator[tuple[str, Seen | None]]:
+        """This rank's share of the images, each with what the network sees in it, or None where scores are drawn."""
+        if not self.strategy.needs_model:
+            yield from ((self.names[i], None) for batch in deal(self.state, self.names) for i in batch)
+            return
+        state, trainer = self.state, self.trainer
+        load_weights(state, state.checkpoint(state.round, state.al.query_with))
+        if self.strategy.calibration:
+            self.thresholds = dict(thresholds_C=calibrate(state, trainer, self.strategy))
+        yield from Network(trainer, self.strategy).look(state, self.names, self.views)
+
+    @property
+    def views(self) -> list[Callable]:
+        """What the strategy is shown of the logits: first, if vectors come from them, at their own resolution; last
+        what the score map comes from, which may be the same."""
+        native = as_it_is if self.state.counts_pixels else without_padding
+        at_native = self.strategy.needs_maps or not self.state.full_res
+        return [native] * at_native + [to_image] * self.state.full_res
+
+    def maps(self, seen: Seen) -> tuple[torch.Tensor | None, dict]:
+        """An image's score map: for whole images at the logits' resolution, less the padding, else in the coordinates
+        of the original image. And ``probs_CHW``, ``scores_HW`` and ``features_KHW`` at the logits' resolution, less the
+        padding, as far as vectors are made from them."""
+        counts_pixels, strategy, maps = self.state.counts_pixels, self.strategy, {}
+        scores = [None if strategy.score is random_scores else
+                  call(strategy.score, means['probs_NCHW'], **means, **self.thresholds)[0] for means in seen.means]
+        map_HW = scores[-1]
+        if counts_pixels and not self.state.full_res and map_HW is not None:
+            map_HW = to_image(map_HW[None], seen)[0]
+        if strategy.needs_maps:
+            crop = without_padding if counts_pixels else as_it_is
+            maps = dict(probs_CHW=crop(seen.means[0]['probs_NCHW'][0], seen))
+            if scores[0] is not None:
+                maps['scores_HW'] = crop(scores[0], seen)
+            if seen.features is not None:
+                maps['features_KHW'] = without_padding(seen.features, seen).float()
+                if maps['features_KHW'].shape[1:] != maps['probs_CHW'].shape[1:]:  # a head that refines its logits
+                    maps['features_KHW'] = F.interpolate(maps['features_KHW'][None], maps['probs_CHW'].shape[1:])[0]
+        return map_HW, maps
+
+    def candidates(self, name: str, seen: Seen | None) -> tuple[Candidates, Candidates]:
+        """The candidates of an image, and its labelled units if the selector wants to know.
+
+        Raises:
+            ValueError: A score or a vector is not finite; it names the image.
+        """
+        state, strategy, units = self.state, self.strategy, self.state.units(name)
+        map_HW, maps = self.maps(seen) if seen else (None, {})
+        if any(not torch.isfinite(each).all() for each in (map_HW, *maps.values()) if each is not None):
+            raise ValueError(f'the score of image {name!r} is not finite: the model gives no finite logits')
+        draw, limit = state.generator('random', len(state.rounds), name), self.limit(name, units)
+        scores = random_scores(units.number, draw) if map_HW is None else map_HW.float()
+        taken = state.mask(name) if state.counts_pixels else name in state.labelled()
+        found = [units.candidates(scores, taken, strategy.reduce, limit, self.collector.floor)]
+        if strategy.asks_for('labelled_LD'):
+            found.append(units.known(scores, taken, strategy.reduce, limit, draw))
+        ids, values, pixels = map(np.concatenate, zip(*found))
+        vectors = probs = None
+        if maps and len(ids):
+            weights_NP = units.weights(ids, maps['probs_CHW'].shape[1:])
+            weights_NP = weights_NP if weights_NP is None else weights_NP.to(maps['probs_CHW'].device)
+            if strategy.embed:
+                vectors = call(strategy.embed, **maps, **self.thresholds, weights_NP=weights_NP).float().cpu().numpy()
+            if strategy.asks_for('probs_NC'):
+                probs = pool_map(maps['probs_CHW'], weights_NP).cpu().numpy()
+        rows = Candidates(np.full(len(ids), self.position[name], np.int32), ids, values, pixels, vectors, probs)
+        free = len(found[0][0])
+        return rows.rows(slice(free if name in self.open else 0)), rows.rows(slice(free, None))
+
+    def asked(self) -> dict[str, np.ndarray | None]:
+        """The choice, after a line in the log. The highest score in each image stays in ``state.scores``."""
+        state, chosen = self.state, self.collector.result()
+        seen = {} if self.strategy.score is random_scores else self.collector.seen
+        state.scores = {name: score for share in all_gather_object(seen) for name, score in share.items()}
+        if not len(chosen.id):
+            return {}
+        images, starts = np.unique(chosen.image, return_index=True)
+        (low, high, n), scores = self.collector.range, chosen.score
+        what = f'{len(images)} of {len(self.open)} images'
+        if state.counts_pixels:
+            what = f'{len(chosen.id)} of {n} candidates ({chosen.pixels.sum()} pixels) in {what}'
+        state.logger.info(f'Query {len(state.rounds)}: {self.strategy.name} asks for {what}, scores '
+                          f'{scores.min():.4g} to {scores.max():.4g} (all: {low:.4g} to {high:.4g})')
+        return {self.names[i]: ids if state.counts_pixels else None
+                for i, ids in zip(images, np.split(chosen.id, starts[1:]))}
+
+
+class Collector:
+    """Gathers candidates image by image and keeps no more than can still be chosen, so that memory does not grow with
+    the pool where the choice allows it: with a budget for each image, and with top-k.
+
+    Args:
+        select: The selector.
+        budget: What may be spent: over all images, or in one (its name is handed over) if ``per_image``.
+        per_image: Choose in every image by itself.
+        in_pixels: Whether the budget counts pixels, and not units.
+        seed: What seeds the choice.
+        progress: Of the queries, for the selector.
+
+    Attributes:
+        floor: What scores lower cannot be chosen any more.
+        seen: Name of an image -> the highest score in it.
+        range: Lowest and highest score, and number, of all candidates.
+        device: Where the selector computes.
+    """
+
+    def __init__(self, select: Callable, budget: Callable, per_image: bool = False, in_pixels: bool = False,
+                 seed: tuple = (), progress: float = 0.):
+        self.select, self.budget, self.per_image, self.in_pixels = select, budget, per_image, in_pixels
+        self.seed, self.progress, self.device = seed, progress, 'cpu'
+        self.parts, self.known, self.rows, self.kept = [], [], 0, 0
+        self.floor, self.seen, self.range = -math.inf, {}, [math.inf, -math.inf, 0]
+
+    def add(self, name: str, candidates: Candidates, known: Candidates) -> None:
+        """An image's candidates, and what is labelled of it where the selector wants to know."""
+        scores = candidates.score
+        if len(known.id) and not self.per_image:
+            self.known.append(known)
+        if not len(scores):
+            return
+        self.seen[name] = float(scores.max())
+        self.range = [min(self.range[0], scores.min()), max(self.range[1], scores.max()), self.range[2] + len(scores)]
+        if self.per_image:
+            candidates = self.choose(candidates, self.budget(name), known, name)
+        self.parts.append(candidates)
+        self.rows += len(candidates.id)
+        if not self.per_image and self.select is topk and self.rows > 2 * self.kept + 2**16:
+            self.parts = [self.choose(Candidates.join(self.parts), self.budget(None))]
+            if len(self.parts[0].id) < self.rows:
+                self.floor = self.parts[0].score.min()
+            self.rows = self.kept = len(self.parts[0].id)
+
+    def choose(self, candidates: Candidates, budget: int, known: Candidates | None = None, *seed) -> Candidates:
+        """What the selector picks for the budget, in the order of the rows. A budget in pixels is spent as far as whole
+        units go: the selector's picks are taken in its order until the next one is too large, but at least one."""
+        n = len(candidates.id)
+        scores_N, vectors_ND, probs_NC = map(self.tensor, (candidates.score, candidates.vector, candidates.probs))
+        offered = dict(vectors_ND=vectors_ND, probs_NC=probs_NC, progress=self.progress)
+        if vectors_ND is not None:
+            known = candidates.rows(slice(0)) if known is None or known.vector is None else known
+            offered.update(labelled_LD=self.tensor(known.vector), labelled_scores_L=self.tensor(known.score))
+        k = math.ceil(budget / np.median(candidates.pixels)) if self.in_pixels and n else budget
+        while n:
+            k = min(k, n)
+            picks = call(self.select, scores_N, k, generator(*self.seed, *seed), **offered)
+            picks = picks.cpu().numpy() if isinstance(picks, torch.Tensor) else np.asarray(picks)
+            if len(picks) != k or len(np.unique(picks)) != k:
+                raise ValueError(f'`al.strategy.select` should choose {k} different candidates, but got {len(picks)}, '
+                                 f'{len(np.unique(picks))} of them different')
+            if not self.in_pixels:
+                break
+            cost = np.cumsum(candidates.pixels[picks])
+            if cost[-1] >= budget or k == n:
+                picks = picks[:max(1, np.searchsorted(cost, budget, side='right'))]
+                break
+            k = math.ceil(k * budget / cost[-1]) + 1
+        return candidates.rows(np.sort(picks)) if n else candidates
+
+    def tensor(self, column: np.ndarray | None) -> torch.Tensor | None:
+        return None if column is None else torch.from_numpy(column).to(self.device)
+
+    def result(self) -> Candidates:
+        """The choice of all ranks together."""
+        parts, known, ranges = zip(*all_gather_object((Candidates.join(self.parts), Candidates.join(self.known),
+                                                       self.range)))
+        lows, highs, numbers = zip(*ranges)
+        self.range = [min(lows), max(highs), sum(numbers)]
+        candidates, known = (Candidates.join(each).sorted() for each in (parts, known))
+        # rank 0 decides; without its vectors, that no other rank has use for
+        chosen = [candidates if self.per_image or not is_main_process() else
+                  self.choose(candidates, self.budget(None), known)]
+        chosen[0] = chosen[0]._replace(vector=None, probs=None)
+        broadcast_object_list(chosen)
+        return chosen[0]
+
+
+class Candidates(NamedTuple):
+    """What can be asked for, one row each, by image (its position among those scored) and then by id."""
+    image: np.ndarray  # (N,) int32
+    id: np.ndarray  # (N,) int64: number of a segment, or y * W + x of a pixel or of a window's centre
+    score: np.ndarray  # (N,) float64
+    pixels: np.ndarray  # (N,) int32: what it would add to the labelled pixels
+    vector: np.ndarray | None = None  # (N, D) float32, if the strategy has an embedding
+    probs: np.ndarray | None = None  # (N, C) float32, mean class probabilities, if the selector asks for them
+
+    def rows(self, which) -> Candidates:
+        return Candidates(*(None if column is None else column[which] for column in self))
+
+    @staticmethod
+    def join(parts: list) -> Candidates:
+        empty = Candidates(*(np.empty(0, t) for t in (np.int32, np.int64, np.float64, np.int32)))
+        columns = ([part for part in column if part is not None] for column in zip(empty, *parts))
+        return Candidates(*(np.concatenate(column) if column else None for column in columns))
+
+    def sorted(self) -> Candidates:
+        return self.rows(np.lexsort((self.id, self.image)))
+
+
+def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor:
+    """For each class the highest threshold (in thousandths) at which the expected rate of false negatives in an image
+    is at most ``strategy.alpha``, by conformal risk control (Angelopoulos et al., ICLR 2024) on the labelled images
+    that the round did not train on; 0.001 for a class that they do not show often enough to tell. (C,)"""
+    names, alpha, rates, images = state.entry['held_out'], strategy.alpha, 0, 0
+    for name, seen in Network(trainer, strategy).look(state, names, [to_image], shared=False):
+        probs_CHW, label_HW = seen.means[0]['probs_NCHW'][0], state.pool.load_label(name).astype(np.int64)
+        label_HW = torch.from_numpy(np.where(state.mask(name), label_HW, -1))
+        rate, shown = torch.ones(len(probs_CHW), 1001, dtype=torch.float64), torch.zeros(len(probs_CHW))
+        for c in label_HW.unique().tolist():
+            if 0 <= c < len(probs_CHW):
+                bins = (probs_CHW[c].cpu()[label_HW == c] * 1000).long()
+                rate[c] = F.pad(bins.bincount(minlength=1001).cumsum(0)[:1000] / len(bins), (1, 0))
+                shown[c] = 1
+        rates, images = rates + rate * shown[:, None], images + shown
+    bound = (images + 1) / images.clamp_min(1) * alpha - 1 / images.clamp_min(1)
+    allowed = (rates / images.clamp_min(1)[:, None] <= bound[:, None]) & (images[:, None] > 0)
+    thresholds_C = (allowed.sum(1) - 1).clamp_min(1) / 1000  # rates rise with the threshold
+    state.logger.info(f'Calibrated on {len(names)} held-out images, thresholds: '
+                      f'{", ".join(f"{t:.3f}" for t in thresholds_C.tolist())}')
+    if (bound <= 0).all():
+        state.logger.warning(f'{len(names)} held-out images are too few to bound the rate of false negatives by '
+                             f'`al.strategy.alpha` = {alpha}: a class needs {math.ceil(1 / alpha)} that show it')
+    return thresholds_C.to(probs_CHW.device)
+
+
+def log_progress(state: State, begin: float, done: int, total: int) -> None:
+    """A log line of the query now and then, in the form of mmengine's."""
+    interval = next((hook.interval for hook in state.runner.hooks if isinstance(hook, LoggerHook)), 50)
+    if done == total or done % interval == 0:
+        each = (time.time() - begin) / done
+        eta = time.strftime('%H:%M:%S', time.gmtime(each * (total - done)))
+        state.logger.info(f'Iter(query) [{done:{len(str(total))}d}/{total}]  eta: {eta}  time: {each:.4f}')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network: passes over images, and what they give
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_weights(state: State, path: str) -> None:
+    """Load a checkpoint into the run's model; an error names it."""
+    with reading(path):
+        load_checkpoint(state.model, path, map_location='cpu', logger=state.logger)
+
+
+class Network:
+    """A segmentor in eval mode, and its passes over images: one, or ``strategy.mc`` with dropout (Gal & Ghahramani,
+    ICML 2016).
+
+    With dropout, what no dropout layer has touched is computed once: a module without dropout in it that gets the very
+    tensors again that it got in a first pass answers with what it made of them. Where the only dropout is that of
+    channels before ``conv_seg``, as in most decode heads, a matrix product serves all passes. Masks come from a
+    generator for each image and pass, so they do not depend on batches, order or processes.
+
+    Args:
+        trainer: A runner with the model; the query runs in the precision that it trains in.
+        strategy: What asks for statistics and features. None: one pass, and class probabilities.
+    """
+
+    def __init__(self, trainer: Runner, strategy: Strategy | None = None):
+        self.trainer, self.model = trainer, unwrap(trainer.model).eval()
+        self.mc = strategy.mc if strategy else 1
+        self.wanted = [name for name in STATISTICS if name == 'probs_NCHW' or strategy and strategy.asks_for(name)]
+        self.with_features = strategy is not None and strategy.asks_for('features_KHW')
+        self.dropouts = dropouts_of(self.model) if self.mc > 1 else []
+        dropping = {part for part in self.model.modules() if any(inner in self.dropouts for inner in part.modules())}
+        self.fixed = list(dict.fromkeys(fixed_parts(self.model, dropping))) if self.mc > 1 else []
+
+    def look(self, state: State, names: list[str], views: list[Callable], shared: bool = True
+             ) -> Iterator[tuple[str, Seen]]:
+        """Pass over images, or this rank's share of them.
+
+        Args:
+            views: What is done to the logits (C, h, w) of an image before the softmax, given what is ``Seen`` of it.
+        """
+        batches = deal(state, names, shared)
+        for data, batch in zip(query_dataloader(state, names, batches), batches):
+            seeds = [seed_of(state.seed, 'mc', len(state.rounds), names[i]) for i in batch]
+            with precision(self.trainer):
+                seen = list(self.see(data, seeds, views))
+            yield from zip([names[i] for i in batch], seen)
+
+    def see(self, data: dict, seeds: list[int], views: list[Callable]) -> Iterator[Seen]:
+        """What the network sees in the images of a batch, with a seed for the dropout masks of each."""
+        data, caught, hook = self.model.data_preprocessor(data, False), [], None
+        if self.with_features:  # of the pass without dropout, which is the first
+            hook = feature_head(self.model).conv_seg.register_forward_pre_hook(
+                lambda _, args: None if caught else caught.append(args[0]))
+        metas, are_scores = [sample.metainfo for sample in data['data_samples']], classifies_masks(
+            decode_head(self.model))
+        batch = [Seen(meta, data['inputs'].shape[2:], self.model.align_corners, [{} for _ in views], None)
+                 for meta in metas]
+        with native_resolution(self.model):
+            for logits_SNCHW in self.passes(data['inputs'], [dict(meta) for meta in metas], seeds):
+                for n, seen in enumerate(batch):
+                    for view, mean in zip(views, seen.means):
+                        seen_MHW = view(logits_SNCHW[:, n].flatten(0, 1), seen)
+                        self.average(mean, to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)), are_scores))
+        if hook:
+            hook.remove()
+            if not caught:
+                raise ValueError(no_features(self.model))
+        yield from (seen._replace(features=features) for seen, features in zip(batch, caught[0])) if hook else batch
+
+    def average(self, mean: dict, probs_SCHW: torch.Tensor) -> None:
+        """Add what some passes have to the mean over all."""
+        for name in self.wanted:
+            share = STATISTICS[name](probs_SCHW)
+            share = share if self.mc == 1 else share.sum(0, keepdim=True).div_(self.mc)
+            mean[name] = mean[name].add_(share) if name in mean else share
+
+    def classify(self, seen: Seen) -> np.ndarray:
+        """The classes that mmseg predicts from the last view, (H, W)."""
+        probs_CHW, head = seen.means[-1]['probs_NCHW'][0], decode_head(self.model)
+        is_binary = getattr(head, 'out_channels', None) == 1
+        return (probs_CHW[1] > head.threshold if is_binary else probs_CHW.argmax(0)).long().cpu().numpy()
+
+    def passes(self, inputs_NCHW: torch.Tensor, metas: list[dict], seeds: list[int]) -> Iterator[torch.Tensor]:
+        """Yield logits (S, N, C, h, w) of S passes at a time."""
+        if self.mc == 1:
+            yield self.logits(inputs_NCHW, metas)[None]
+            return
+        made, last, untouched, generators, head = {}, [], [True], [], decode_head(self.model)
+        from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+        is_plain = getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and hasattr(head, 'conv_seg')
+        with contextlib.ExitStack() as stack:
+            for part in self.fixed:
+                stack.enter_context(attribute(part, 'forward', remembering(part, made, untouched)))
+            for layer in self.dropouts:
+                stack.enter_context(attribute(layer, 'forward', functools.partial(drop, layer, generators, untouched)))
+            if is_plain and self.dropouts == [getattr(head, 'dropout', None)] and isinstance(layer, torch.nn.Dropout2d):
+                stack.callback(head.conv_seg.register_forward_hook(
+                    lambda _, args, output: last.extend([args[0], output])).remove)
+            logits = self.logits(inputs_NCHW, metas)  # without dropout: there are no generators yet
+            if untouched:
+                raise ValueError(f'`al.strategy.mc` should be 1 for a {type(head).__name__}, which calls no dropout '
+                                 f'layer on the way to its logits, but got {self.mc}')
+            draws = [[torch.Generator(logits.device).manual_seed(seed_of(seed, i)) for seed in seeds]
+                     for i in range(self.mc)]
+            if last and last[-1] is logits:
+                yield from self.last_layer(last[-2], draws, max(1, 2**17 // logits.numel()))
+                return
+            for draw in draws:
+                generators[:] = draw
+                yield self.logits(inputs_NCHW, metas)[None]
+
+    def logits(self, inputs_NCHW: torch.Tensor, metas: list[dict]) -> torch.Tensor:
+        """Logits of one pass, (N, C, h, w).
+
+        Raises:
+            ValueError: The model gives something else.
+        """
+        logits, n = self.model.inference(inputs_NCHW, metas), len(metas)
+        if not (isinstance(logits, torch.Tensor) and logits.ndim == 4 and len(logits) == n):
+            what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+            raise ValueError(f'{type(self.model).__name__}.inference should return logits ({n}, classes, H, W), but '
+                             f'got {what}')
+        return logits
+
+    def last_layer(self, features_NKHW: torch.Tensor, draws: list, at_once: int) -> Iterator[torch.Tensor]:
+        """Logits of all passes, from the input of ``conv_seg``: dropping a channel is a zero in its weights."""
+        conv, p = decode_head(self.model).conv_seg, self.dropouts[0].p
+        weight_CK, (h, w) = conv.weight.flatten(1), features_NKHW.shape[2:]
+        for first in range(0, self.mc, at_once):
+            mask_NSK = torch.stack([torch.stack([torch.rand(weight_CK.shape[1], generator=each, device=weight_CK.device)
+                                                 for each in image]) for image in zip(*draws[first:first + at_once])])
+            weight_NSCK = weight_CK * ((mask_NSK >= p) / (1 - p)).to(weight_CK)[:, :, None]
+            logits_NMP = weight_NSCK.flatten(1, 2) @ features_NKHW.flatten(2)
+            logits_NSCHW = logits_NMP.unflatten(1, (-1, len(weight_CK))).unflatten(3, (h, w))
+            yield (logits_NSCHW + conv.bias.view(-1, 1, 1)).transpose(0, 1)
+
+
+def deal(state: State, names: list[str], shared: bool = True) -> list[list[int]]:
+    """This rank's batches of the images, as positions in ``names``: dealt in turn, so that a batch holds the same
+    images, and an image gets the same score, for any number of processes. All batches if not ``shared``."""
+    rank, world_size = get_dist_info() if shared else (0, 1)
+    size = scoring_loader(state.runner.cfg).get('batch_size', 1)
+    return [list(range(i, min(i + size, len(names)))) for i in range(0, len(names), size)][rank::world_size]
+
+
+def query_dataloader(state: State, names: list[str], batches: list[list[int]]):
+    """The test dataloader over batches of the pool's images."""
+    loader = dict(scoring_loader(state.runner.cfg), dataset=state.pool, sampler=None)
+    position = {name: i for i, name in enumerate(state.pool.names)}
+    loader['batch_sampler'] = [[position[names[i]] for i in batch] for batch in batches]
+    for key in ('batch_size', 'drop_last', 'num_batch_per_epoch'):
+        loader.pop(key, None)
+    return Runner.build_dataloader(loader, seed=0)
+
+
+def scoring_loader(cfg: dict) -> dict:
+    """The config of the dataloader whose batches the pool is scored in."""
+    return next((cfg[key] for key in ('test_dataloader', 'val_dataloader') if cfg.get(key)), {})
+
+
+def fixed_parts(module: torch.nn.Module, dropping: set) -> Iterator[torch.nn.Module]:
+    """The largest modules below this one that are not in ``dropping``."""
+    for part in module.children():
+        if part in dropping or isinstance(part, (torch.nn.ModuleList, torch.nn.ModuleDict)):
+            yield from fixed_parts(part, dropping)
+        else:
+            yield part
+
+
+def remembering(module: torch.nn.Module, made: dict, untouched: list) -> Callable:
+    """A module's ``forward`` that keeps what it makes until the first dropout layer empties ``untouched``, and answers
+    with that when it gets the same tensors again. What has been written to since does not count.
+
+    A tensor is known by its memory, which stays its own while it is kept, and by its version; so the same crop of an
+    image is the same tensor, also where it is a new view.
+    """
+    forward = module.forward
+
+    def answer(*args, **kwargs):
+        key = (module, *(leaf_key(leaf) for leaf in leaves_of((args, kwargs))))
+        if key in made and all(leaf._version == version for leaf, version in made[key][1]):
+            return made[key][0]
+        output = forward(*args, **kwargs)
+        if untouched:
+            made[key] = output, [(leaf, leaf._version) for leaf in leaves_of(output)
+                                 if isinstance(leaf, torch.Tensor)], args, kwargs
+        return output
+
+    return answer
+
+
+def leaf_key(leaf):
+    """What tells one argument of a module from another."""
+    if isinstance(leaf, torch.Tensor):
+        return leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype, leaf._version
+    return leaf if isinstance(leaf, (int, float, str)) else id(leaf)
+
+
+def leaves_of(value) -> list:
+    """What nested tuples, lists and dicts hold."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else None
+    return [value] if inner is None else [leaf for each in inner for leaf in leaves_of(each)]
+
+
+def drop(layer: torch.nn.Module, generators: list[torch.Generator], untouched: list, x: torch.Tensor) -> torch.Tensor:
+    """A dropout layer's output, drawn from the generators, one for each image of the batch; without any, its input.
+    What comes after is no longer ``untouched``."""
+    untouched.clear()
+    if not generators:
+        return x
+    images = len(generators) if len(x) % len(generators) == 0 else 1  # else the first axis is not the batch
+    shape = (len(x) // images, *x.shape[1:])
+    if not isinstance(layer, torch.nn.Dropout):  # whole channels
+        shape = shape[:2] + (1, ) * (x.ndim - 2)
+    mask = torch.cat([torch.rand(shape, generator=each, device=x.device) for each in generators[:images]])
+    return x * ((mask >= layer.p) / (1 - layer.p)).to(x.dtype)
 
 
 def precision(trainer: Runner):
@@ -1097,30 +1479,30 @@ def precision(trainer: Runner):
     return autocast(enabled=True, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
-@contextlib.contextmanager
-def attribute(owner, name: str, value):
-    """Set an object's own attribute for a while."""
-    had, before = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before) if had else delattr(owner, name)
+def check_model(model: torch.nn.Module, strategy: Strategy) -> None:
+    """Refuse a strategy that the model cannot serve.
+
+    Raises:
+        ValueError: It gives no logits, or has no dropout layer, or no penultimate features.
+    """
+    if strategy.needs_model and not hasattr(model, 'inference'):
+        raise ValueError('`model` should be a segmentor of mmseg, whose `inference` returns logits, for all that '
+                         f"`al.strategy` can be but 'random', but got {type(model).__name__}")
+    if strategy.mc > 1 and not dropouts_of(model):
+        raise ValueError(f'`al.strategy.mc` should be 1 for a {type(decode_head(model)).__name__} and a backbone '
+                         f'without dropout (or set `model.decode_head.dropout_ratio`), but got {strategy.mc}')
+    if strategy.asks_for('features_KHW') and (
+            feature_head(model) is None or model.test_cfg.get('mode', 'whole') != 'whole'):
+        raise ValueError(no_features(model))
 
 
-def label_classes(model: torch.nn.Module) -> Optional[int]:
-    """How many values labels have, if that is known: two for a head with one class, whose sigmoid tells it from 0."""
-    classes = getattr(model, 'num_classes', None)
-    return classes and max(2, classes)
+def no_features(model: torch.nn.Module) -> str:
+    return ('`al.strategy.embed` should not need features here: they are the input of `conv_seg` of a BaseDecodeHead, '
+            f'run on the whole image, but the model ends in {type(decode_head(model)).__name__} with '
+            f'test_cfg.mode={model.test_cfg.get("mode", "whole")!r}')
 
 
-def decode_head(model: torch.nn.Module) -> Optional[torch.nn.Module]:
-    """The head that gives a segmentor's logits: of a cascade, the last."""
-    head = getattr(model, 'decode_head', None)
-    return head[-1] if isinstance(head, torch.nn.ModuleList) else head
-
-
-def feature_head(model: torch.nn.Module) -> Optional[torch.nn.Module]:
+def feature_head(model: torch.nn.Module) -> torch.nn.Module | None:
     """The head whose ``conv_seg`` gets the penultimate features: of a cascade, the last that has one."""
     heads = getattr(model, 'decode_head', None)
     heads = list(heads) if isinstance(heads, torch.nn.ModuleList) else [heads]
@@ -1143,6 +1525,23 @@ def native_resolution(model: torch.nn.Module):
     return attribute(head, 'predict_by_feat', lambda seg_logits, batch_img_metas: seg_logits)
 
 
+@contextlib.contextmanager
+def attribute(owner, name: str, value):
+    """Set an object's own attribute for a while."""
+    had, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before) if had else delattr(owner, name)
+
+
+def decode_head(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The head that gives a segmentor's logits: of a cascade, the last."""
+    head = getattr(model, 'decode_head', None)
+    return head[-1] if isinstance(head, torch.nn.ModuleList) else head
+
+
 def dropouts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The dropout layers that are in the way from image to logits."""
     kinds = (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d)
@@ -1150,186 +1549,38 @@ def dropouts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
             if isinstance(module, kinds) and module.p > 0 and not name.startswith('auxiliary_head')]
 
 
-def check_model(model: torch.nn.Module, strategy: 'Strategy') -> None:
-    """Refuse a strategy that the model cannot serve.
-
-    Raises:
-        ValueError: It gives no logits, or has no dropout layer, or no penultimate features.
-    """
-    if strategy.needs_model and not hasattr(model, 'inference'):
-        raise ValueError('`model` should be a segmentor of mmseg, whose `inference` returns logits, for all that '
-                         f"`al.strategy` can be but 'random', but got {type(model).__name__}")
-    head = decode_head(model)
-    if strategy.mc > 1 and not dropouts_of(model):
-        raise ValueError(f'`al.strategy.mc` should be 1 for a {type(head).__name__} and a backbone without dropout (or '
-                         f'set `model.decode_head.dropout_ratio`), but got {strategy.mc}')
-    if strategy.asks_for('features_KHW') and (
-            feature_head(model) is None or model.test_cfg.get('mode', 'whole') != 'whole'):
-        raise ValueError(no_features(model))
-
-
-def no_features(model: torch.nn.Module) -> str:
-    return ('`al.strategy.embed` should not need features here: they are the input of `conv_seg` of a BaseDecodeHead, '
-            f'run on the whole image, but the model ends in {type(decode_head(model)).__name__} with '
-            f'test_cfg.mode={model.test_cfg.get("mode", "whole")!r}')
-
-
-def tensors_of(output) -> list:
-    """The leaves of a module's output."""
-    values = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else None
-    return [output] if values is None else [leaf for value in values for leaf in tensors_of(value)]
-
-
-class Network:
-    """A segmentor in eval mode, and its passes over a batch: one, or ``mc`` with dropout (Gal & Ghahramani, ICML 2016).
-
-    With dropout, all that is computed before the first dropout layer is computed once: the output of every module
-    without dropout inside that was called before is kept, and replayed. Where the only dropout is that of channels
-    before ``conv_seg``, as in most decode heads, a matrix product serves all passes. Masks come from a generator for
-    each image and pass, so they do not depend on batches, order or processes.
-    """
-
-    def __init__(self, model: torch.nn.Module, mc: int = 1):
-        self.model, self.mc, self.dropouts = model.eval(), mc, dropouts_of(model) if mc > 1 else []
-        random_parts = {part for part in model.modules() if any(inner in self.dropouts for inner in part.modules())}
-        fixed = dict.fromkeys(self.fixed_parts(model, random_parts)) if mc > 1 else ()
-        held = collections.Counter(inner for part in fixed for inner in part.modules())
-        self.fixed = [part for part in fixed if held[part] == 1]  # calls from inside of another one are not replayed
-
-    def fixed_parts(self, module: torch.nn.Module, random_parts: set):
-        """The largest modules without dropout in them."""
-        for part in module.children():
-            if part in random_parts or isinstance(part, (torch.nn.ModuleList, torch.nn.ModuleDict)):
-                yield from self.fixed_parts(part, random_parts)
-            else:
-                yield part
-
-    def __call__(self, inputs_NCHW: torch.Tensor, metas: list[dict], seeds: list[int]):
-        """Yield logits (S, N, C, h, w) of S passes at a time."""
-        if self.mc == 1:
-            yield self.logits(inputs_NCHW, metas)[None]
-            return
-        kept, last = {module: [] for module in self.fixed}, []
-        with self.keep(kept, last, len(inputs_NCHW)):
-            logits = self.logits(inputs_NCHW, metas)
-        draws = ([torch.Generator(logits.device).manual_seed(seed_of(seed, i)) for seed in seeds]
-                 for i in range(self.mc))
-        if last and last[-1][1] is logits and isinstance(self.dropouts[0], torch.nn.Dropout2d) and \
-                len(self.dropouts) == 1:
-            yield from self.last_layer(last[-1][0], list(draws), max(1, 2**17 // logits.numel()))
-            return
-        for generators in draws:
-            with self.replay(kept, generators):
-                yield self.logits(inputs_NCHW, metas)[None]
-
-    def logits(self, inputs_NCHW: torch.Tensor, metas: list[dict]) -> torch.Tensor:
-        """Logits of one pass, (N, C, h, w).
-
-        Raises:
-            ValueError: The model gives something else.
-        """
-        logits, n = self.model.inference(inputs_NCHW, metas), len(metas)
-        if not (isinstance(logits, torch.Tensor) and logits.ndim == 4 and len(logits) == n):
-            what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-            raise ValueError(f'{type(self.model).__name__}.inference should return logits ({n}, classes, H, W), but '
-                             f'got {what}')
-        return logits
-
-    @contextlib.contextmanager
-    def keep(self, kept: dict, last: list, n: int):
-        """Keep the outputs of the fixed parts until a dropout layer is called, but not those that are written to; and
-        input and output of a plain ``conv_seg`` behind its head's dropout."""
-        waiting, head = [True], decode_head(self.model)
-
-        def note(module, args, output):
-            if waiting:
-                leaves = tensors_of(output)
-                is_batch = all(isinstance(leaf, torch.Tensor) and leaf.ndim and len(leaf) == n for leaf in leaves)
-                kept[module].append((output, [(leaf, leaf._version) for leaf in leaves]) if is_batch else None)
-
-        handles = [module.register_forward_hook(note) for module in self.fixed]
-        handles += [module.register_forward_pre_hook(lambda *_: waiting.clear()) for module in self.dropouts]
-        from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-        is_plain = getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and hasattr(head, 'conv_seg')
-        if is_plain and self.dropouts[-1] is getattr(head, 'dropout', None):
-            handles.append(head.conv_seg.register_forward_hook(lambda _, args, output: last.append((args[0], output))))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-        if waiting:
-            raise ValueError(f'`al.strategy.mc` should be 1 for a {type(head).__name__}, which calls no dropout layer '
-                             f'on the way to its logits, but got {self.mc}')
-        for outputs in kept.values():
-            outputs[:] = [held[0] if held and all(leaf._version == version for leaf, version in held[1]) else None
-                          for held in outputs]
-
-    def last_layer(self, features_NKHW: torch.Tensor, draws: list, at_once: int):
-        """Logits of all passes, from the input of ``conv_seg``: dropping a channel is a zero in its weights."""
-        conv, p = decode_head(self.model).conv_seg, self.dropouts[0].p
-        weight_CK, (h, w) = conv.weight.flatten(1), features_NKHW.shape[2:]
-        for first in range(0, self.mc, at_once):
-            mask_NSK = torch.stack([torch.stack([torch.rand(weight_CK.shape[1], generator=each, device=weight_CK.device)
-                                                 for each in image]) for image in zip(*draws[first:first + at_once])])
-            weight_NSCK = weight_CK * ((mask_NSK >= p) / (1 - p)).to(weight_CK)[:, :, None]
-            logits_NMP = weight_NSCK.flatten(1, 2) @ features_NKHW.flatten(2)
-            logits_NSCHW = logits_NMP.unflatten(1, (-1, len(weight_CK))).unflatten(3, (h, w))
-            yield (logits_NSCHW + conv.bias.view(-1, 1, 1)).transpose(0, 1)
-
-    @contextlib.contextmanager
-    def replay(self, kept: dict, generators: list[torch.Generator]):
-        """Answer calls from what was kept, and draw from the generators, one for each image of the batch."""
-
-        def replayed(forward, outputs):
-            outputs = iter(outputs)
-
-            def answer(*args, **kwargs):
-                output = next(outputs, None)
-                return forward(*args, **kwargs) if output is None else output
-
-            return answer
-
-        def drop(module, x):
-            images = len(generators) if len(x) % len(generators) == 0 else 1  # else the first axis is not the batch
-            shape = (len(x) // images, *x.shape[1:])
-            if not isinstance(module, torch.nn.Dropout):  # whole channels
-                shape = shape[:2] + (1, ) * (x.ndim - 2)
-            mask = torch.cat([torch.rand(shape, generator=each, device=x.device) for each in generators[:images]])
-            return x * ((mask >= module.p) / (1 - module.p)).to(x.dtype)
-
-        with contextlib.ExitStack() as stack:
-            for module, outputs in kept.items():
-                if outputs:
-                    stack.enter_context(attribute(module, 'forward', replayed(module.forward, outputs)))
-            for module in self.dropouts:
-                stack.enter_context(attribute(module, 'forward', functools.partial(drop, module)))
-            yield
-
-
-def to_image(maps_CHW: torch.Tensor, meta: dict, input_hw: tuple, align_corners: bool) -> torch.Tensor:
+def to_image(maps_CHW: torch.Tensor, seen: Seen) -> torch.Tensor:
     """Maps over a network's input in the coordinates of the original image: what mmseg does to logits."""
 
     def resize(maps, size):
         return maps if tuple(maps.shape[1:]) == tuple(size) else F.interpolate(
-            maps[None], tuple(size), mode='bilinear', align_corners=align_corners)[0]
+            maps[None], tuple(size), mode='bilinear', align_corners=seen.align_corners)[0]
 
-    return resize(without_padding(resize(maps_CHW, input_hw), meta, input_hw), meta['ori_shape'][:2])
+    return resize(without_padding(resize(maps_CHW, seen.input_hw), seen), seen.meta['ori_shape'][:2])
 
 
-def as_it_is(maps_HW: torch.Tensor, meta: dict, input_hw: tuple) -> torch.Tensor:
+def as_it_is(maps_HW: torch.Tensor, seen: Seen) -> torch.Tensor:
     return maps_HW
 
 
-def without_padding(maps_HW: torch.Tensor, meta: dict, input_hw: tuple) -> torch.Tensor:
+def without_padding(maps_HW: torch.Tensor, seen: Seen) -> torch.Tensor:
     """Maps (..., h, w) over a network's input, at their own resolution, less the padding and unflipped."""
-    (in_h, in_w), (h, w) = input_hw, maps_HW.shape[-2:]
+    meta, (in_h, in_w), (h, w) = seen.meta, seen.input_hw, maps_HW.shape[-2:]
     left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
     maps_HW = maps_HW[..., round(top * h / in_h):max(1, h - round(bottom * h / in_h)),
                       round(left * w / in_w):max(1, w - round(right * w / in_w))]
     if meta.get('flip'):
         maps_HW = maps_HW.flip(-1 if meta.get('flip_direction') == 'horizontal' else -2)
     return maps_HW
+
+
+class Seen(NamedTuple):
+    """What the network sees in an image."""
+    meta: dict
+    input_hw: tuple  # size of the network's input
+    align_corners: bool  # how mmseg enlarges its logits
+    means: list  # for each view a dict of `STATISTICS`, (1, ...) each
+    features: torch.Tensor | None  # (K, h, w), of the pass without dropout
 
 
 def to_probs(logits_NCHW: torch.Tensor, are_scores: bool = False) -> torch.Tensor:
@@ -1343,472 +1594,421 @@ def to_probs(logits_NCHW: torch.Tensor, are_scores: bool = False) -> torch.Tenso
     return torch.cat([1 - p, p], 1)
 
 
-STATISTICS = dict(  # what is averaged over the passes, and never kept for each
-    probs_NCHW=lambda probs_NCHW: probs_NCHW,
-    entropies_NHW=lambda probs_NCHW: entropy(probs_NCHW),
-    votes_NCHW=lambda probs_NCHW: F.one_hot(probs_NCHW.argmax(1), probs_NCHW.shape[1]).movedim(3, 1).float(),
-    squares_NCHW=lambda probs_NCHW: probs_NCHW**2)
+# ---------------------------------------------------------------------------------------------------------------------
+# State: what was asked for and what came of it, in `work_dir/al_state.json`
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def statistics(network: Network, data: dict, seeds: list[int], wanted: list[str], views: list[Callable],
-               with_features: bool = False):
-    """Run the network over a batch of the query dataloader.
+class State:
+    """One run: its settings, its pool, and the rounds so far. It alone knows the JSON, the paths and the masks.
 
-    Args:
-        seeds: One for each image, of its dropout masks.
-        wanted: Names of ``STATISTICS``.
-        views: What is done to the logits (C, h, w) before the softmax, given the image's meta and the input's size.
-
-    Yields:
-        For each image its meta, the input's size, for each view the statistics (1, ...), and the features (K, h, w).
-    """
-    data = network.model.data_preprocessor(data, False)
-    metas, input_hw = [sample.metainfo for sample in data['data_samples']], data['inputs'].shape[2:]
-    means, caught, hook = [[{} for _ in views] for _ in metas], [], None
-    if with_features:  # of the pass without dropout, which is the first
-        hook = feature_head(network.model).conv_seg.register_forward_pre_hook(
-            lambda _, args: None if caught else caught.append(args[0]))
-    are_scores = classifies_masks(decode_head(network.model))
-    with native_resolution(network.model):
-        for logits_SNCHW in network(data['inputs'], [dict(meta) for meta in metas], seeds):
-            for n, meta in enumerate(metas):
-                for view, mean in zip(views, means[n]):
-                    seen_MHW = view(logits_SNCHW[:, n].flatten(0, 1), meta, input_hw)
-                    probs_SCHW = to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)), are_scores)
-                    for name in wanted:
-                        share = STATISTICS[name](probs_SCHW)
-                        share = share if network.mc == 1 else share.sum(0, keepdim=True).div_(network.mc)
-                        mean[name] = mean[name].add_(share) if name in mean else share
-    if hook:
-        hook.remove()
-        if not caught:
-            raise ValueError(no_features(network.model))
-    for meta, mean, features_KHW in zip(metas, means, caught[0] if caught else [None] * len(metas)):
-        yield meta, input_hw, mean, features_KHW
-
-
-def predictions(network: Network, data: dict, seeds: list[int], strategy: 'Strategy', full_res: bool, whole: bool,
-                **offered):
-    """What the images of a batch give a strategy.
-
-    Args:
-        strategy: Its score, and what its embedding and selector ask for.
-        full_res: Score the logits enlarged to the original image, and not at their own resolution.
-        whole: The image is one candidate: leave the score map at the logits' resolution, less the padding. Else it
-            comes in the coordinates of the original image.
-
-    Yields:
-        For each image a score map (H, W), and a dict with ``probs_CHW``, ``scores_HW`` and ``features_KHW`` at the
-        logits' resolution, less the padding, as far as they are asked for.
-    """
-    align = network.model.align_corners
-    native, crop = (without_padding, as_it_is) if whole else (as_it_is, without_padding)
-    for_vectors = strategy.embed is not None or strategy.asks_for('probs_NC')
-    views = [native] * (for_vectors or not full_res) + [functools.partial(to_image, align_corners=align)] * full_res
-    wanted = [name for name in STATISTICS if name == 'probs_NCHW' or strategy.asks_for(name)]
-    for meta, input_hw, means, features_KHW in statistics(network, data, seeds, wanted, views,
-                                                          strategy.asks_for('features_KHW')):
-        scores = [None if strategy.score is random else
-                  call(strategy.score, mean['probs_NCHW'], **mean, **offered)[0] for mean in means]
-        map_HW = scores[-1]
-        if not (full_res or whole or map_HW is None):
-            map_HW = to_image(map_HW[None], meta, input_hw, align)[0]
-        maps = {}
-        if for_vectors:
-            maps = dict(probs_CHW=crop(means[0]['probs_NCHW'][0], meta, input_hw))
-            if scores[0] is not None:
-                maps['scores_HW'] = crop(scores[0], meta, input_hw)
-            if features_KHW is not None:
-                maps['features_KHW'] = without_padding(features_KHW, meta, input_hw).float()
-                if maps['features_KHW'].shape[1:] != maps['probs_CHW'].shape[1:]:  # a head that refines its logits
-                    maps['features_KHW'] = F.interpolate(maps['features_KHW'][None], maps['probs_CHW'].shape[1:])[0]
-        yield map_HW, maps
-
-
-def query_dataloader(cfg: dict, pool: Pool, names: list[str], shared: bool = True):
-    """This rank's share of the images: whole batches, dealt in turn, so that a batch holds the same images, and an
-    image gets the same score, for any number of processes; no image is scored twice. All images if not ``shared``.
-
-    Returns:
-        The dataloader, and for each of its batches the positions in ``names``.
-    """
-    rank, world_size = get_dist_info() if shared else (0, 1)
-    loader = dict(next(cfg[key] for key in ('test_dataloader', 'val_dataloader') if cfg.get(key)))
-    size = loader.pop('batch_size', 1)
-    batches = [list(range(i, min(i + size, len(names)))) for i in range(0, len(names), size)][rank::world_size]
-    loader.update(dataset=pool.subset(names), sampler=None, batch_sampler=batches)
-    for key in ('drop_last', 'num_batch_per_epoch'):
-        loader.pop(key, None)
-    return Runner.build_dataloader(loader, seed=0), batches
-
-
-class QueryProgress:
-    """Progress of the query pass: a bar where a person is watching, else log lines in the form of mmengine's."""
-
-    def __init__(self, runner: Runner, total: int):
-        self.logger, self.total, self.begin, self.bar = runner.logger, total, time.time(), None
-        self.interval = next((hook.interval for hook in runner.hooks if isinstance(hook, LoggerHook)), 50)
-        if sys.stdout.isatty() and is_main_process():
-            self.bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn())
-            self.task = self.bar.add_task('Query', total=total)
-            self.bar.start()
-            self.bar.console.show_cursor(True)  # it would stay hidden after an error
-
-    def step(self, done: int) -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=done)
-            if done == self.total:
-                self.bar.stop()
-        if done == self.total or not self.bar and done % self.interval == 0:
-            each = (time.time() - self.begin) / done
-            eta = time.strftime('%H:%M:%S', time.gmtime(each * (self.total - done)))
-            self.logger.info(f'Iter(query) [{done:{len(str(self.total))}d}/{self.total}]  eta: {eta}  time: {each:.4f}')
-
-
-class Candidates(NamedTuple):
-    """What can be asked for, one row each, by image (its position among those scored) and then by id."""
-    image: np.ndarray  # (N,) int32
-    id: np.ndarray  # (N,) int64: number of a segment, or y * W + x of a pixel or of a window's centre
-    score: np.ndarray  # (N,) float64
-    pixels: np.ndarray  # (N,) int32: what it would add to the labelled pixels
-    vector: Optional[np.ndarray] = None  # (N, D) float32, if the strategy has an embedding
-    probs: Optional[np.ndarray] = None  # (N, C) float32, mean class probabilities, if the selector asks for them
-
-    def take(self, rows) -> 'Candidates':
-        return Candidates(*(None if column is None else column[rows] for column in self))
-
-    @staticmethod
-    def join(parts: list) -> 'Candidates':
-        empty = Candidates(*(np.empty(0, t) for t in (np.int32, np.int64, np.float64, np.int32)))
-        columns = list(zip(empty, *parts))
-        return Candidates(*map(np.concatenate, columns[:4]), *(
-            np.concatenate(held) if (held := [part for part in column if part is not None]) else None
-            for column in columns[4:]))
-
-    def sorted(self) -> 'Candidates':
-        return self.take(np.lexsort((self.id, self.image)))
-
-
-class Collector:
-    """Gathers candidates image by image and keeps no more than can still be chosen, so that memory does not grow with
-    the pool where the choice allows it: with a budget for each image, and with top-k.
-
-    Args:
-        select: The selector.
-        budget: What may be spent: over all images, or in each if ``per_image``.
-        in_pixels: Whether the budget counts pixels, and not units.
-        per_image: Choose in every image by itself.
-        seed: What seeds the choice.
-        progress: Of the queries, for the selector.
-        device: Where the selector computes.
+    Attributes:
+        rounds: One dict a round: ``asked`` ({image name: None for the whole image, or [units, pixels]}), ``strategy``
+            that asked, ``spent`` by then, and after training ``metrics``, ``checkpoints`` and times.
+        phase: What the newest round waits for: its labels (``label``), ``train`` or ``query``.
+        is_resumed: Whether the newest round was begun by an earlier start of the run.
+        companions: Hooks that go along in every round.
     """
 
-    def __init__(self, select: Callable, budget: Callable, in_pixels: bool, per_image: bool, seed: tuple,
-                 progress: float = 0., device='cpu'):
-        self.select, self.budget, self.in_pixels, self.per_image, self.seed = select, budget, in_pixels, per_image, seed
-        self.progress, self.device = progress, device
-        self.parts, self.known, self.rows, self.kept = [], [], 0, 0
-        self.floor = -math.inf  # what scores lower cannot be chosen any more
-        self.seen = {}  # name of an image -> the highest score in it
-        self.range = [math.inf, -math.inf, 0]  # lowest and highest score and number of all candidates that were seen
+    def __init__(self, content: dict, work_dir: str, al: dict | None = None, runner: Runner | None = None,
+                 pool: Pool | None = None):
+        self.work_dir, self.runner, self.pool = work_dir, runner, pool
+        self.al = al
+        self.seed, self.config = content['seed'], content['config']
+        self.rounds, self.phase, self.ended = content.get('rounds', []), content.get('phase', 'train'), None
+        self.is_resumed, self.companions, self._labelled = False, [], {}
 
-    def add(self, name: str, candidates: Candidates, known: Optional[Candidates] = None) -> None:
-        """An image's candidates, and what is labelled of it where the selector wants to know."""
-        scores = candidates.score
-        if known is not None and not self.per_image:
-            self.known.append(known)
-        if not len(scores):
-            return
-        self.seen[name] = float(scores.max())
-        self.range = [min(self.range[0], scores.min()), max(self.range[1], scores.max()), self.range[2] + len(scores)]
-        if self.per_image:
-            candidates = self.choose(candidates, self.budget(name), known, name)
-        self.parts.append(candidates)
-        self.rows += len(candidates.id)
-        if not self.per_image and is_topk(self.select) and self.rows > 2 * self.kept + 2**16:
-            self.parts = [self.choose(Candidates.join(self.parts), self.budget(None))]
-            if len(self.parts[0].id) < self.rows:
-                self.floor = self.parts[0].score.min()
-            self.rows = self.kept = len(self.parts[0].id)
+    def save(self) -> None:
+        """Commit the state from rank 0; every rank returns when it is on disk."""
+        if is_main_process():
+            content = dict(schema=SCHEMA, phase=self.phase, round=self.round, seed=self.seed, ended=self.ended,
+                           settings=self.al.to_dict(), config=self.config, images=len(self.pool),
+                           pixels=self.pool.pixels if self.counts_pixels else None, rounds=self.rounds,
+                           pool=self.pool.names)
+            write_atomically(osp.join(self.work_dir, STATE_FILE), json.dumps(content, indent=1, ensure_ascii=False))
+        barrier()
 
-    def choose(self, candidates: Candidates, budget: int, known: Optional[Candidates] = None, *seed) -> Candidates:
-        """What the selector picks for the budget, in the order of the rows. A budget in pixels is spent as far as whole
-        units go: the selector's picks are taken in its order until the next one is too large, but at least one."""
-        n = len(candidates.id)
-        scores_N, vectors_ND, probs_NC = (None if column is None else torch.from_numpy(column).to(self.device)
-                                          for column in (candidates.score, candidates.vector, candidates.probs))
-        offered = dict(vectors_ND=vectors_ND, probs_NC=probs_NC, progress=self.progress)
-        if vectors_ND is not None:
-            empty = known is None or known.vector is None
-            offered['labelled_LD'] = vectors_ND[:0] if empty else torch.from_numpy(known.vector).to(self.device)
-            offered['labelled_scores_L'] = scores_N[:0] if empty else torch.from_numpy(known.score).to(self.device)
-        k = math.ceil(budget / np.median(candidates.pixels)) if self.in_pixels and n else budget
-        while n:
-            k = min(k, n)
-            picks = call(self.select, scores_N, k, generator(*self.seed, *seed), **offered)
-            picks = picks.cpu().numpy() if isinstance(picks, torch.Tensor) else np.asarray(picks)
-            if len(picks) != k or len(np.unique(picks)) != k:
-                raise ValueError(f'`al.strategy.select` should choose {k} different candidates, but got {len(picks)}, '
-                                 f'{len(np.unique(picks))} of them different')
-            if not self.in_pixels:
-                break
-            cost = np.cumsum(candidates.pixels[picks])
-            if cost[-1] >= budget or k == n:
-                picks = picks[:max(1, np.searchsorted(cost, budget, side='right'))]
-                break
-            k = math.ceil(k * budget / cost[-1]) + 1
-        return candidates.take(np.sort(picks)) if n else candidates
+    @property
+    def round(self) -> int:
+        return len(self.rounds) - 1
 
-    def result(self) -> Candidates:
-        """The choice of all ranks together."""
-        parts, known, ranges = zip(*all_gather_object((Candidates.join(self.parts), Candidates.join(self.known),
-                                                       self.range)))
-        lows, highs, numbers = zip(*ranges)
-        self.range = [min(lows), max(highs), sum(numbers)]
-        candidates, known = (Candidates.join(each).sorted() for each in (parts, known))
-        # rank 0 decides; without its vectors, that no other rank has use for
-        chosen = [candidates if self.per_image or not is_main_process() else
-                  self.choose(candidates, self.budget(None), known)]
-        chosen[0] = chosen[0]._replace(vector=None, probs=None)
-        broadcast_object_list(chosen)
-        return chosen[0]
+    @property
+    def entry(self) -> dict:
+        """The newest round."""
+        return self.rounds[-1]
+
+    @property
+    def logger(self) -> MMLogger:
+        return self.runner.logger
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return unwrap(self.runner.model)
+
+    @property
+    def step(self) -> int:
+        """The step of scalars and figures: how many units, or images, are labelled."""
+        return self.entry['spent'][f'{self.al.unit.type}s']
+
+    @functools.cached_property
+    def strategy(self) -> Strategy:
+        return resolve_strategy(self.al.strategy)
+
+    def strategy_of(self, k: int) -> Strategy:
+        """What asks for round ``k``: nothing is known before the first."""
+        return self.strategy if k else resolve_strategy('random')
+
+    @functools.cached_property
+    def unit(self) -> Unit:
+        return resolve_unit(self.al.unit)
+
+    @property
+    def counts_pixels(self) -> bool:
+        """Whether the budget and what is labelled are counted in pixels, and kept in masks, or in whole images."""
+        return self.unit.kind.counts_pixels
+
+    @property
+    def full_res(self) -> bool:
+        """Whether scores are made from the logits enlarged to the image, or at their own resolution."""
+        return self.unit.kind.full_res if self.al.full_res is None else self.al.full_res
+
+    def units(self, name: str) -> Areas:
+        """The units of an image."""
+        return self.unit.of(self, name)
+
+    def generator(self, *purpose) -> torch.Generator:
+        """The run's own random numbers for one named purpose."""
+        return generator(self.seed, *purpose)
+
+    def folder(self, k: int | None = None) -> str:
+        """The work_dir of a round (default: the newest)."""
+        return osp.join(self.work_dir, f'round_{self.round if k is None else k}')
+
+    def checkpoint(self, k: int, which: str) -> str:
+        """A round's ``last`` or ``best`` checkpoint."""
+        path = osp.join(self.work_dir, self.rounds[k]['checkpoints'][which])
+        if not osp.isfile(path):
+            raise FileNotFoundError(f'the checkpoint {path} that the run needs to go on is gone: put it back, or start '
+                                    'in another work_dir')
+        return path
+
+    def labelled(self, until: int | None = None) -> dict[str, int | None]:
+        """What is labelled in round ``until`` (default: now): image name -> None for a whole image, else the round
+        whose mask file holds all that is labelled of it. In the order in which images were first asked for."""
+        until = self.round if until is None else until
+        if until not in self._labelled:
+            self._labelled[until] = {name: None if units is None else k
+                                     for k, entry in enumerate(self.rounds[:until + 1])
+                                     for name, units in entry['asked'].items()}
+        return self._labelled[until]
+
+    def mask_path(self, k: int, name: str) -> str:
+        """Where round ``k`` keeps the mask of what is labelled of an image."""
+        return png_path(osp.join(self.folder(k), 'labelled'), name, self.work_dir)
+
+    def mask(self, name: str, until: int | None = None) -> np.ndarray:
+        """What is labelled of an image in round ``until`` (default: now), (H, W) booleans."""
+        have = self.labelled(until)
+        if have.get(name) is not None:
+            return read_mask(self.mask_path(have[name], name))
+        return np.full(self.pool.sizes[name], name in have)
+
+    def asked_mask(self, name: str) -> np.ndarray:
+        """What the newest round asks for of an image, (H, W) booleans."""
+        return self.mask(name) & ~self.mask(name, self.round - 1)
+
+    def check_label(self, name: str, mask_HW: np.ndarray | None) -> int:
+        """How many pixels of what was asked for are void, after checking label file and labels."""
+        classes = getattr(self.model, 'num_classes', None)
+        classes = classes and max(2, classes)  # one class: its sigmoid tells it from 0
+        return int((self.pool.check_label(name, classes, mask_HW) == self.pool.ignore_index(name)).sum())
+
+    def spent(self) -> dict:
+        """What is labelled by now, as figures for log and table: images and, below image level, units, clicks (one a
+        unit) and pixels."""
+        figures = dict(images=len(self.labelled()))
+        if not self.counts_pixels:
+            return {**figures, '% of images': round(100 * figures['images'] / len(self.pool), 2)}
+        pixels, void = (sum(entry[key] for entry in self.rounds) for key in ('pixels', 'void_pixels'))
+        units = sum(units[0] for entry in self.rounds for units in entry['asked'].values() if units)
+        return {**figures, f'{self.al.unit.type}s': units, 'clicks': units, 'pixels': pixels,
+                '% of pixels': round(100 * pixels / self.pool.pixels, 3),
+                '% void': round(100 * void / max(1, pixels), 1)}
 
 
-def free_pixels(state: dict, pool: Pool, names: list[str]) -> dict[str, int]:
-    """How many pixels of each image are not labelled."""
-    free = {name: math.prod(pool.sizes[name]) for name in names}
-    for entry in state['rounds']:
-        for name in set(free).intersection(entry['asked']):
-            free[name] = free[name] - entry['asked'][name][1] if isinstance(entry['asked'], dict) else 0
-    return free
+STATE_FILE = 'al_state.json'
 
 
-def shortlist(strategy: 'Strategy', unit: dict, collector: Collector, name: str, part: float) -> Optional[int]:
-    """How many candidates of an image are of use: with top-k, as many as the budget buys; where every pixel is one and
-    each has a vector, four times the image's part of the budget, but at least 256.
+def read_state(path: str) -> dict:
+    """What ``al_state.json`` holds, in today's schema.
 
     Raises:
-        ValueError: ``al.strategy.shortlist`` is too short to spend the budget.
+        ValueError: It is damaged, or written by a newer version of this module.
     """
-    budget = collector.budget(name)
-    if is_topk(strategy.select) and not strategy.shortlist:
-        return budget
-    is_dense = unit['type'] == 'pixel' or bool(unit.get('window'))
-    share = budget * (1 if collector.per_image else part)
-    share = math.ceil(share / ((2 * (unit.get('window') or 0) + 1)**2 if collector.in_pixels and is_dense else 1))
-    if strategy.shortlist and strategy.shortlist < share:
-        raise ValueError(f"`al.strategy.shortlist` should be at least {share}, an image's share of the budget, but got "
-                         f'{strategy.shortlist}')
-    return strategy.shortlist or (max(256, 4 * share) if is_dense and strategy.embed else None)
+    try:
+        with open(path, encoding='utf-8') as file:
+            content = json.load(file)
+        schema = content['schema']
+        if type(content.get('round', 0)) is not int:  # it names a directory
+            raise ValueError(f'its round is {content["round"]!r}')
+        if schema == 1:
+            for entry in content['rounds']:
+                if isinstance(entry['asked'], list):  # whole images
+                    entry['asked'] = dict.fromkeys(entry['asked'])
+                if 'pixels' in entry:
+                    entry.setdefault('void_pixels', 0)
+                if 'labelled' in entry:
+                    entry['spent'] = entry.pop('labelled')
+            content.update(schema=SCHEMA, ended=None)
+            content.setdefault('pool', [])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is damaged ({error}): restore a copy, or start in another work_dir') from error
+    if content['schema'] != SCHEMA:
+        raise ValueError(f'{path} should have schema {SCHEMA} or less, but got {schema}: use the al_patch.py that wrote'
+                         ' it')
+    return content
 
 
-def image_candidates(runner: Runner, pool: Pool, have: dict, name: str, position: int, map_HW: Optional[torch.Tensor],
-                     maps: dict, strategy: 'Strategy', draw: torch.Generator, limit: Optional[int], floor: float,
-                     unit: dict, offered: dict) -> tuple[Candidates, Candidates]:
-    """The candidates of an image, and its labelled units.
+SCHEMA = 2
+
+
+def config_digest(cfg: dict) -> dict:
+    """A short digest for each top-level config key that shapes training, to tell what changed between two starts."""
+    volatile = {'al', 'work_dir', 'resume', 'launcher', 'log_level', 'visualizer', 'vis_backends', 'env_cfg',
+                'experiment_name', 'model_wrapper_cfg', 'custom_imports', 'log_processor'}
+    return {key: hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+            for key, value in sorted(Config.to_dict(cfg).items()) if key not in volatile}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pool: all training images, by name, without their labels
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Pool(Dataset):
+    """Every image of the training set, labelled or not, in the data set's order, through the query pipeline: without
+    its label.
 
     Args:
-        map_HW: Its score map, or None: scores are drawn.
-        maps: What its vectors are made from, see ``predictions``.
-        limit: No more than the best so many are of use,
-        floor: and none below this score.
+        cfg: The run's config.
+
+    Raises:
+        ValueError: There is no image, or two images have one name.
     """
-    how = strategy.reduce.keywords['how']
-    segments = taken = None
-    if unit['type'] == 'image':
-        ids, pixels, free = np.zeros(1, np.int64), np.ones(1, np.int32), int(name not in have)
-        scores = random(1, draw) if map_HW is None else strategy.reduce(map_HW).reshape(1)
-        scores = np.asarray(scores.cpu(), np.float64)
+
+    def __init__(self, cfg: dict):
+        pipeline, self.leaves, self.label_loaders, self.where, paths = query_pipeline(cfg), [], [], {}, {}
+        for leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']):
+            try:
+                leaf = DATASETS.build({**leaf_cfg, 'pipeline': copy.deepcopy(pipeline)})
+            except ValueError as error:  # mmengine's own for an empty one is 'need at least one array to concatenate'
+                raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset` '
+                                 f'({error})') from error
+            self.label_loaders.append([step for step in leaf_cfg.get('pipeline', ()) if loads_labels(step)])
+            if not isinstance(leaf, BaseDataset):
+                raise ValueError('active learning filters subclasses of mmengine.dataset.BaseDataset, but got a '
+                                 f'{type(leaf).__name__}')
+            leaf.full_init()
+            leaf.test_mode = True  # an unreadable image is then an error, and not replaced by another one
+            for index in range(len(leaf)):
+                info = leaf.get_data_info(index)
+                name, path = image_name(leaf, info), info['img_path']
+                with reading(path):
+                    name.encode()  # the state is UTF-8: a file's name that is not has no place there
+                if paths.setdefault(name, path) != path:
+                    raise ValueError(f'image names should be unique, but {paths[name]} and {path} are both {name!r}')
+                self.where.setdefault(name, (len(self.leaves), index))
+            self.leaves.append(leaf)
+        self.names = list(self.where)
+        if not self.names:
+            raise ValueError('the training set has no images: check `train_dataloader.dataset`')
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, name: str | int) -> dict:
+        """An image, by name or position, as the query pipeline gives it. One that cannot be read is named."""
+        leaf, index = self.leaf_of(name if isinstance(name, str) else self.names[name])
+        with reading(leaf.get_data_info(index)['img_path']):
+            return leaf[index]
+
+    def leaf_of(self, name: str) -> tuple[BaseDataset, int]:
+        """The data set that an image stands in, and its index there."""
+        leaf, index = self.where[name]
+        return self.leaves[leaf], index
+
+    def info(self, name: str) -> dict:
+        """What the data set knows of an image: ``img_path``, ``seg_map_path`` and the rest."""
+        leaf, index = self.leaf_of(name)
+        return leaf.get_data_info(index)
+
+    def load_image(self, name: str) -> np.ndarray:
+        """An image as its pipeline loads it, (H, W[, C]), before any other transform."""
+        info = self.info(name)
+        with reading(info['img_path']):
+            image = self.leaf_of(name)[0].pipeline.transforms[0](info)['img']
+            if image.ndim not in (2, 3):
+                raise ValueError(f'the pipeline should load images (H, W[, C]), but got {image.shape}')
+            return image
+
+    def load_label(self, name: str) -> np.ndarray:
+        """The label map of an image that was asked for, (H, W), as training loads it."""
+        results = Compose(self.label_loaders[self.where[name][0]])(self.info(name))
+        if 'gt_seg_map' not in results:
+            raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
+        return results['gt_seg_map']
+
+    def check_label(self, name: str, classes: int | None, mask_HW: np.ndarray | None = None) -> np.ndarray:
+        """The labels of an image that was asked for: all, (H, W), or those under the mask of what was, (N,).
+
+        Raises:
+            ValueError: Image or label map cannot be read, they differ in size, or a label is none of the classes.
+        """
+        ignore_index, shape = self.ignore_index(name), self.load_image(name).shape[:2]
+        with reading(self.info(name).get('seg_map_path') or f'the label map of {name!r}'):
+            label = self.load_label(name)
+            if label.shape != shape:
+                raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}')
+            label = label if mask_HW is None else label[mask_HW]
+            strange = np.setdiff1d(label, [*range(classes or 0), ignore_index])
+            if classes and len(strange):
+                raise ValueError(f'labels should be below {classes}, the number of classes, or {ignore_index} for none,'
+                                 f' but got {", ".join(map(str, strange[:5]))}')
+        return label
+
+    def ignore_index(self, name: str) -> int:
+        return getattr(self.leaf_of(name)[0], 'ignore_index', 255)
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """(H, W) of every image, from the files' headers where Pillow knows the format."""
+        sizes = {}
+        for name in self.names:
+            try:
+                with Image.open(self.info(name)['img_path']) as image:
+                    sizes[name] = image.size[::-1]
+            except (OSError, ValueError, Image.DecompressionBombError):  # not local, or only the pipeline reads it
+                sizes[name] = self.load_image(name).shape[:2]
+        return sizes
+
+    @functools.cached_property
+    def pixels(self) -> int:
+        return sum(h * w for h, w in self.sizes.values())
+
+
+def image_name(dataset: BaseDataset, info: dict) -> str:
+    """An image's name as mmseg's split files spell it: its path below ``img_path``, without ``img_suffix``."""
+    prefix = (dataset.data_prefix or {}).get('img_path') or ''
+    path = info['img_path']
+    name = path[len(prefix):].lstrip('/') if prefix and path.startswith(prefix) else osp.basename(path)
+    suffix = getattr(dataset, 'img_suffix', None) or osp.splitext(name)[1]
+    return name[:-len(suffix)] if suffix and name.endswith(suffix) else name
+
+
+def query_pipeline(cfg: dict) -> list:
+    """The test pipeline without the transforms that load labels."""
+    for key in ('test_dataloader', 'val_dataloader'):
+        if cfg.get(key):
+            pipeline = leaf_configs(cfg[key]['dataset'])[0]['pipeline']
+            break
     else:
-        segments, taken = segments_of(runner, unit, pool, name), labelled_mask(runner, pool, have, name)
-        scores = np.asarray(map_HW.float().cpu()) if map_HW is not None else \
-            random(taken.size if segments is None else int(segments.max()) + 1, draw).numpy()
-        found = [unit_candidates(unit, segments, taken, scores, how, limit, floor)]
-        free = len(found[0][0])
-        if strategy.asks_for('labelled_LD'):  # a random few where every pixel is one
-            drawn = scores if segments is not None else random(taken.size, draw).numpy()
-            found.append(unit_candidates({**unit, 'radius': 0}, segments, ~taken, drawn, how, limit, -math.inf))
-            if segments is None:
-                found[1] = (found[1][0], scores.reshape(-1)[found[1][0]].astype(np.float64), found[1][2])
-        ids, scores, pixels = map(np.concatenate, zip(*found))
-    vectors = probs = None
-    if maps and len(ids):
-        shape = maps['probs_CHW'].shape[1:]
-        weights_NP = None if taken is None else cell_weights(unit, ids, segments, taken.shape, shape)
-        weights_NP = weights_NP if weights_NP is None else weights_NP.to(maps['probs_CHW'].device)
-        if strategy.embed:
-            vectors = call(strategy.embed, **maps, **offered, weights_NP=weights_NP).float().cpu().numpy()
-        if strategy.asks_for('probs_NC'):
-            probs = pool_map(maps['probs_CHW'], weights_NP).cpu().numpy()
-    rows = Candidates(np.full(len(ids), position, np.int32), ids, scores, pixels, vectors, probs)
-    return rows.take(slice(free)), rows.take(slice(free, None))
+        pipeline = cfg.get('test_pipeline')
+    if not pipeline:
+        raise ValueError('the pool is scored through the test pipeline, but the config has no `test_dataloader`, '
+                         '`val_dataloader` or `test_pipeline`')
+    return [step for step in pipeline if not loads_labels(step)]
 
 
-@torch.no_grad()
-def collect(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool, names: list[str], strategy: 'Strategy',
-            collector: Collector, closed: frozenset = frozenset()) -> None:
-    """Feed this rank's share of the images to the collector, scored by the model in ``trainer``, or at random. Of those
-    that are ``closed`` only what is labelled counts."""
-    al, have, k = ConfigDict(state['settings']), labelled(state), len(state['rounds'])
-    unit, whole = al.unit, al.unit.type == 'image'
-    full_res = (unit.type == 'pixel' or bool(unit.get('window'))) if al.full_res is None else al.full_res
-    loader, batches = query_dataloader(runner.cfg, pool, names)
-    progress, offered, network = QueryProgress(runner, len(batches)), {}, None
-    free = {} if whole else free_pixels(state, pool, [name for name in names if name not in closed])
-    total = sum(free.values())
-    if strategy.needs_model:
-        network = Network(unwrap(trainer.model), strategy.mc)
-    if strategy.calibration:
-        with precision(trainer):
-            offered['thresholds_C'] = calibrate(runner, network, state, pool, strategy.alpha)
-    for done, (data, positions) in enumerate(zip(loader if network else itertools.repeat(None), batches), 1):
-        results = [(None, {})] * len(positions)
-        if network:
-            seeds = [seed_of(state['seed'], 'mc', k, names[position]) for position in positions]
-            with precision(trainer):
-                results = list(predictions(network, data, seeds, strategy, full_res, whole, **offered))
-        for position, (map_HW, maps) in zip(positions, results):
-            name = names[position]
-            if any(not torch.isfinite(each).all() for each in (map_HW, *maps.values()) if each is not None):
-                raise ValueError(f'the score of image {name!r} is not finite: the model gives no finite logits')
-            draw = generator(state['seed'], 'random', k, name)
-            limit = None if whole else shortlist(strategy, unit, collector, name, free.get(name, 0) / max(1, total))
-            found, known = image_candidates(runner, pool, have, name, position, map_HW, maps, strategy, draw, limit,
-                                            collector.floor, unit, offered)
-            collector.add(name, found.take(slice(0)) if name in closed else found, known)
-        if network:
-            progress.step(done)
+def leaf_configs(dataset: dict) -> list[dict]:
+    """The data sets under any nesting of wrappers, without building one, because some read every label to do so."""
+    key, inner = inner_configs(dataset)
+    return [leaf for item in inner for leaf in leaf_configs(item)] if key else [dataset]
 
 
-def calibrate(runner: Runner, network: Network, state: dict, pool: Pool, alpha: float) -> torch.Tensor:
-    """For each class the highest threshold (in thousandths) at which the expected rate of false negatives in an image
-    is at most ``alpha``, by conformal risk control (Angelopoulos et al., ICLR 2024) on the labelled images that the
-    round did not train on; 0.001 for a class that they do not show often enough to tell. (C,)"""
-    names, have = state['rounds'][-1]['held_out'], labelled(state)
-    loader, batches = query_dataloader(runner.cfg, pool, names, shared=False)
-    rates, images = 0, 0
-    for data, positions in zip(loader, batches):
-        views = [functools.partial(to_image, align_corners=network.model.align_corners)]
-        batch = statistics(network, data, [0] * len(positions), ['probs_NCHW'], views)
-        for position, (_, _, means, _) in zip(positions, batch):
-            probs_CHW, name = means[0]['probs_NCHW'][0], names[position]
-            label_HW = pool.load_label(name)
-            label_HW = torch.from_numpy(np.where(labelled_mask(runner, pool, have, name), label_HW, -1))
-            rate, seen = torch.ones(len(probs_CHW), 1001, dtype=torch.float64), torch.zeros(len(probs_CHW))
-            for c in label_HW.unique().tolist():
-                if 0 <= c < len(probs_CHW):
-                    bins = (probs_CHW[c].cpu()[label_HW == c] * 1000).long()
-                    rate[c] = F.pad(bins.bincount(minlength=1001).cumsum(0)[:1000] / len(bins), (1, 0))
-                    seen[c] = 1
-            rates, images = rates + rate * seen[:, None], images + seen
-    bound = (images + 1) / images.clamp_min(1) * alpha - 1 / images.clamp_min(1)
-    allowed = (rates / images.clamp_min(1)[:, None] <= bound[:, None]) & (images[:, None] > 0)
-    thresholds_C = (allowed.sum(1) - 1).clamp_min(1) / 1000  # rates rise with the threshold
-    runner.logger.info(f'Calibrated on {len(names)} held-out images, thresholds: '
-                       f'{", ".join(f"{t:.3f}" for t in thresholds_C.tolist())}')
-    if (bound <= 0).all():
-        runner.logger.warning(f'{len(names)} held-out images are too few to bound the rate of false negatives by '
-                              f'`al.strategy.alpha` = {alpha}: a class needs {math.ceil(1 / alpha)} that show it')
-    return thresholds_C.to(probs_CHW.device)
-
-
-def query(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool):
-    """Choose what to label next. A function of checkpoint, pool, labelled set, settings and seed.
-
-    Args:
-        trainer: The round's runner. None for the random choice before the first round.
-
-    Returns:
-        Names of images or, below image level, a dict from them to the ids of the chosen units.
-    """
-    al, k, have = ConfigDict(state['settings']), len(state['rounds']), labelled(state)
-    whole = al.unit.type == 'image'
-    amount, strategy = (al.initial, resolve_strategy('random')) if k == 0 else (
-        budgets(al)[k - 1], resolve_strategy(al.strategy))
-    names = [name for name in pool.names if name not in have or not whole and have[name] is not None]
-    if al.pool_size is not None and k > 0:
-        size = count(al.pool_size, len(pool))
-        size = max(size, count(amount, len(pool))) if whole else size
-        order = torch.randperm(len(names), generator=generator(state['seed'], 'pool_size', k)).tolist()
-        names = [names[i] for i in sorted(order[:size])]
-    size, closed = len(names), frozenset()
-    if strategy.asks_for('labelled_LD'):
-        closed = frozenset(have).difference(names)
-        names = [name for name in pool.names if name in closed.union(names)]
-    if strategy.needs_model:
-        load_weights(runner, trainer, checkpoint_path(runner, state['rounds'][-1], al.query_with))
-
-    def budget(name: Optional[str]) -> int:
-        if whole or isinstance(amount, int):
-            return count(amount, len(pool))
-        return count(amount, math.prod(pool.sizes[name]) if al.per_image else state['pixels'])
-
-    device = next(unwrap(trainer.model).parameters()).device if strategy.needs_model else 'cpu'
-    collector = Collector(strategy.select, budget, not whole and isinstance(amount, float), al.per_image,
-                          (state['seed'], 'select', k), (k - 1) / max(1, al.rounds - 1), device)
-    collect(runner, trainer, state, pool, names, strategy, collector, closed)
-    chosen = collector.result()
-    keep_scores(runner, k, {} if strategy.score is random else collector.seen)
-    if not len(chosen.id):
-        return {}
-    (low, high, n), scores = collector.range, chosen.score
-    asked = [names[i] for i in np.unique(chosen.image)]
-    what = f'{len(asked)} of {size} images' if whole else \
-        f'{len(chosen.id)} of {n} candidates ({chosen.pixels.sum()} pixels) in {len(asked)} of {size} images'
-    runner.logger.info(f'Query {k}: {strategy.name} asks for {what}, scores {scores.min():.4g} to {scores.max():.4g} '
-                       f'(all: {low:.4g} to {high:.4g})')
-    return asked if whole else {names[i]: chosen.id[chosen.image == i] for i in np.unique(chosen.image)}
-
-
-def hold_out(state: dict) -> dict:
-    """The labelled images that the newest round does not train on, if the strategy calibrates on some.
+def inner_configs(dataset: dict) -> tuple[str | None, list[dict]]:
+    """The key under which a wrapper's config (``RepeatDataset``, ``ConcatDataset``, ...) has what it wraps, and that.
 
     Raises:
-        ValueError: There is one labelled image only.
+        ValueError: A data set is an object already.
     """
-    share, names = resolve_strategy(state['settings']['strategy']).calibration, list(labelled(state))
-    if not share:
-        return {}
-    if len(names) < 2:
-        raise ValueError(f'`al.initial` should be at least 2 images, of which `al.strategy.calibration` = {share} are '
-                         f'held out, but got {len(names)}')
-    order = torch.randperm(len(names), generator=generator(state['seed'], 'hold_out', len(state['rounds']))).tolist()
-    return dict(held_out=[names[i] for i in sorted(order[:min(len(names) - 1, max(1, round(share * len(names))))])])
+    if not isinstance(dataset, dict):
+        raise ValueError(f'`train_dataloader.dataset` should be a config dict down to its leaves, but got a '
+                         f'{type(dataset).__name__} object')
+    key = next((key for key in ('datasets', 'dataset') if dataset.get(key)), None)
+    return key, dataset[key] if key == 'datasets' else [dataset[key]] if key else []
 
 
-def add_round(runner: Runner, state: dict, pool: Pool, asked, trainer: Optional[Runner] = None) -> None:
-    """Label what was asked for, or have a human do so: write the masks, then commit the state of the next round."""
-    k, have, unit = len(state['rounds']), labelled(state), ConfigDict(state['settings']).unit
-    classes, entry = label_classes(unwrap(runner.model)), dict(asked=asked)
-    is_human = state['settings']['oracle'] == 'human'  # whose labels are not there before they are accepted
-
-    def label_units(name: str) -> list:
-        old = labelled_mask(runner, pool, have, name)
-        new = unit_mask(unit, asked[name], segments_of(runner, unit, pool, name), old.shape) & ~old
-        void = 0 if is_human else int((pool.check_label(name, classes, new) == pool.ignore_index(name)).sum())
-        write_png(mask_path(runner.work_dir, k, name), old | new)
-        return [len(asked[name]), int(new.sum()), void]
-
-    if isinstance(asked, list) and not is_human:
-        on_all_ranks(lambda name: len(pool.check_label(name, classes)), asked)
-    if isinstance(asked, dict):
-        figures = on_all_ranks(label_units, list(asked))
-        entry = dict(asked={name: figures[name][:2] for name in asked},
-                     pixels=sum(pixels for _, pixels, _ in figures.values()),
-                     void_pixels=sum(void for _, _, void in figures.values()))
-    elif unit.type != 'image':
-        entry['pixels'] = sum(math.prod(pool.sizes[name]) for name in asked)
-    state['rounds'].append(entry)
-    entry.update(hold_out(state))
-    state.update(round=k, phase='train')
-    if is_human:
-        ask_human(runner, trainer, state, pool)
-    save_state(state, runner.work_dir)
+def loads_labels(step: dict) -> bool:
+    """Whether a transform of a pipeline's config loads labels: LoadAnnotations and its like."""
+    return re.match(r'Load\w*Ann', str(step['type']).rsplit('.')[-1]) is not None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Units: how a score map becomes candidates, and a chosen candidate a mask
 # ---------------------------------------------------------------------------------------------------------------------
+#
+# The units of one image answer the same questions, whatever they are:
+#
+# - candidates(scores, taken, reduce, limit, floor): what can be asked for; ids in ascending order, scores, pixels
+# - known(scores, taken, reduce, limit, draw): the same of what is labelled
+# - mask(ids): the pixels of some of them, (H, W)
+# - weights(ids, cells): how much of each lies in each cell of a coarser map
+#
+# `scores` is a map (H, W), or a drawn score for each of `number`, flat; `taken` is what is labelled, (H, W) booleans.
+
+
+def resolve_unit(setting: str | dict) -> Unit:
+    """A unit's settings as functions, with the defaults filled in.
+
+    Raises:
+        ValueError: An unknown unit or option, or a value out of range.
+    """
+    name, given = split_setting(setting)
+    function = lookup(UNITS, name, 'al.unit')
+    options = check_settings(given, settings_of(function), 'al.unit')
+    return Unit(*function(**options), dict(options, type=name))
+
+
+class Unit(NamedTuple):
+    """What a run asks for: the class of an image's units, a function (state, name) that gives them, and the setting,
+    with all options."""
+    kind: type
+    of: Callable
+    setting: dict
+
+
+def whole_images() -> tuple:
+    """Whole images."""
+    return Whole, lambda state, name: Whole()
+
+
+def regions(size: Pair = (32, 32), window: MaybeNatural = None) -> tuple:
+    """Cells (h, w) of a fixed grid; or windows of (2 window + 1)^2 pixels anywhere, of which none overlaps another."""
+    if window:
+        return Peaks, lambda state, name: Peaks(state.pool.sizes[name], window, 2 * window)
+    return Segments, lambda state, name: Segments(grid(state.pool.sizes[name], tuple(size)))
+
+
+def superpixels(n_segments: SegmentCount = 1024, compactness: Number = 10.) -> tuple:
+    """SLIC segments, computed once and kept in ``work_dir/superpixels``."""
+
+    def of(state: State, name: str) -> Segments:
+        folder = osp.join(state.work_dir, 'superpixels', f'{n_segments}_{compactness}')
+        path = png_path(folder, name, state.work_dir)
+        if not osp.isfile(path):
+            write_png(path, slic(state.pool.load_image(name), n_segments, compactness))
+        with reading(path), Image.open(path) as image:
+            return Segments(np.asarray(image).astype(np.int32))
+
+    return Segments, of
+
+
+def single_pixels(radius: Count = 0) -> tuple:
+    """Single pixels, of which no two lie within ``radius`` of each other."""
+    return Peaks, lambda state, name: Peaks(state.pool.sizes[name], 0, radius)
+
+
+UNITS = dict(image=whole_images, region=regions, superpixel=superpixels, pixel=single_pixels)
 
 
 @functools.lru_cache(8)
@@ -1833,64 +2033,121 @@ def slic(image: np.ndarray, n_segments: int, compactness: float) -> np.ndarray:
     return skimage_slic(channels, n_segments, compactness, start_label=0, channel_axis=axis).astype(np.uint16)
 
 
-def segments_of(runner: Runner, unit: dict, pool: Pool, name: str) -> Optional[np.ndarray]:
-    """The fixed segments of an image, (H, W); superpixels are computed once and kept in ``work_dir/superpixels``. None
-    where every pixel is a candidate."""
-    if unit['type'] == 'region' and not unit['window']:
-        return grid(pool.sizes[name], tuple(unit['size']))
-    if unit['type'] != 'superpixel':
+class Areas:
+    """The units of an image. Of those that can be asked for together none overlaps another: ``rows(ids)`` is for each
+    pixel the position in ``ids`` of the one that it belongs to, or -1, (H, W)."""
+
+    def known(self, scores: torch.Tensor, taken: bool | np.ndarray, reduce: str | float, limit, draw
+              ) -> tuple:
+        return self.candidates(scores, np.logical_not(taken), reduce)
+
+    def mask(self, ids: np.ndarray) -> np.ndarray:
+        return self.rows(ids) >= 0
+
+    def weights(self, ids: np.ndarray, cells: tuple) -> torch.Tensor:
+        """Sparse (N, P), P = h w, rows sum to 1."""
+        rows_HW = self.rows(ids)
+        (y, x), (h, w) = np.nonzero(rows_HW >= 0), rows_HW.shape
+        rows, columns = rows_HW[y, x].astype(int), y * cells[0] // h * cells[1] + x * cells[1] // w
+        share = scipy.sparse.coo_matrix((np.ones(len(rows), np.float32), (rows, columns)),
+                                        (len(ids), cells[0] * cells[1])).tocsr().tocoo()
+        share.data /= np.bincount(rows, minlength=len(ids))[share.row]
+        weights = torch.sparse_coo_tensor(np.stack([share.row, share.col]), share.data, share.shape)
+        return weights._coalesced_(True)  # it is; torch < 2.1 cannot be told above
+
+
+class Whole(Areas):
+    """The whole image, scored at the logits' resolution."""
+    counts_pixels, full_res, is_dense, size, number = False, False, False, 1, 1
+
+    @staticmethod
+    def check(al: dict, strategy: Strategy) -> None:
+        if al.per_image:
+            raise ValueError('`al.per_image` should be False for whole images, but got True')
+
+    def candidates(self, scores: torch.Tensor, taken: bool, reduce: str | float = 'mean', limit=None,
+                   floor: float = -math.inf) -> tuple:
+        value, n = float(scores if scores.ndim == 1 else reduce_map(scores, reduce)), int(not taken)
+        return np.zeros(n, np.int64), np.full(n, value), np.ones(n, np.int32)
+
+    def weights(self, ids: np.ndarray, cells: tuple) -> None:
         return None
-    settings = f'{unit["n_segments"]}_{unit["compactness"]}'
-    path = png_path(osp.join(runner.work_dir, 'superpixels', settings), name, runner.work_dir)
-    if not osp.isfile(path):
-        write_png(path, slic(pool.load_image(name), unit['n_segments'], unit['compactness']))
-    with reading(path), Image.open(path) as image:
-        return np.asarray(image).astype(np.int32)
 
 
-def unit_candidates(unit: dict, segments: Optional[np.ndarray], taken: np.ndarray, scores: np.ndarray, how: str,
-                    limit: Optional[int], floor: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The candidates of an image.
+class Segments(Areas):
+    """Numbered areas, (H, W): cells of a grid, superpixels. A score is the ``mean`` or ``max`` of its pixels."""
+    counts_pixels, full_res, is_dense, size = True, False, False, 1
 
-    Args:
-        unit: The unit's settings.
-        segments: (H, W) numbers of fixed segments, or None where every pixel, or window around it, is a candidate.
-        taken: (H, W) what is labelled.
-        scores: A score map (H, W), or drawn scores of every segment or pixel, flat.
-        how: The score of a segment is the ``mean`` or ``max`` of its pixels.
-        limit: No more than the best so many are of use,
-        floor: and none below this score.
+    def __init__(self, labels_HW: np.ndarray):
+        self.labels, self.number = labels_HW, int(labels_HW.max()) + 1
 
-    Returns:
-        Ids in ascending order, scores and numbers of pixels, (N,) each.
-    """
-    if segments is None:
-        radius, gap = (unit['window'], 2 * unit['window']) if unit['type'] == 'region' else (0, unit['radius'])
-        h, w = taken.shape
-        ids = np.sort(peaks(scores.reshape(h, w), gap, dilate(taken, gap - radius), limit, floor))
-        rows, cols = np.divmod(ids, w)
-        pixels = ((np.minimum(rows + radius, h - 1) - np.maximum(rows - radius, 0) + 1) *
-                  (np.minimum(cols + radius, w - 1) - np.maximum(cols - radius, 0) + 1))
+    @staticmethod
+    def check(al: dict, strategy: Strategy) -> None:
+        if strategy.reduce not in ('mean', 'max'):
+            raise ValueError("`al.strategy.reduce` should be 'mean' or 'max' below image level, but got "
+                             f'{strategy.reduce!r}')
+
+    def candidates(self, scores: torch.Tensor, taken: np.ndarray, reduce: str = 'mean', limit=None,
+                   floor: float = -math.inf) -> tuple:
+        flat, scores = self.labels.reshape(-1), scores.cpu().numpy()
+        pixels = np.bincount(flat)
+        ids = np.flatnonzero((pixels > 0) & (np.bincount(flat[taken.reshape(-1)], minlength=len(pixels)) == 0))
+        if scores.ndim == 2:
+            scores = np.bincount(flat, scores.reshape(-1)) / np.maximum(pixels, 1) if reduce == 'mean' else \
+                scipy.ndimage.maximum(scores, self.labels, np.arange(len(pixels)))
+        return ids, np.asarray(scores[ids], np.float64), pixels[ids].astype(np.int32)
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        row_of = np.full(self.number, -1)
+        row_of[ids] = np.arange(len(ids))
+        return row_of[self.labels]
+
+
+class Peaks(Areas):
+    """Squares of (2 radius + 1)^2 pixels around any pixel, best first, whose centres lie more than ``gap`` apart. A
+    score is that of the centre."""
+    counts_pixels, full_res, is_dense = True, True, True
+
+    def __init__(self, shape: tuple, radius: int, gap: int):
+        self.shape, self.radius, self.gap = shape, radius, gap
+        self.number, self.size = math.prod(shape), (2 * radius + 1)**2
+
+    @staticmethod
+    def check(al: dict, strategy: Strategy) -> None:
+        if not al.unit.get('window') and strategy.embed in (class_confusion, class_cooccurrence):
+            raise ValueError(f"`al.unit` should be 'image', 'region' or 'superpixel' for the embedding "
+                             f"{strategy.embed.__name__}, which is a pixel's softmax over again, but got 'pixel'")
+
+    def candidates(self, scores: torch.Tensor, taken: np.ndarray, reduce='mean', limit: int | None = None,
+                   floor: float = -math.inf) -> tuple:
+        scores = scores.cpu().numpy().reshape(self.shape)
+        ids = np.sort(peaks(scores, self.gap, dilate(taken, self.gap - self.radius), limit, floor))
+        pixels = window_pixels(self.shape, self.radius).numpy().reshape(-1)[ids]
         return ids, scores.reshape(-1)[ids].astype(np.float64), pixels.astype(np.int32)
-    flat = segments.reshape(-1)
-    pixels = np.bincount(flat)
-    ids = np.flatnonzero((pixels > 0) & (np.bincount(flat[taken.reshape(-1)], minlength=len(pixels)) == 0))
-    if scores.ndim == 1:
-        values = scores
-    elif how == 'mean':
-        values = np.bincount(flat, scores.reshape(-1)) / np.maximum(pixels, 1)
-    else:
-        values = scipy.ndimage.maximum(scores, segments, np.arange(len(pixels)))
-    return ids, np.asarray(values[ids], np.float64), pixels[ids].astype(np.int32)
+
+    def known(self, scores: torch.Tensor, taken: np.ndarray, reduce, limit: int | None, draw: torch.Generator
+              ) -> tuple:
+        """A random few: every labelled pixel would be one."""
+        drawn = Peaks(self.shape, self.radius, 2 * self.radius)
+        ids, _, pixels = drawn.candidates(random_scores(self.number, draw), ~taken, limit=limit)
+        return ids, scores.cpu().numpy().reshape(-1)[ids].astype(np.float64), pixels
+
+    def rows(self, ids: np.ndarray) -> np.ndarray:
+        rows = np.full(self.shape, -1, np.float32)
+        rows.reshape(-1)[ids] = np.arange(len(ids))
+        return dilate(rows, self.radius)
 
 
-def dilate(mask_HW: np.ndarray, radius: int) -> np.ndarray:
-    """All pixels within a square of ``radius`` around those of a mask."""
-    return cv2.dilate(mask_HW.view(np.uint8), np.ones((2 * radius + 1,) * 2, np.uint8)).view(bool) \
-        if radius and mask_HW.any() else mask_HW
+def dilate(map_HW: np.ndarray, radius: int) -> np.ndarray:
+    """The highest value within a square of ``radius`` around each pixel of a float32 map or a mask."""
+    if not radius or not map_HW.any():
+        return map_HW
+    is_mask = map_HW.dtype == bool
+    wide = cv2.dilate(map_HW.view(np.uint8) if is_mask else map_HW, np.ones((2 * radius + 1,) * 2, np.uint8))
+    return wide.view(bool) if is_mask else wide
 
 
-def peaks(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, limit: Optional[int] = None,
+def peaks(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, limit: int | None = None,
           floor: float = -math.inf) -> np.ndarray:
     """Greedy peaks: again and again the highest free pixel, which blocks all within a square of radius ``gap``; ties go
     to the first in reading order. A pick costs the argmax of the rows that it touches, not of the whole map.
@@ -1920,54 +2177,15 @@ def peaks(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, limit: Option
     return np.array(picks, np.int64)
 
 
-def unit_mask(unit: dict, ids: np.ndarray, segments: Optional[np.ndarray], shape: tuple) -> np.ndarray:
-    """The pixels of the chosen units, (H, W) booleans."""
-    if segments is not None:
-        chosen = np.zeros(segments.max() + 1, bool)
-        chosen[ids] = True
-        return chosen[segments]
-    mask, radius = np.zeros(shape, bool), unit.get('window') or 0
-    for y, x in zip(*np.divmod(ids, shape[1])):
-        mask[max(0, y - radius):y + radius + 1, max(0, x - radius):x + radius + 1] = True
-    return mask
-
-
-def cell_weights(unit: dict, ids: np.ndarray, segments: Optional[np.ndarray], shape: tuple,
-                 cells: tuple) -> torch.Tensor:
-    """How much of each unit lies in each cell of a coarser map over the image: sparse (N, P), rows sum to 1.
-
-    Args:
-        shape: (H, W) of the image.
-        cells: (h, w) of the map; P = h w.
-    """
-    (h, w), radius = shape, unit.get('window') or 0
-    if segments is not None:
-        row_of = np.full(segments.max() + 1, -1)
-        row_of[ids] = np.arange(len(ids))
-        rows = row_of[segments.reshape(-1)]
-        pixels = np.flatnonzero(rows >= 0)
-        rows, (y, x) = rows[pixels], np.divmod(pixels, w)
-    else:
-        dy, dx = (offset.reshape(-1) for offset in np.mgrid[-radius:radius + 1, -radius:radius + 1])
-        y, x = ids[:, None] // w + dy, ids[:, None] % w + dx
-        inside = (y >= 0) & (y < h) & (x >= 0) & (x < w)
-        rows, y, x = np.nonzero(inside)[0], y[inside], x[inside]
-    columns = y * cells[0] // h * cells[1] + x * cells[1] // w
-    share = scipy.sparse.coo_matrix((np.ones(len(rows), np.float32), (rows, columns)),
-                                    (len(ids), cells[0] * cells[1])).tocsr().tocoo()
-    share.data /= np.bincount(rows, minlength=len(ids))[share.row]
-    weights = torch.sparse_coo_tensor(np.stack([share.row, share.col]), share.data, share.shape)
-    return weights._coalesced_(True)  # it is; torch < 2.1 cannot be told above
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Strategies: score (probabilities -> map, higher = ask) x embed (maps -> a vector a candidate) x select (-> choice)
 # ---------------------------------------------------------------------------------------------------------------------
 #
-# All are pure functions. Beside their first arguments they get what they name a parameter after, see INPUTS; every
-# other parameter with a default is an option of `al.strategy`.
+# All are pure functions, found by name in four registries; `@AL_SCORES.register_module()` makes a name of yours. Beside
+# their first arguments they get what they name a parameter after, see OFFERED; every other parameter is an option of
+# `al.strategy`. A strategy is a function that returns its parts and options; a score's name alone is one, too.
 
-INPUTS = dict(
+OFFERED = dict(
     # a score gets the class probabilities (N, C, H, W), the mean over all passes, and on demand
     entropies_NHW='mean entropy of the MC dropout passes, in nats',
     votes_NCHW='share of the MC dropout passes that predict a class',
@@ -1978,7 +2196,8 @@ INPUTS = dict(
     features_KHW="penultimate features: the input of the decode head's last layer",
     scores_HW='the score map',
     weights_NP='sparse shares of the P = H W cells in each of N candidates, or None where the whole map is one',
-    # a selector gets scores_N, budget and generator, and on demand
+    # a selector gets scores_N, budget and a seeded generator, and on demand
+    generator='random numbers for one purpose',
     vectors_ND='the embedding of the candidates',
     labelled_LD='the embedding of what is labelled',
     labelled_scores_L='the scores of what is labelled',
@@ -1986,9 +2205,10 @@ INPUTS = dict(
     progress='0 in the first query to 1 in the last')
 
 
-def random(n: int, generator: torch.Generator) -> torch.Tensor:
-    """Uniform scores, one a candidate: no model is asked. (N,)"""
-    return torch.rand(n, generator=generator, dtype=torch.float64)
+def call(function: Callable, *args, **offered):
+    """Call a function with some arguments, and what it names of what is offered."""
+    takes = list(parameters_of(function))[len(args):]
+    return function(*args, **{key: value for key, value in offered.items() if key in takes})
 
 
 def least_confidence(probs_NCHW: torch.Tensor) -> torch.Tensor:
@@ -2003,16 +2223,11 @@ def margin(probs_NCHW: torch.Tensor) -> torch.Tensor:
     return 1 - (top2[:, 0] - top2[:, 1])
 
 
-def ratio(probs_NCHW: torch.Tensor) -> torch.Tensor:
+def probability_ratio(probs_NCHW: torch.Tensor) -> torch.Tensor:
     """p2 / p1 of the two most probable classes (best versus second best; Joshi et al., CVPR 2009). (N, H, W) in [0, 1]
     """
     top2 = probs_NCHW.topk(2, dim=1).values
     return top2[:, 1] / top2[:, 0]
-
-
-def entropy(probs_NCHW: torch.Tensor) -> torch.Tensor:
-    """-sum p ln p over the classes, in nats (Shannon, 1948). (N, H, W) in [0, ln C]"""
-    return torch.special.entr(probs_NCHW).sum(1)
 
 
 def variation_ratio(probs_NCHW: torch.Tensor, votes_NCHW: torch.Tensor) -> torch.Tensor:
@@ -2035,17 +2250,17 @@ def bald(probs_NCHW: torch.Tensor, entropies_NHW: torch.Tensor) -> torch.Tensor:
 
 def conformal_risk(probs_NCHW: torch.Tensor, thresholds_C: torch.Tensor) -> torch.Tensor:
     """Share of the classes in a pixel's prediction set {c: p_c >= threshold_c}, each weighted by how confused it is in
-    the image: the entropy of its row in ``cooccurrence`` (CRC-AL). (N, H, W) in [0, 1]"""
+    the image: the entropy of its row in ``class_cooccurrence`` (CRC-AL). (N, H, W) in [0, 1]"""
     maps = []
     for probs_CHW in probs_NCHW:
-        shares_CC = cooccurrence(probs_CHW, thresholds_C).view(len(probs_CHW), -1)
+        shares_CC = class_cooccurrence(probs_CHW, thresholds_C).view(len(probs_CHW), -1)
         weights_C = torch.special.entr(shares_CC).sum(1)
         sets_CHW = (probs_CHW >= thresholds_C[:, None, None]).to(weights_C)
         maps.append(torch.einsum('c,chw->hw', weights_C, sets_CHW) / weights_C.sum().clamp_min(1e-12))
     return torch.stack(maps)
 
 
-def reduce_map(scores_HW: torch.Tensor, how: Union[str, float] = 'mean') -> torch.Tensor:
+def reduce_map(scores_HW: torch.Tensor, how: str | float = 'mean') -> torch.Tensor:
     """One number for a score map: its ``mean``, its ``max``, or the mean of its highest ``how`` percent of pixels."""
     if how == 'mean':
         return scores_HW.mean(dtype=torch.float64)
@@ -2055,21 +2270,22 @@ def reduce_map(scores_HW: torch.Tensor, how: Union[str, float] = 'mean') -> torc
     return scores_HW.flatten().topk(k).values.mean(dtype=torch.float64)
 
 
-def box_sum(map_HW: torch.Tensor, k: int) -> torch.Tensor:
-    """Sums over (2k+1)^2 windows, zero-padded, in float32; the time does not depend on k on the CPU."""
-    size = 2 * k + 1
-    if map_HW.is_cuda:
-        rows = F.avg_pool2d(map_HW[None].float(), (1, size), 1, (0, k), divisor_override=1)
-        return F.avg_pool2d(rows, (size, 1), 1, (k, 0), divisor_override=1)[0]
-    return torch.from_numpy(cv2.boxFilter(map_HW.numpy(), cv2.CV_32F, (size, size), normalize=False,
-                                          borderType=cv2.BORDER_CONSTANT))
+def ripu(probs_NCHW: torch.Tensor, k: Natural = 1) -> torch.Tensor:
+    """Region impurity x prediction uncertainty, RIPU's RA (Xie et al., CVPR 2022): entropy of the histogram of
+    predicted classes in the (2k+1)^2 window / ln C, times the mean entropy in it / ln C. (N, H, W) in [0, 1]"""
+    c = probs_NCHW.shape[1]
+    maps = []
+    for probs_CHW, entropy_HW in zip(probs_NCHW, entropy(probs_NCHW)):
+        mean = box_sum(entropy_HW, k) / window_pixels(entropy_HW.shape, k, entropy_HW.device)
+        maps.append(impurity(probs_CHW.argmax(0), c, k) * mean / math.log(c)**2)
+    return torch.stack(maps)
 
 
-def window_pixels(shape: tuple, k: int, device=None) -> torch.Tensor:
-    """How many pixels of each (2k+1)^2 window lie in the image. (H, W) float32"""
-    rows, cols = (torch.minimum(i + k, i[-1]) - (i - k).clamp_min(0) + 1
-                  for i in (torch.arange(n, device=device) for n in shape))
-    return (rows[:, None] * cols).float()
+def ripu_pixel(probs_NCHW: torch.Tensor, k: Natural = 32) -> torch.Tensor:
+    """RIPU's PA (Xie et al., CVPR 2022): a pixel's entropy times the entropy of the histogram of predicted classes in
+    the (2k+1)^2 window around it, both in nats. (N, H, W)"""
+    return torch.stack([impurity(probs_CHW.argmax(0), len(probs_CHW), k) * entropy_HW
+                        for probs_CHW, entropy_HW in zip(probs_NCHW, entropy(probs_NCHW))])
 
 
 def impurity(pred_HW: torch.Tensor, classes: int, k: int) -> torch.Tensor:
@@ -2084,36 +2300,29 @@ def impurity(pred_HW: torch.Tensor, classes: int, k: int) -> torch.Tensor:
     return torch.where(entropy_HW < 1e-5, 0, entropy_HW)
 
 
-def ripu(probs_NCHW: torch.Tensor, k: int = 1) -> torch.Tensor:
-    """Region impurity x prediction uncertainty, RIPU's RA (Xie et al., CVPR 2022): entropy of the histogram of
-    predicted classes in the (2k+1)^2 window / ln C, times the mean entropy in it / ln C. (N, H, W) in [0, 1]"""
-    c = probs_NCHW.shape[1]
-    maps = []
-    for probs_CHW, entropy_HW in zip(probs_NCHW, entropy(probs_NCHW)):
-        mean = box_sum(entropy_HW, k) / window_pixels(entropy_HW.shape, k, entropy_HW.device)
-        maps.append(impurity(probs_CHW.argmax(0), c, k) * mean / math.log(c)**2)
-    return torch.stack(maps)
+def box_sum(map_HW: torch.Tensor, k: int) -> torch.Tensor:
+    """Sums over (2k+1)^2 windows, zero-padded, in float32; the time does not depend on k on the CPU."""
+    size = 2 * k + 1
+    if map_HW.device.type != 'cpu':
+        rows = F.avg_pool2d(map_HW[None].float(), (1, size), 1, (0, k), divisor_override=1)
+        return F.avg_pool2d(rows, (size, 1), 1, (k, 0), divisor_override=1)[0]
+    return torch.from_numpy(cv2.boxFilter(map_HW.numpy(), cv2.CV_32F, (size, size), normalize=False,
+                                          borderType=cv2.BORDER_CONSTANT))
 
 
-def ripu_pixel(probs_NCHW: torch.Tensor, k: int = 32) -> torch.Tensor:
-    """RIPU's PA (Xie et al., CVPR 2022): a pixel's entropy times the entropy of the histogram of predicted classes in
-    the (2k+1)^2 window around it, both in nats. (N, H, W)"""
-    return torch.stack([impurity(probs_CHW.argmax(0), len(probs_CHW), k) * entropy_HW
-                        for probs_CHW, entropy_HW in zip(probs_NCHW, entropy(probs_NCHW))])
+def window_pixels(shape: tuple, k: int, device=None) -> torch.Tensor:
+    """How many pixels of each (2k+1)^2 window lie in the image. (H, W) float32"""
+    rows, cols = (torch.minimum(i + k, i[-1]) - (i - k).clamp_min(0) + 1
+                  for i in (torch.arange(n, device=device) for n in shape))
+    return (rows[:, None] * cols).float()
 
 
-def pool_map(maps_CHW: torch.Tensor, weights_NP: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """Mean of maps over each candidate, or over the whole. (N, C)"""
-    flat_PC = maps_CHW.flatten(1).T
-    return flat_PC.mean(0, keepdim=True) if weights_NP is None else torch.sparse.mm(weights_NP, flat_PC)
-
-
-def features(features_KHW: torch.Tensor, weights_NP: Optional[torch.Tensor] = None) -> torch.Tensor:
+def mean_features(features_KHW: torch.Tensor, weights_NP: torch.Tensor | None = None) -> torch.Tensor:
     """Mean penultimate features (CoreSet; Sener & Savarese, ICLR 2018). (N, K)"""
     return pool_map(features_KHW, weights_NP)
 
 
-def gradient(probs_CHW: torch.Tensor, weights_NP: Optional[torch.Tensor] = None, size: int = 400) -> torch.Tensor:
+def mean_gradient(probs_CHW: torch.Tensor, weights_NP: torch.Tensor | None = None, size: Natural = 400) -> torch.Tensor:
     """Gradient of the predicted label's cross entropy with respect to the logits, p - onehot(argmax p) (BADGE; Ash et
     al., ICLR 2020): its mean over a candidate, or for whole images over each cell of a square grid, which has as many
     cells as make about ``size`` dimensions. (N, D)"""
@@ -2123,14 +2332,7 @@ def gradient(probs_CHW: torch.Tensor, weights_NP: Optional[torch.Tensor] = None,
     return F.adaptive_avg_pool2d(gradient_CHW, max(1, round(math.sqrt(size / len(probs_CHW))))).reshape(1, -1)
 
 
-def class_matrix(rows_CHW: torch.Tensor, maps_CHW: torch.Tensor, weights_NP: Optional[torch.Tensor]) -> torch.Tensor:
-    """Mean of row c x map d over each candidate, or over the whole. (N, C, C)"""
-    if weights_NP is None:
-        return (rows_CHW.flatten(1) @ maps_CHW.flatten(1).T)[None] / rows_CHW[0].numel()
-    return torch.stack([pool_map(row_HW * maps_CHW, weights_NP) for row_HW in rows_CHW], 1)
-
-
-def confusion(probs_CHW: torch.Tensor, weights_NP: Optional[torch.Tensor] = None) -> torch.Tensor:
+def class_confusion(probs_CHW: torch.Tensor, weights_NP: torch.Tensor | None = None) -> torch.Tensor:
     """For each class the mean softmax of the pixels that are predicted so, weighted by their entropy (Contextual
     Diversity; Agarwal et al., ECCV 2020); a class that is not predicted has a row of float32's epsilon. (N, C * C)"""
     predicted_CHW = F.one_hot(probs_CHW.argmax(0), len(probs_CHW)).movedim(2, 0)
@@ -2140,8 +2342,13 @@ def confusion(probs_CHW: torch.Tensor, weights_NP: Optional[torch.Tensor] = None
     return torch.where(total_NC1 > 0, matrix_NCC / total_NC1, tiny).clamp_min(tiny).flatten(1)
 
 
-def cooccurrence(probs_CHW: torch.Tensor, thresholds_C: torch.Tensor,
-                 weights_NP: Optional[torch.Tensor] = None) -> torch.Tensor:
+def entropy(probs_NCHW: torch.Tensor) -> torch.Tensor:
+    """-sum p ln p over the classes, in nats (Shannon, 1948). (N, H, W) in [0, ln C]"""
+    return torch.special.entr(probs_NCHW).sum(1)
+
+
+def class_cooccurrence(probs_CHW: torch.Tensor, thresholds_C: torch.Tensor,
+                 weights_NP: torch.Tensor | None = None) -> torch.Tensor:
     """How often two classes are in one prediction set {c: p_c >= threshold_c}, squared and normalised by row (CRC-AL).
     (N, C * C)"""
     sets_CHW = (probs_CHW >= thresholds_C[:, None, None]).to(probs_CHW)
@@ -2149,25 +2356,26 @@ def cooccurrence(probs_CHW: torch.Tensor, thresholds_C: torch.Tensor,
     return (matrix_NCC / matrix_NCC.sum(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).flatten(1)
 
 
+def class_matrix(rows_CHW: torch.Tensor, maps_CHW: torch.Tensor, weights_NP: torch.Tensor | None) -> torch.Tensor:
+    """Mean of row c x map d over each candidate, or over the whole. (N, C, C)"""
+    if weights_NP is None:
+        return (rows_CHW.flatten(1) @ maps_CHW.flatten(1).T)[None] / rows_CHW[0].numel()
+    return torch.stack([pool_map(row_HW * maps_CHW, weights_NP) for row_HW in rows_CHW], 1)
+
+
 def class_scores(probs_CHW: torch.Tensor, scores_HW: torch.Tensor,
-                 weights_NP: Optional[torch.Tensor] = None) -> torch.Tensor:
+                 weights_NP: torch.Tensor | None = None) -> torch.Tensor:
     """Mean of p_c x score for each class (ClaSP-PE, with entropy as the score). (N, C)"""
     return pool_map(probs_CHW * scores_HW, weights_NP)
 
 
-def topk(scores_N: torch.Tensor, budget: int, generator: torch.Generator) -> torch.Tensor:
-    """The ``budget`` highest scores; ties go to the first in pool order. (K,) indices"""
-    if 0 < budget < len(scores_N) // 4:  # sort no more than can be chosen
-        best = (scores_N >= scores_N.topk(budget).values[-1]).nonzero()[:, 0]
-        return best[scores_N[best].sort(descending=True, stable=True).indices[:budget]]
-    return scores_N.sort(descending=True, stable=True).indices[:budget]
+def pool_map(maps_CHW: torch.Tensor, weights_NP: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean of maps over each candidate, or over the whole. (N, C)"""
+    flat_PC = maps_CHW.flatten(1).T
+    return flat_PC.mean(0, keepdim=True) if weights_NP is None else torch.sparse.mm(weights_NP, flat_PC)
 
 
-def is_topk(select: Callable) -> bool:
-    return select is topk
-
-
-def top_percent(scores_N: torch.Tensor, budget: int, generator: torch.Generator, percent: float = 5.) -> torch.Tensor:
+def top_percent(scores_N: torch.Tensor, budget: int, generator: torch.Generator, percent: Percent = 5.) -> torch.Tensor:
     """``budget`` at random among the highest ``percent`` percent, but at least ``budget`` (PixelPick; Shin et al.,
     ICCVW 2021). (K,) indices"""
     n = max(budget, round(len(scores_N) * percent / 100))
@@ -2175,25 +2383,20 @@ def top_percent(scores_N: torch.Tensor, budget: int, generator: torch.Generator,
     return best[torch.randperm(len(best), generator=generator)[:budget].to(best.device)]
 
 
-def gumbel(n: int, beta: float, generator: torch.Generator, like: torch.Tensor) -> torch.Tensor:
-    """Gumbel(0, 1 / beta) noise, one draw a candidate. (N,)"""
-    return torch.rand(n, generator=generator, dtype=torch.float64).log_().neg_().log_().div_(-beta).to(like.device)
-
-
-def power(scores_N: torch.Tensor, budget: int, generator: torch.Generator, beta: float = 1.) -> torch.Tensor:
+def power_draw(scores_N: torch.Tensor, budget: int, generator: torch.Generator, beta: Positive = 1.) -> torch.Tensor:
     """Top-k of ln s + Gumbel noise: a draw without replacement in proportion to s^beta (Kirsch et al., TMLR 2023). (K,)
     indices"""
     noise_N = gumbel(len(scores_N), beta, generator, scores_N)
     return topk(scores_N.double().clamp_min(0).log() + noise_N, budget, generator)
 
 
-def softmax(scores_N: torch.Tensor, budget: int, generator: torch.Generator, beta: float = 1.) -> torch.Tensor:
+def softmax_draw(scores_N: torch.Tensor, budget: int, generator: torch.Generator, beta: Positive = 1.) -> torch.Tensor:
     """Top-k of s + Gumbel noise: a draw without replacement in proportion to exp(beta s) (Kirsch et al., TMLR 2023).
     (K,) indices"""
     return topk(scores_N.double() + gumbel(len(scores_N), beta, generator, scores_N), budget, generator)
 
 
-def softrank(scores_N: torch.Tensor, budget: int, generator: torch.Generator, beta: float = 1.) -> torch.Tensor:
+def softrank_draw(scores_N: torch.Tensor, budget: int, generator: torch.Generator, beta: Positive = 1.) -> torch.Tensor:
     """Top-k of -ln rank + Gumbel noise, where the highest score has rank 1: a draw without replacement in proportion to
     rank^-beta (Kirsch et al., TMLR 2023). (K,) indices"""
     ranks_N = torch.empty_like(scores_N, dtype=torch.float64)
@@ -2203,7 +2406,7 @@ def softrank(scores_N: torch.Tensor, budget: int, generator: torch.Generator, be
 
 
 def stochastic_batches(scores_N: torch.Tensor, budget: int, generator: torch.Generator,
-                       batches: int = 100) -> torch.Tensor:
+                       batches: Natural = 100) -> torch.Tensor:
     """Of ``batches`` random batches, the one with the highest mean score (Gaillochet et al., MedIA 2023). A shuffled
     pool, cut up, gives as many batches as fit. (K,) indices"""
     best, fit = (-math.inf, None), max(1, len(scores_N) // budget)
@@ -2226,8 +2429,8 @@ def class_balance(scores_N: torch.Tensor, budget: int, generator: torch.Generato
 
 
 def class_balanced_power(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-                         progress: float, share: float = 0.66, betas: tuple = (1., 100.)) -> torch.Tensor:
-    """``share`` of the budget in equal parts for every class, by a ``power`` draw from the class's column of
+                         progress: float, share: Fraction = 0.66, betas: PositivePair = (1., 100.)) -> torch.Tensor:
+    """``share`` of the budget in equal parts for every class, by a draw as ``power_draw``'s from the class's column of
     ``class_scores``, the rest by one from the scores; beta grows geometrically over the queries (ClaSP-PE, nnActive).
     (K,) indices"""
     beta = betas[0] * (betas[1] / betas[0])**progress
@@ -2245,34 +2448,21 @@ def class_balanced_power(scores_N: torch.Tensor, budget: int, generator: torch.G
     return torch.cat(picks)
 
 
-def bilinear_form(vectors_ND: torch.Tensor, distance: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Left and right factors and norms by which all distances are ``norms_i + norms_j - left_i . right_j``: squared
-    Euclidean, or twice the symmetric Kullback-Leibler divergence (of vectors that are positive)."""
-    if distance == 'kl':
-        logs_ND = vectors_ND.log()
-        return torch.cat([vectors_ND, logs_ND], 1), torch.cat([logs_ND, vectors_ND], 1), (vectors_ND * logs_ND).sum(1)
-    if distance != 'euclidean':
-        raise ValueError(f"`al.strategy.distance` should be 'euclidean' or 'kl', but got {distance!r}")
-    return vectors_ND * math.sqrt(2), vectors_ND * math.sqrt(2), (vectors_ND**2).sum(1)
+def topk(scores_N: torch.Tensor, budget: int, generator: torch.Generator) -> torch.Tensor:
+    """The ``budget`` highest scores; ties go to the first in pool order. (K,) indices"""
+    if 0 < budget < len(scores_N) // 4:  # sort no more than can be chosen
+        best = (scores_N >= scores_N.topk(budget).values[-1]).nonzero()[:, 0]
+        return best[scores_N[best].sort(descending=True, stable=True).indices[:budget]]
+    return scores_N.sort(descending=True, stable=True).indices[:budget]
 
 
-def approach(nearest_N: torch.Tensor, points: tuple, centres: tuple) -> None:
-    """Lower, in place, every point's distance to the nearest centre by further centres: a matrix product a block."""
-    (left, _, norms), (_, right, centre_norms) = points, centres
-    for rows, near in zip(torch.arange(len(left)).split(8192), nearest_N.split(8192)):
-        rows = slice(int(rows[0]), int(rows[-1]) + 1)
-        for first in range(0, len(right), 512):
-            block = slice(first, first + 512)
-            distances = torch.addmm(centre_norms[block], left[rows], right[block].T, alpha=-1).amin(1) + norms[rows]
-            torch.minimum(near, distances, out=near)
-
-
-def take(points: tuple, rows) -> tuple:
-    return tuple(part[rows] for part in points)
+def gumbel(n: int, beta: float, generator: torch.Generator, like: torch.Tensor) -> torch.Tensor:
+    """Gumbel(0, 1 / beta) noise, one draw a candidate. (N,)"""
+    return torch.rand(n, generator=generator, dtype=torch.float64).log_().neg_().log_().div_(-beta).to(like.device)
 
 
 def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-            labelled_LD: torch.Tensor, distance: str = 'euclidean') -> torch.Tensor:
+            labelled_LD: torch.Tensor, distance: Distance = 'euclidean') -> torch.Tensor:
     """k-center greedy: again and again the candidate that is farthest from all that is labelled or chosen (CoreSet;
     Sener & Savarese, ICLR 2018); without a labelled one, the highest score is first. (K,) indices
 
@@ -2288,7 +2478,7 @@ def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
     while len(picks) < budget:
         values, active = nearest_N.topk(min(few + 1, len(nearest_N)))
         bound, active = float(values[-1]) if few < len(nearest_N) else -math.inf, active[:few].sort().values
-        near, own, block = nearest_N[active], take(points, active), []
+        near, own, block = nearest_N[active], rows_of(points, active), []
         pick = int((nearest_N if picks or len(labelled_LD) else scores_N).argmax())
         while True:
             block.append(pick)
@@ -2298,51 +2488,15 @@ def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
             if len(picks) + len(block) == budget or not near[best] > bound:
                 break
             pick = int(active[best])
-        approach(nearest_N, points, take(points, block))
+        approach(nearest_N, points, rows_of(points, block))
         picks += block
         nearest_N[picks] = -math.inf
         few = min(len(vectors_ND), few * 2 if len(block) < 16 else few)
     return torch.tensor(picks)
 
 
-def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator,
-             vectors_ND: torch.Tensor) -> torch.Tensor:
-    """The seeding of k-means++ (Arthur & Vassilvitskii, SODA 2007), as BADGE (Ash et al., ICLR 2020) uses it: the
-    largest norm first, then draws in proportion to the squared distance to the nearest one chosen. (K,) indices
-
-    Draws come in blocks from the distances before the block, and one is accepted with the probability by which its own
-    has fallen since: the same distribution, and one matrix product a block.
-    """
-    points = bilinear_form(vectors_ND - vectors_ND.mean(0), 'euclidean')
-    nearest_N = torch.full((len(vectors_ND), ), math.inf, device=vectors_ND.device)
-    picks = block = [int((vectors_ND**2).sum(1).argmax())]
-    while len(picks) < budget:
-        approach(nearest_N, points, take(points, block))
-        nearest_N[picks] = 0
-        nearest_N.clamp_min_(0)
-        total_N = nearest_N.double().cumsum(0)
-        if not total_N[-1] > 0:  # only copies of what is chosen are left
-            rest = torch.ones(len(vectors_ND), dtype=torch.bool)
-            rest[picks] = False
-            rest = rest.nonzero()[:, 0]
-            return torch.cat([torch.tensor(picks), rest[torch.randperm(len(rest), generator=generator)]])[:budget]
-        draws, accept = torch.rand(2, 128, generator=generator, dtype=torch.float64)
-        rows = torch.searchsorted(total_N, (draws * total_N[-1].cpu()).to(total_N), right=True)
-        rows = rows.clamp_max(len(nearest_N) - 1)
-        left, right, norms = take(points, rows)
-        between = (norms[:, None] + norms - left @ right.T).clamp_min(0).cpu().numpy()
-        now, rows, block = nearest_N[rows].cpu().numpy(), rows.tolist(), []
-        enough = accept.numpy() * now
-        for j, row in enumerate(rows):
-            if enough[j] < now[j] and row not in block and len(picks) + len(block) < budget:
-                block.append(row)
-                now = np.minimum(now, between[j])
-        picks = picks + block
-    return torch.tensor(picks)
-
-
-def real(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-         probs_NC: torch.Tensor, clusters: int = 25) -> torch.Tensor:
+def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
+         probs_NC: torch.Tensor, clusters: Natural = 25) -> torch.Tensor:
     """Representative pseudo-errors (REAL; Chen et al., ECML-PKDD 2023). In each k-means cluster, those whose predicted
     class is not the cluster's majority class m are pseudo-errors; the cluster gets budget in proportion to their sum of
     1 - p_m, and draws at random among them, or where they do not suffice takes its highest 1 - p_m. (K,) indices"""
@@ -2352,9 +2506,9 @@ def real(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vector
         warnings.simplefilter('ignore')  # a cluster that falls empty keeps its centre, and gets no budget
         _, cluster_N = scipy.cluster.vq.kmeans2(vectors, vectors[start], minit='matrix', iter=100)
     pred_N, probs = probs_NC.argmax(1).cpu().numpy(), probs_NC.double().cpu().numpy()
-    majority = [np.bincount(pred_N[cluster_N == j]).argmax() if (cluster_N == j).any() else 0
-                for j in range(len(start))]
-    majority_N = np.array(majority)[cluster_N]
+    votes_JC = np.zeros((len(start), probs.shape[1]), int)
+    np.add.at(votes_JC, (cluster_N, pred_N), 1)
+    majority_N = votes_JC.argmax(1)[cluster_N]
     doubt_N, error_N = 1 - probs[np.arange(len(probs)), majority_N], pred_N != majority_N
     value = np.bincount(cluster_N, doubt_N * error_N, len(start))
     quota = np.floor(budget * value / max(value.sum(), 1e-12)).astype(int)
@@ -2369,8 +2523,68 @@ def real(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vector
     return torch.tensor([*picks, *np.argsort(-doubt_N, kind='stable')[:budget - len(picks)].tolist()])
 
 
+def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator,
+             vectors_ND: torch.Tensor) -> torch.Tensor:
+    """The seeding of k-means++ (Arthur & Vassilvitskii, SODA 2007), as BADGE (Ash et al., ICLR 2020) uses it: the
+    largest norm first, then draws in proportion to the squared distance to the nearest one chosen. (K,) indices
+
+    Draws come in blocks from the distances before the block, and one is accepted with the probability by which its own
+    has fallen since: the same distribution, and one matrix product a block.
+    """
+    points = bilinear_form(vectors_ND - vectors_ND.mean(0), 'euclidean')
+    nearest_N = torch.full((len(vectors_ND), ), math.inf, device=vectors_ND.device)
+    picks = block = [int((vectors_ND**2).sum(1).argmax())]
+    while len(picks) < budget:
+        approach(nearest_N, points, rows_of(points, block))
+        nearest_N[picks] = 0
+        nearest_N.clamp_min_(0)
+        total_N = nearest_N.double().cumsum(0)
+        if not total_N[-1] > 0:  # only copies of what is chosen are left
+            rest = torch.ones(len(vectors_ND), dtype=torch.bool)
+            rest[picks] = False
+            rest = rest.nonzero()[:, 0]
+            return torch.cat([torch.tensor(picks), rest[torch.randperm(len(rest), generator=generator)]])[:budget]
+        draws, accept = torch.rand(2, 128, generator=generator, dtype=torch.float64)
+        rows = torch.searchsorted(total_N, (draws * total_N[-1].cpu()).to(total_N), right=True)
+        rows = rows.clamp_max(len(nearest_N) - 1)
+        left, right, norms = rows_of(points, rows)
+        between = (norms[:, None] + norms - left @ right.T).clamp_min(0).cpu().numpy()
+        now, rows, block = nearest_N[rows].cpu().numpy(), rows.tolist(), []
+        enough = accept.numpy() * now
+        for j, row in enumerate(rows):
+            if enough[j] < now[j] and row not in block and len(picks) + len(block) < budget:
+                block.append(row)
+                now = np.minimum(now, between[j])
+        picks = picks + block
+    return torch.tensor(picks)
+
+
+def bilinear_form(vectors_ND: torch.Tensor, distance: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Left and right factors and norms by which all distances are ``norms_i + norms_j - left_i . right_j``: squared
+    Euclidean, or twice the symmetric Kullback-Leibler divergence (of vectors that are positive)."""
+    if distance == 'kl':
+        logs_ND = vectors_ND.log()
+        return torch.cat([vectors_ND, logs_ND], 1), torch.cat([logs_ND, vectors_ND], 1), (vectors_ND * logs_ND).sum(1)
+    return vectors_ND * math.sqrt(2), vectors_ND * math.sqrt(2), (vectors_ND**2).sum(1)
+
+
+def approach(nearest_N: torch.Tensor, points: tuple, centres: tuple) -> None:
+    """Lower, in place, every point's distance to the nearest centre by further centres: a matrix product a block."""
+    (left, _, norms), (_, right, centre_norms) = points, centres
+    for rows, near in zip(torch.arange(len(left)).split(8192), nearest_N.split(8192)):
+        rows = slice(int(rows[0]), int(rows[-1]) + 1)
+        for first in range(0, len(right), 512):
+            block = slice(first, first + 512)
+            distances = torch.addmm(centre_norms[block], left[rows], right[block].T, alpha=-1).amin(1) + norms[rows]
+            torch.minimum(near, distances, out=near)
+
+
+def rows_of(points: tuple, rows) -> tuple:
+    return tuple(part[rows] for part in points)
+
+
 def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-               labelled_LD: torch.Tensor, labelled_scores_L: torch.Tensor, tau: float = 0.5) -> torch.Tensor:
+               labelled_LD: torch.Tensor, labelled_scores_L: torch.Tensor, tau: Fraction = 0.5) -> torch.Tensor:
     """Greedy: the highest mean + least distance to what is labelled or chosen, where the distance from i to j is
     |v_i - v_j|^tau (s_j / (s_i + s_j))^(1 - tau) (CRC-AL). (K,) indices"""
     all_vectors, all_scores = torch.cat([labelled_LD, vectors_ND]), torch.cat([labelled_scores_L, scores_N]).double()
@@ -2390,67 +2604,123 @@ def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, 
     return torch.tensor(traversed[len(labelled_LD):]) - len(labelled_LD)
 
 
-SCORES = dict(random=random, least_confidence=least_confidence, margin=margin, ratio=ratio, entropy=entropy,
-              variation_ratio=variation_ratio, mean_std=mean_std, bald=bald, ripu=ripu, ripu_pixel=ripu_pixel,
-              conformal_risk=conformal_risk)
-EMBEDS = dict(features=features, gradient=gradient, confusion=confusion, cooccurrence=cooccurrence,
-              class_scores=class_scores)
-SELECTS = dict(topk=topk, top_percent=top_percent, power=power, softmax=softmax, softrank=softrank,
-               stochastic_batches=stochastic_batches, kcenter=kcenter, kmeanspp=kmeanspp, real=real,
-               class_balance=class_balance, class_balanced_power=class_balanced_power, barycentre=barycentre)
-PRESETS = dict(
-    random=dict(score='random'),
-    least_confidence=dict(score='least_confidence'),
-    margin=dict(score='margin'),
-    ratio=dict(score='ratio'),
-    entropy=dict(score='entropy'),
-    variation_ratio=dict(score='variation_ratio', mc=20),
-    mean_std=dict(score='mean_std', mc=20),
-    bald=dict(score='bald', mc=20),
-    ripu=dict(score='ripu'),
-    ripu_pixel=dict(score='ripu_pixel'),
-    pixelpick=dict(score='margin', select='top_percent'),
-    power_entropy=dict(score='entropy', select='power'),
-    powerbald=dict(score='bald', mc=20, select='power'),
-    softmaxbald=dict(score='bald', mc=20, select='softmax'),
-    softrankbald=dict(score='bald', mc=20, select='softrank'),
-    stochastic_batches=dict(score='entropy', select='stochastic_batches'),
-    coreset=dict(score='random', embed='features', select='kcenter'),
-    badge=dict(score='random', embed='gradient', select='kmeanspp'),
-    contextual_diversity=dict(score='random', embed='confusion', select='kcenter', distance='kl'),
-    real=dict(score='random', embed='features', select='real'),
-    classbal=dict(score='ratio', select='class_balance'),
-    clasp_pe=dict(score='entropy', embed='class_scores', select='class_balanced_power'),
-    crc=dict(score='conformal_risk', embed='cooccurrence', select='barycentre', calibration=0.2))
+class Functions(Registry):
+    """mmengine's registry, of functions."""
+
+    def register_module(self, name: str | None = None, force: bool = False, module: Callable | None = None):
+        """As mmengine's, but a name that is taken is an error that shows both places.
+
+        Raises:
+            KeyError: The name stands for another function already.
+        """
+        if module is None:
+            return functools.partial(self.register_module, name, force)
+        key = name or module.__name__
+        if key in self.module_dict and not force:
+            places = [getattr(each, '__code__', None) for each in (self.module_dict[key], module)]
+            places = [f'{code.co_filename}:{code.co_firstlineno}' if code else __file__ for code in places]
+            raise KeyError(f'{key!r} is a name in {self.name} already: {places[0]}; the second is {places[1]}')
+        return super().register_module(name, force, module)
 
 
-class Strategy(NamedTuple):
-    """A strategy resolved to functions."""
+@dataclasses.dataclass
+class Strategy:
+    """A strategy resolved to functions. The last fields are options of any strategy."""
     name: str
-    score: Callable  # probs_NCHW -> scores_NHW, or `random`
-    reduce: Callable  # scores_HW -> number
-    select: Callable  # scores_N, budget, generator -> indices_K
-    embed: Optional[Callable] = None  # maps of an image -> vectors_ND of its candidates
-    mc: int = 1  # passes with dropout; 1 is the one without
-    shortlist: Optional[int] = None  # the candidates of an image that are kept: its best so many
-    calibration: float = 0.  # share of the labelled images that a round does not train on, to calibrate thresholds
-    alpha: float = 0.05  # the rate of false negatives that the thresholds allow
+    score: Callable                # probs_NCHW -> scores_NHW, or `random_scores`
+    embed: Callable | None      # maps of an image -> vectors_ND of its candidates
+    select: Callable               # scores_N, budget, generator -> indices_K
+    record: dict                   # names of all parts, and all options, as the state keeps them
+    mc: MaybeNatural = None        # passes with dropout; 1 is the one without; default: 20 for what compares passes
+    shortlist: MaybeNatural = None  # the candidates of an image that are kept: its best so many
+    calibration: Share = 0.        # share of the labelled images that a round does not train on, for thresholds
+    alpha: Fraction = 0.05         # the rate of false negatives that the thresholds allow
+    reduce: Reduce = 'mean'        # the score of an image or a segment: mean, max, or mean of its highest percent
 
     def asks_for(self, name: str) -> bool:
         return any(name in parameters_of(function) for function in (self.score, self.embed, self.select) if function)
 
     @property
+    def needs_maps(self) -> bool:
+        return self.embed is not None or self.asks_for('probs_NC')
+
+    @property
     def needs_model(self) -> bool:
-        return self.score is not random or self.embed is not None or self.asks_for('probs_NC')
+        return self.score is not random_scores or self.needs_maps
+
+    @property
+    def setting(self) -> str | dict:
+        """The shortest setting that gives this strategy."""
+        try:
+            alone = resolve_strategy(self.name).record
+        except ValueError:  # it needs an option
+            alone = {}
+        options = {key: value for key, value in self.record.items() if key not in alone or alone[key] != value}
+        return dict(options, type=self.name) if options else self.name
 
 
-STRATEGY_OPTIONS = dict(  # beside those of the functions; key: (test, what the value should be)
-    mc=(lambda v: type(v) is int and v > 0, 'a positive int'),
-    shortlist=(lambda v: v is None or type(v) is int and v > 0, 'None or a positive int'),
-    calibration=(lambda v: type(v) in (int, float) and 0 <= v < 1, 'a fraction in [0, 1)'),
-    alpha=(lambda v: type(v) in (int, float) and 0 < v < 1, 'a fraction in (0, 1)'),
-    reduce=(lambda v: v in ('mean', 'max') or type(v) in (int, float) and 0 < v <= 100,
-            "'mean', 'max' or a percentage in (0, 100]"))
+def resolve_strategy(setting: str | dict) -> Strategy:
+    """A strategy's settings as functions.
+
+    Args:
+        setting: A strategy's or a score's name, a score as ``'package.module:function'``, or a dict with ``type`` (one
+            of these) and options: ``score``, ``embed`` and ``select`` replace the strategy's; then those of any
+            strategy; any other is handed to the function that has a parameter of that name.
+
+    Raises:
+        ValueError: An unknown name, listing those there are, an unknown option, or functions that do not fit.
+    """
+    name, given = split_setting(setting)
+    is_preset = name in AL_STRATEGIES.module_dict
+    preset = AL_STRATEGIES.module_dict[name]() if is_preset else dict(score=name)
+    if ':' not in name and not is_preset:
+        lookup({**AL_STRATEGIES.module_dict, **AL_SCORES.module_dict}, name, 'al.strategy')
+    options = {'embed': None, 'select': 'topk', **preset, **given}
+    record = {'type': name, **{part: options.pop(part) for part in PARTS}}
+    functions = {part: None if part == 'embed' and not record[part] else lookup(
+        registry.module_dict, record[part], f'al.strategy.{part}') for part, (registry, _) in PARTS.items()}
+    known = {part: settings_of(functions[part], arguments) for part, (_, arguments) in PARTS.items() if functions[part]}
+    known['any'] = settings_of(Strategy, 5)
+    check_settings(options, {key: value for table in known.values() for key, value in table.items()}, 'al.strategy')
+    filled = {part: check_settings({key: options[key] for key in table if key in options}, table, 'al.strategy')
+              for part, table in known.items()}
+    for part in functions:
+        if filled.get(part):
+            functions[part] = functools.partial(functions[part], **filled[part])
+            record.update(filled[part])
+    strategy = Strategy(name, **functions, record=record, **filled['any'])
+    if strategy.mc is None:
+        strategy.mc = 20 if any(map(strategy.asks_for, set(STATISTICS) - {'probs_NCHW'})) else 1
+    record.update(filled['any'], mc=strategy.mc)
+    strategy.record = json.loads(json.dumps(record, default=repr))
+    check_strategy(strategy)
+    return strategy
+
+
+STATISTICS = dict(  # of a pass; their mean over the passes is kept, and never each of them
+    probs_NCHW=lambda probs_NCHW: probs_NCHW,
+    entropies_NHW=lambda probs_NCHW: entropy(probs_NCHW),
+    votes_NCHW=lambda probs_NCHW: F.one_hot(probs_NCHW.argmax(1), probs_NCHW.shape[1]).movedim(3, 1).float(),
+    squares_NCHW=lambda probs_NCHW: probs_NCHW**2)
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse functions that do not fit together."""
+    score, embed, select = (function and getattr(function, 'func', function).__name__
+                            for function in (strategy.score, strategy.embed, strategy.select))
+    takes_vectors, passes = strategy.asks_for('vectors_ND'), ('entropies_NHW', 'votes_NCHW', 'squares_NCHW')
+    for is_wrong, key, should_be, value in (
+            (takes_vectors and not embed, 'embed', f'one of {", ".join(AL_EMBEDDINGS.module_dict)} for the selector '
+             f'{select}', None),
+            (embed and not takes_vectors, 'embed', f'None for the selector {select}, which takes no vectors', embed),
+            (strategy.asks_for('scores_HW') and strategy.score is random_scores, 'score',
+             f'a score map for the embedding {embed}', 'random'),
+            (strategy.mc == 1 and any(map(strategy.asks_for, passes)), 'mc',
+             f'above 1 for {score}, which compares dropout passes', 1),
+            (strategy.asks_for('thresholds_C') != bool(strategy.calibration), 'calibration', 'a share of the labelled '
+             'images for what asks for thresholds_C, and 0 for all else', strategy.calibration)):
+        if is_wrong:
+            raise ValueError(f'`al.strategy.{key}` should be {should_be}, but got {value}')
 
 
 @functools.lru_cache(64)
@@ -2459,1037 +2729,290 @@ def parameters_of(function: Callable):
     return inspect.signature(function).parameters
 
 
-def call(function: Callable, *args, **offered):
-    """Call a function with some arguments, and what it names of what is offered."""
-    takes = list(parameters_of(function))[len(args):]
-    return function(*args, **{key: value for key, value in offered.items() if key in takes})
+def random_scores(n: int, generator: torch.Generator) -> torch.Tensor:
+    """Uniform scores, one a candidate: no model is asked. (N,)"""
+    return torch.rand(n, generator=generator, dtype=torch.float64)
 
 
-def import_function(path: str, key: str) -> Callable:
-    """The function that ``'package.module:function'`` names."""
-    module, _, name = path.partition(':')
+AL_SCORES, AL_EMBEDDINGS, AL_SELECTORS, AL_STRATEGIES = [
+    Functions(name, scope='mmseg', locations=['al_patch'])
+    for name in ('al_score', 'al_embedding', 'al_selector', 'al_strategy')]
+
+for registry, functions in (
+        (AL_SCORES, dict(
+            random=random_scores, least_confidence=least_confidence, margin=margin, ratio=probability_ratio,
+            entropy=entropy, variation_ratio=variation_ratio, mean_std=mean_std, bald=bald, ripu=ripu,
+            ripu_pixel=ripu_pixel, conformal_risk=conformal_risk)),
+        (AL_EMBEDDINGS, dict(
+            features=mean_features, gradient=mean_gradient, confusion=class_confusion, cooccurrence=class_cooccurrence,
+            class_scores=class_scores)),
+        (AL_SELECTORS, dict(
+            topk=topk, top_percent=top_percent, power=power_draw, softmax=softmax_draw, softrank=softrank_draw,
+            stochastic_batches=stochastic_batches, kcenter=kcenter, kmeanspp=kmeanspp, real=representative_errors,
+            class_balance=class_balance, class_balanced_power=class_balanced_power, barycentre=barycentre)),
+        (AL_STRATEGIES, {name: functools.partial(dict, **parts) for name, parts in dict(
+            pixelpick=dict(score='margin', select='top_percent'),
+            power_entropy=dict(score='entropy', select='power'),
+            powerbald=dict(score='bald', select='power'),
+            softmaxbald=dict(score='bald', select='softmax'),
+            softrankbald=dict(score='bald', select='softrank'),
+            stochastic_batches=dict(score='entropy', select='stochastic_batches'),
+            coreset=dict(score='random', embed='features', select='kcenter'),
+            badge=dict(score='random', embed='gradient', select='kmeanspp'),
+            contextual_diversity=dict(score='random', embed='confusion', select='kcenter', distance='kl'),
+            real=dict(score='random', embed='features', select='real'),
+            classbal=dict(score='ratio', select='class_balance'),
+            clasp_pe=dict(score='entropy', embed='class_scores', select='class_balanced_power'),
+            crc=dict(score='conformal_risk', embed='cooccurrence', select='barycentre', calibration=0.2)).items()})):
+    for name, function in functions.items():
+        registry.register_module(name, module=function)
+PARTS = dict(score=(AL_SCORES, 1), embed=(AL_EMBEDDINGS, 0), select=(AL_SELECTORS, 3))  # arguments that always come
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rules: what a setting may be
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def number_of(amount: int | float, total: int) -> int:
+    """An int as it is; a fraction of ``total``, rounded, but at least one."""
+    return amount if isinstance(amount, int) else max(1, round(amount * total))
+
+
+def budgets(al: dict) -> list:
+    """What each round may ask for."""
+    return al['budget'] if isinstance(al['budget'], list) else [al['budget']] * al['rounds']
+
+
+def lookup(table: dict, name: str, key: str) -> Callable:
+    """The function of a name, or that of ``'package.module:function'``.
+
+    Raises:
+        ValueError: There is none; it names the setting ``key``.
+    """
+    if not isinstance(name, str) or ':' not in name:
+        if name not in table:
+            raise ValueError(f"`{key}` should be one of {', '.join(table)}, or 'package.module:function', but got "
+                             f'{name!r}')
+        return table[name]
+    module, _, attribute_name = name.partition(':')
     try:
-        function = getattr(importlib.import_module(module), name)
+        function = getattr(importlib.import_module(module), attribute_name)
         if callable(function):
             inspect.signature(function)  # its options are read from there; some builtins have none
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f'`{key}` should be importable, but got {path!r}: {error}') from error
+        raise ValueError(f'`{key}` should be importable, but got {name!r}: {error}') from error
     if not callable(function):
-        raise ValueError(f'`{key}` should name a function, but {path!r} is a {type(function).__name__}')
+        raise ValueError(f'`{key}` should name a function, but {name!r} is a {type(function).__name__}')
     return function
 
 
-def _lookup(table: dict, name, key: str) -> Callable:
-    if isinstance(name, str) and ':' in name:
-        return import_function(name, key)
-    if not isinstance(name, str) or name not in table:
-        raise ValueError(f"`{key}` should be one of {', '.join(table)}, or 'package.module:function', but got {name!r}")
-    return table[name]
+def split_setting(setting: str | dict) -> tuple[str, dict]:
+    """The name and the options in a setting that is a name, or ``dict(type=name, **options)``."""
+    options = dict(setting) if isinstance(setting, dict) else dict(type=setting)
+    return options.pop('type'), options
 
 
-def resolve_strategy(strategy: Union[str, dict]) -> Strategy:
-    """A strategy's settings as functions.
-
-    Args:
-        strategy: A preset's name, a score of the user's own as ``'package.module:function'``, or a dict with ``type``
-            (one of these) and options: ``score``, ``embed`` and ``select`` replace the preset's; then those of
-            ``STRATEGY_OPTIONS``; any other is handed to the function that has a parameter of that name.
-
-    Raises:
-        ValueError: An unknown name, listing those there are, an unknown option, or functions that do not fit.
-    """
-    options = dict(strategy) if isinstance(strategy, dict) else dict(type=strategy)
-    name = options.pop('type')
-    preset = dict(score=name) if ':' in name else _lookup(PRESETS, name, 'al.strategy')
-    options = {**preset, **options}
-    score = _lookup(SCORES, options.pop('score'), 'al.strategy.score')
-    embed = options.pop('embed', None)
-    embed = embed and _lookup(EMBEDS, embed, 'al.strategy.embed')
-    select = _lookup(SELECTS, options.pop('select', 'topk'), 'al.strategy.select')
-    own = {key: options.pop(key) for key in STRATEGY_OPTIONS if key in options}
-    for key, value in own.items():
-        is_valid, should_be = STRATEGY_OPTIONS[key]
-        if not is_valid(value):
-            raise ValueError(f'`al.strategy.{key}` should be {should_be}, but got {value!r}')
-    known, bound = ['score', 'embed', 'select', *STRATEGY_OPTIONS], []
-    for function, given in ((score, 1), (embed, 0), (select, 3)):  # the arguments that a function always gets
-        free = [p for p in list(parameters_of(function).values())[given:] if p.name not in INPUTS] if function else []
-        mine = {p.name: options.pop(p.name) for p in free if p.name in options}
-        missing = [p.name for p in free if p.default is p.empty and p.kind is not p.VAR_KEYWORD and p.name not in mine]
-        if missing and function is not random:
-            raise ValueError(f'`al.strategy` {name!r}: the parameter {missing[0]} of {function.__name__} should be one '
-                             f'of {", ".join(INPUTS)}, have a default or be given')
-        known += [p.name for p in free]
-        bound.append(functools.partial(function, **mine) if mine else function)
-    if options:
-        raise ValueError(f'`al.strategy` {name!r} has no option {", ".join(options)}; it takes {", ".join(known)}')
-    reduce = functools.partial(reduce_map, how=own.pop('reduce', 'mean'))
-    resolved = Strategy(name, bound[0], reduce, bound[2], bound[1], **own)
-    check_strategy(resolved)
-    return resolved
-
-
-def check_strategy(strategy: Strategy) -> None:
-    """Refuse functions that do not fit together."""
-    functions = strategy.score, strategy.select, strategy.embed
-    score, select, embed = (function and getattr(function, 'func', function).__name__ for function in functions)
-    if strategy.asks_for('vectors_ND') and not embed:
-        raise ValueError(f'`al.strategy.embed` should be one of {", ".join(EMBEDS)} for the selector {select}, but got '
-                         'None')
-    if embed and not strategy.asks_for('vectors_ND'):
-        raise ValueError(f'`al.strategy.embed` should be None for the selector {select}, which takes no vectors, but '
-                         f'got {embed}')
-    if strategy.asks_for('scores_HW') and score == 'random':
-        raise ValueError(f'`al.strategy.score` should be a score map for the embedding {embed}, but got {score}')
-    if strategy.mc == 1 and any(map(strategy.asks_for, ('entropies_NHW', 'votes_NCHW', 'squares_NCHW'))):
-        raise ValueError(f'`al.strategy.mc` should be above 1 for {score}, which compares dropout passes, but got 1')
-    if strategy.asks_for('thresholds_C') != bool(strategy.calibration):
-        raise ValueError('`al.strategy.calibration` should be a share of the labelled images for what asks for '
-                         f'thresholds_C, and 0 for all else, but got {strategy.calibration}')
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Oracle: a human who labels, while the run waits on disk
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def label_dir(work_dir: str, k: int) -> str:
-    """Where round ``k`` writes what a human is to label."""
-    return osp.join(round_dir(work_dir, k), 'to_label')
-
-
-def ask_human(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool) -> None:
-    """Write what the state's round asks for to ``round_<k>/to_label``, and let the state wait for the labels. This
-    comes before the state is committed: whenever that waits, all is written.
-
-    Args:
-        trainer: The last round's runner, whose model labels in advance. None before the first round.
-
-    Raises:
-        ValueError: The labels that the run begins with, because ``al.initial`` names images, are not there.
-    """
-    k, settings = state['round'], state['settings']
-    if k == 0 and isinstance(settings['initial'], (str, list)):
-        accept_labels(runner, state, pool)
-        return
-    state['phase'], names, masks = 'label', list(state['rounds'][k]['asked']), asked_masks(runner, state, pool)
-    folder = label_dir(runner.work_dir, k)
-    if is_main_process():
-        shutil.rmtree(folder, ignore_errors=True)  # of an export that was cut off
-        os.makedirs(folder)
-    barrier()
-    for name, pred_HW in predict(runner, trainer, state, pool, names):
-        old, new = masks(name)
-        if settings['unit']['type'] != 'image':
-            write_png(png_path(osp.join(folder, 'mask'), name), new)
-            path = png_path(osp.join(folder, 'overlay'), name)
-            mmcv.imwrite(overlay(pool.load_image(name), new), path[:-len('png')] + 'jpg')
-        if pred_HW is not None:
-            write_prediction(png_path(osp.join(folder, 'prediction'), name), pool, name, pred_HW, old, new)
-    barrier()
-    if is_main_process():
-        write_atomically(osp.join(folder, 'to_label.txt'), ''.join(f'{name}\n' for name in names))
-        export_cvat(folder, pool, names)
-        export_label_studio(folder, pool, names, f'round_{k}')
-
-
-def asked_masks(runner: Runner, state: dict, pool: Pool) -> Callable:
-    """A function from an image's name to what was labelled of it before the state's round, and what that asks for:
-    (H, W) booleans both."""
-    now, before = (labelled(state, k) for k in (state['round'], state['round'] - 1))
-
-    def masks(name: str) -> tuple[np.ndarray, np.ndarray]:
-        old = labelled_mask(runner, pool, before, name)
-        return old, labelled_mask(runner, pool, now, name) & ~old
-
-    return masks
-
-
-@torch.no_grad()
-def predict(runner: Runner, trainer: Optional[Runner], state: dict, pool: Pool,
-            names: list[str]) -> Iterator[tuple[str, Optional[np.ndarray]]]:
-    """This rank's share of the images, each with the classes (H, W) that the checkpoint which asked for it predicts or,
-    before the first round, None."""
-    rank, world_size = get_dist_info()
-    if trainer is None:
-        yield from ((name, None) for name in names[rank::world_size])
-        return
-    model, entry = unwrap(trainer.model).eval(), state['rounds'][state['round'] - 1]
-    load_checkpoint(model, checkpoint_path(runner, entry, state['settings']['query_with']), map_location='cpu',
-                    logger=runner.logger)
-    for data, positions in zip(*query_dataloader(runner.cfg, pool, names)):
-        with precision(trainer):
-            samples = model.test_step(data)
-        for position, sample in zip(positions, samples):
-            yield names[position], sample.pred_sem_seg.data[0].cpu().numpy().astype(np.uint8)
-
-
-def label_values(pool: Pool, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """How mmseg reads an image's label file, with ``reduce_zero_label`` and classes of one's own: the class of each
-    value in the file, and the value of each class, (256,) both. ``ignore_index`` counts as a class."""
-    info, ignore, classes = pool.info(name), pool.ignore_index(name), np.arange(256)
-    if info.get('reduce_zero_label'):
-        classes = np.where(np.isin(classes, (0, 255)), 255, classes - 1)
-    own = info.get('label_map') or {}
-    classes = np.array([own.get(c, c) for c in classes.tolist()]).astype(np.uint8)
-    values = np.full(256, ignore, np.uint8)
-    values[classes[::-1]] = np.arange(256)[::-1]  # the smallest, where several stand for one class
-    values[ignore] = 255 if classes[255] == ignore else values[ignore]
-    return classes, values
-
-
-def write_prediction(path: str, pool: Pool, name: str, pred_HW: np.ndarray, old: np.ndarray, new: np.ndarray) -> None:
-    """Write a label map to start from, in the values of the label files: the prediction where labels are asked for
-    (``new``), what was labelled before (``old``), and nothing elsewhere."""
-    label = np.full(new.shape, pool.ignore_index(name), np.uint8)
-    if old.any():
-        label[old] = pool.load_label(name)[old]
-    label[new] = pred_HW[new]
-    values, colours, palette = label_values(pool, name)[1], class_colours(pool)[1], np.zeros((256, 3), np.uint8)
-    palette[values[:len(colours)]] = colours
-    write_png(path, values[label], palette)
-
-
-def read_prediction(folder: str, pool: Pool, name: str) -> np.ndarray:
-    """The classes of a label map to start from, (H, W) uint8; 255 everywhere if there is none."""
-    path = png_path(osp.join(folder, 'prediction'), name)
-    if not osp.isfile(path):
-        return np.full(pool.sizes[name], 255, np.uint8)
-    with Image.open(path) as image:
-        return label_values(pool, name)[0][np.asarray(image)]
-
-
-def overlay(image: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
-    """A picture of what is to be labelled: the rest is dimmed, and what is asked for has an outline or, where it is too
-    small to be seen, a circle. A small image is enlarged by a whole factor. (H, W, 3) uint8, BGR, as mmcv loads it"""
-    image = image[..., None] if image.ndim == 2 else image
-    picture = image[..., :3] if image.shape[2] >= 3 else image[..., [0, 0, 0]]
-    if picture.dtype != np.uint8:
-        picture = cv2.normalize(picture.astype(np.float32), None, 0, 255, cv2.NORM_MINMAX).astype(np.uint8)
-    scale = max(1, 800 // max(mask_HW.shape))
-    picture, mask_HW = (each.repeat(scale, 0).repeat(scale, 1) for each in (picture, mask_HW))
-    picture, side = np.where(mask_HW[..., None], picture, picture // 2), max(mask_HW.shape)
-    width = 2 + side // 1000
-    pieces, _ = cv2.findContours(dilate(mask_HW, 2 * width).view(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
-    for piece in pieces:
-        (x, y), radius = cv2.minEnclosingCircle(piece)
-        for colour, line in (((0, 0, 0), width + 2), ((0, 230, 255), width)):
-            if radius < side / 40:
-                cv2.circle(picture, (round(x), round(y)), round(radius) + side // 80, colour, line, cv2.LINE_AA)
-            else:
-                cv2.drawContours(picture, [piece], -1, colour, line)
-    return picture
-
-
-def voc_colours() -> np.ndarray:
-    """Pascal VOC's colour of each number, (256, 3) uint8: its bit 3 b + c is bit 7 - b of channel c."""
-    bits = np.arange(256)[:, None, None] >> np.arange(9).reshape(3, 3) & 1
-    return (bits << np.array([[7], [6], [5]])).sum(1).astype(np.uint8)
-
-
-def class_colours(pool: Pool) -> tuple[list[str], np.ndarray]:
-    """The classes, and their colours in the data set's palette, (C, 3) uint8. Annotation tools tell classes by colour,
-    and black is none of them: a colour that is taken (ADE20K has one twice) gives way to the next."""
-    meta, taken = pool.leaves[0].metainfo, dict.fromkeys([0])
-    classes = list(meta.get('classes') or map(str, range(255)))
-    for colour in list(meta.get('palette') or voc_colours()[1:].tolist())[:len(classes)]:
-        number = int.from_bytes(bytes(colour), 'big')
-        while number in taken:
-            number = (number + 1) % 2**24
-        taken[number] = None
-    return classes, np.array([list(number.to_bytes(3, 'big')) for number in taken][1:], np.uint8)
-
-
-def export_cvat(folder: str, pool: Pool, names: list[str]) -> None:
-    """Write ``cvat.zip``, label maps to start from in the layout of CVAT's 'Segmentation mask 1.1': one colour a class,
-    one object a class. ``cvat_labels.json`` is for CVAT's raw label constructor."""
-    classes, colours = class_colours(pool)
-    tables = dict(SegmentationClass=np.zeros((256, 3), np.uint8), SegmentationObject=np.zeros((256, 3), np.uint8))
-    tables['SegmentationClass'][:len(classes)] = colours
-    tables['SegmentationObject'][:len(classes)] = voc_colours()[1:len(classes) + 1]
-    nothing = 'unlabelled' if 'background' in classes else 'background'  # CVAT's own name for it
-    lines = [f'{label}:{",".join(map(str, colour))}::'
-             for label, colour in zip([nothing, *classes], [[0, 0, 0], *colours.tolist()])]
-    with zipfile.ZipFile(osp.join(folder, 'cvat.zip'), 'w', zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr('labelmap.txt', '\n'.join(['# label:color_rgb:parts:actions', *lines, '']))
-        archive.writestr('ImageSets/Segmentation/default.txt', ''.join(f'{image_stem(pool, name)}\n' for name in names))
-        for name, (kind, table) in itertools.product(names, tables.items()):
-            png = cv2.imencode('.png', table[read_prediction(folder, pool, name)][..., ::-1])[1]
-            archive.writestr(f'{kind}/{image_stem(pool, name)}.png', png.tobytes())
-    labels = [dict(name=c, color=f'#{bytes(colour).hex()}', attributes=[]) for c, colour in zip(classes, colours)]
-    write_atomically(osp.join(folder, 'cvat_labels.json'), json.dumps(labels, ensure_ascii=False))
-
-
-def image_stem(pool: Pool, name: str) -> str:
-    """An image's path below ``img_path`` without its extension, by which CVAT knows it; a name lacks ``img_suffix``."""
-    suffix = getattr(pool.leaves[pool.where[name][0]], 'img_suffix', None)
-    return osp.splitext(name + suffix)[0] if suffix else name
-
-
-def export_label_studio(folder: str, pool: Pool, names: list[str], version: str) -> None:
-    """Write ``label_studio.json``, tasks with label maps to start from, one brush region a class, and
-    ``label_studio.xml``, the labelling interface that they are for. Images are local files below the root ``/``."""
-    classes, colours = class_colours(pool)
-    tasks = []
-    for name in names:
-        label = read_prediction(folder, pool, name)
-        brushes = [dict(id=f'class_{c}', type='brushlabels', from_name='label', to_name='image', image_rotation=0,
-                        original_width=label.shape[1], original_height=label.shape[0],
-                        value=dict(format='rle', rle=encode_rle(label == c), brushlabels=[classes[c]]))
-                   for c in np.unique(label).tolist() if c < len(classes)]
-        url = '/data/local-files/?d=' + quote(osp.abspath(pool.info(name)['img_path']).lstrip(os.sep))
-        tasks.append(json.dumps(dict(data=dict(image=url, name=name), predictions=[
-            dict(model_version=version, result=brushes)] if brushes else []), ensure_ascii=False))
-    write_atomically(osp.join(folder, 'label_studio.json'), '[' + ',\n'.join(tasks) + ']\n')
-    labels = [f'    <Label value={quoteattr(c)} background="#{bytes(colour).hex()}"/>'
-              for c, colour in zip(classes, colours)]
-    write_atomically(osp.join(folder, 'label_studio.xml'), '\n'.join([
-        '<View>', '  <Image name="image" value="$image" zoom="true"/>', '  <BrushLabels name="label" toName="image">',
-        *labels, '  </BrushLabels>', '</View>', '']))
-
-
-def encode_rle(mask_HW: np.ndarray) -> list[int]:
-    """A mask as a brush of Label Studio's: the bytes of thi.ng/rle-pack over its RGBA pixels. The number of values (32
-    bits), bits a value - 1 (5) and bits - 1 of four counters (4 each) are followed, for each run, by a 1, the number of
-    a counter (2), the length - 1 in that counter's bits, and the value."""
-    flat, counters = mask_HW.reshape(-1), (3, 4, 8, 16)
-    edges = [*np.flatnonzero(np.diff(flat, prepend=~flat[:1])).tolist(), flat.size]
-    bits = [f'{4 * flat.size:032b}{7:05b}', *(f'{n - 1:04b}' for n in counters)]
-    for begin, end in itertools.pairwise(edges):
-        for done in range(4 * begin, 4 * end, 2**16):
-            length = min(4 * end - done, 2**16)
-            i = next(i for i, n in enumerate(counters) if length <= 2**n)
-            bits.append(f'1{i:02b}{length - 1:0{counters[i]}b}{255 * int(flat[begin]):08b}')
-    return np.packbits(np.frombuffer(''.join(bits).encode(), np.uint8) - ord('0')).tolist()
-
-
-def accept_labels(runner: Runner, state: dict, pool: Pool) -> None:
-    """Check that all labels of the state's round are there, count void pixels, and let the round train.
-
-    Raises:
-        ValueError: It names the images whose label file is missing, unreadable, of another size than the image, or
-            without a label where it was asked for. ``to_label/missing.txt`` holds them all.
-    """
-    k, entry, masks = state['round'], state['rounds'][state['round']], asked_masks(runner, state, pool)
-    missing_path, void_path = (osp.join(label_dir(runner.work_dir, k), file) for file in ('missing.txt', 'void.txt'))
-    void_names = mmengine.list_from_file(void_path) if osp.isfile(void_path) else []
-    rank, world_size = get_dist_info()
-    classes = label_classes(unwrap(runner.model))
-    mine = {name: check_label(pool, name, masks(name)[1], name in void_names, classes)
-            for name in list(entry['asked'])[rank::world_size]}
-    figures = {name: figure for share in all_gather_object(mine) for name, figure in share.items()}
-    missing = [f'{name}: {figures[name][0]}' for name in entry['asked'] if figures[name][0]]
-    if missing:
-        if is_main_process():
-            os.makedirs(osp.dirname(missing_path), exist_ok=True)
-            write_atomically(missing_path, '\n'.join([*missing, '']))
-        raise ValueError(f'{len(missing)} of the {len(figures)} label maps that round {k} needs are not there yet (all '
-                         f'in {missing_path}): {"; ".join(missing[:10])}')
-    if is_main_process() and osp.isfile(missing_path):
-        os.remove(missing_path)
-    if state['settings']['unit']['type'] != 'image':
-        entry['void_pixels'] = sum(void for _, void in figures.values())
-    state['phase'] = 'train'
-
-
-def check_label(pool: Pool, name: str, mask: np.ndarray, may_be_void: bool,
-                classes: Optional[int] = None) -> tuple[Optional[str], int]:
-    """What is wrong with the label file of an image that was asked for, or None; and how many pixels in ``mask`` are
-    void. One without any label there is taken for not done yet, unless it ``may_be_void``. Labels there should be below
-    ``classes``, if that is known."""
+def settings_of(function: Callable, skip: int = 0) -> dict[str, tuple]:
+    """The parameters of a function that settings may set, less the first ``skip``: name -> default and annotation."""
     try:
-        label = pool.load_label(name)
-    except FileNotFoundError as error:
-        return f'there is no label file {error.filename or ""}', 0
-    except Exception as error:  # whatever the data set's own loader makes of a damaged file
-        return f'the label file cannot be read ({type(error).__name__}: {error})', 0
-    if label.shape != mask.shape:
-        return f'the label map should have the size of the image, {mask.shape}, but got {label.shape}', 0
-    void = int((label[mask] == pool.ignore_index(name)).sum())
-    why = no_classes(label[mask], classes, pool.ignore_index(name))
-    if void == mask.sum() and not may_be_void:
-        why = 'it has no label where it was asked for; if all that is void, name the image in to_label/void.txt'
-    return why, void
+        parameters = inspect.signature(function, eval_str=True).parameters.values()
+    except NameError:  # an annotation that only a type checker can read
+        parameters = inspect.signature(function).parameters.values()
+    return {p.name: (p.default, p.annotation) for p in list(parameters)[skip:]
+            if p.name not in OFFERED and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
 
 
-def update_pool(runner: Runner, state: dict, pool: Pool) -> None:
-    """On resume: images that were added to the data set join the pool; those that were removed are reported."""
-    known, now = state.get('pool', pool.names), set(pool.names)
-    added, removed = now.difference(known), [name for name in known if name not in now]
-    if added:
-        runner.logger.info(f'{len(added)} new images have joined the pool, which has {len(pool)} now')
-    if removed:
-        runner.logger.warning(f'{len(removed)} unlabelled images have left the data set: {", ".join(removed[:10])}')
-    if 'pixels' in state and (added or removed):
-        state['pixels'] = sum(h * w for h, w in pool.sizes.values())
-    state.update(images=len(pool), pool=pool.names)
-    save_state(state, runner.work_dir)
-
-
-def log_request(runner: Runner, state: dict, pool: Pool) -> None:
-    """Say what a human is to do, and how to go on."""
-    k, entry = state['round'], state['rounds'][state['round']]
-    what = '' if 'pixels' not in entry else f' ({sum(n for n, _ in entry["asked"].values())} ' \
-        f'{state["settings"]["unit"]["type"]}s, {entry["pixels"]} pixels)'
-    runner.logger.info(
-        f'Round {k} waits for labels in {len(entry["asked"])} images{what}: see {label_dir(runner.work_dir, k)}\n'
-        f'Put each label map where the data set looks for it, the first at '
-        f'{pool.info(next(iter(entry["asked"]))).get("seg_map_path")}\nThen go on with: {resume_command()}')
-
-
-def resume_command() -> str:
-    """The command line that goes on with this run. The launcher hands its own on in ``AL_COMMAND``."""
-    command = os.environ.get('AL_COMMAND', '').strip() or shlex.join(['python', *sys.argv])
-    return command if '--resume' in shlex.split(command) else f'{command} --resume'
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The rounds
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def run_rounds(runner: Runner) -> torch.nn.Module:
-    """Active learning: train, query, label, once per round, until the rounds, the pool or a stopping rule end it.
+def check_settings(given: dict, known: dict[str, tuple], where: str) -> dict:
+    """Settings with their defaults filled in.
 
     Args:
-        runner: The caller's runner, whose config has an ``al`` block. It holds the last round's model afterwards.
-
-    Returns:
-        The last round's model. With ``al.oracle='human'`` it returns when labels are to be given; resuming goes on.
-    """
-    al = parse_settings(runner.cfg.al)
-    check_runner(al, runner)
-    pool = Pool(runner.cfg)
-    state = start_state(runner, al, pool)
-    resumed = bool(runner.cfg.get('resume'))
-    with checkpoints_are_data():
-        while state['phase'] != 'label':
-            log_round(runner, state)
-            trainer = build_round(runner, state, resumed)
-            if state['phase'] == 'train':
-                train_round(runner, trainer, state)
-                log_metrics(runner, state)
-                report(runner, trainer, state, pool)
-            reason = why_stop(state)
-            if reason:
-                break
-            begin = time.time()
-            asked = query(runner, trainer, state, pool)
-            if not asked:
-                reason = 'the pool is empty: nothing is left to ask for'
-                break
-            state['rounds'][-1]['query_seconds'] = round(time.time() - begin, 1)
-            draw_pictures(runner, trainer, state, pool, asked)
-            add_round(runner, state, pool, asked, trainer)
-            close_round(trainer)
-            del trainer
-            gc.collect()
-            resumed = False
-        else:
-            log_request(runner, state, pool)
-            return runner.model
-        if resumed:
-            load_weights(runner, trainer, checkpoint_path(runner, state['rounds'][-1], 'last'))
-    close_round(trainer)
-    runner.logger.info(f'Active learning has ended: {reason}\n{rounds_table(state)}')
-    runner._has_loaded = True  # `runner.test()` goes on with this model, not with `load_from`
-    return runner.model
-
-
-def why_stop(state: dict) -> Optional[str]:
-    """The reason to end after the state's round, or None.
+        known: See ``settings_of``.
+        where: What the settings belong to, for an error: ``al``, ``al.unit``.
 
     Raises:
-        ValueError: ``al.stop`` asks for a metric that validation does not report.
+        ValueError: It names the setting, what it should be and what was given.
     """
-    al, k = ConfigDict(state['settings']), state['round']
-    if al.stop:
-        metric = al.stop.get('metric', 'mIoU')
-        history = [entry['metrics'].get(metric) for entry in state['rounds']]
-        if None in history:
-            raise ValueError(f'`al.stop.metric` should be one of {", ".join(state["rounds"][-1]["metrics"])}, but got '
-                             f'{metric!r}')
-        if history[-1] >= al.stop.get('value', math.inf):
-            return f'{metric} {history[-1]:.2f} has reached al.stop.value = {al.stop.value}'
-        since = len(history) - 1 - history.index(max(history))
-        if since >= al.stop.get('patience', math.inf):
-            return f'{metric} has not risen above {max(history):.2f} for al.stop.patience = {al.stop.patience} rounds'
-    if k >= al.rounds:
-        return f'all {al.rounds} rounds of queries are done'
-    figures = spent(state)
-    if any(figures.get(key) == state.get(key) for key in ('images', 'pixels') if f'% of {key}' in figures):
-        return f'the pool is empty after {k} rounds: everything is labelled'
-    return None
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f'did you mean `{where}.{near[0]}`?' if near else f'known keys: {", ".join(known) or "none"}'
+            raise ValueError(f'`{where}.{key}` is not a setting; {hint}')
+    filled = {}
+    for key, (default, annotation) in known.items():
+        value = given.get(key, default)
+        if value is inspect.Parameter.empty:
+            raise ValueError(f'`{where}.{key}` should be given: it has no default, and is none of {", ".join(OFFERED)}')
+        filled[key] = list(value) if isinstance(value, tuple) else value
+        rules = [rule for rule in getattr(annotation, '__metadata__', ()) if isinstance(rule, Rule)]
+        if annotation in (int, float, bool, str):
+            is_a = functools.partial(lambda kind, v: type(v) in (kind, int if kind is float else kind), annotation)
+            rules = [Rule(f'of type {annotation.__name__}', is_a)]
+        for rule in rules if key in given else ():
+            if not rule.holds(filled[key]):
+                raise ValueError(f'`{where}.{key}` should be {rule.should_be}, but got {value!r}')
+    return filled
 
 
-def spent(state: dict) -> dict:
-    """What is labelled by now, as figures for log and table: images and, below image level, units, clicks (one a unit)
-    and pixels."""
-    figures = dict(images=len(labelled(state)))
-    if state['settings']['unit']['type'] == 'image':
-        return {**figures, '% of images': round(100 * figures['images'] / state['images'], 2)}
-    pixels = sum(entry.get('pixels', 0) for entry in state['rounds'])
-    asked = [entry['asked'] for entry in state['rounds'] if isinstance(entry['asked'], dict)]
-    units = sum(n for names in asked for n, _ in names.values())
-    return {**figures, f'{state["settings"]["unit"]["type"]}s': units, 'clicks': units, 'pixels': pixels,
-            '% of pixels': round(100 * pixels / state['pixels'], 3),
-            '% void': round(100 * sum(entry.get('void_pixels', 0) for entry in state['rounds']) / max(1, pixels), 1)}
+def is_number(value) -> bool:
+    return type(value) in (int, float)
 
 
-def log_round(runner: Runner, state: dict) -> None:
-    """One line on where the run stands."""
-    figures = ', '.join(f'{key}: {value}' for key, value in spent(state).items())
-    k, rounds = state['round'], state['settings']['rounds']
-    runner.logger.info(f'Round {k} of {rounds} ({state["phase"]}), labelled {figures}; seed {state["seed"]}, '
-                       f'{round_dir(runner.work_dir, k)}')
+def is_amount(value) -> bool:
+    """An int counts; a float is a fraction. ``True`` is neither."""
+    return is_int(value, 1) or (type(value) is float and 0 < value <= 1)
 
 
-def log_metrics(runner: Runner, state: dict) -> None:
-    """The round's figures as scalars of the run's visualizer, over the number of labelled images or units."""
-    entry = state['rounds'][-1]
-    scalars = {f'al/{key}': value for key, value in {**entry['labelled'], **entry['metrics']}.items()}
-    scalars.update({'al/round': state['round'], 'al/train_seconds': entry['train_seconds']})
-    runner.visualizer.add_scalars(scalars, step=units_labelled(state))
+def is_int(value, least: int = 0) -> bool:
+    return type(value) is int and value >= least
 
 
-def rounds_table(state: dict) -> PrettyTable:
-    """The run so far, one row a round."""
-    metrics = list(dict.fromkeys(key for entry in state['rounds'] for key in entry.get('metrics', {})))
-    table = PrettyTable(['round', *spent(state), *metrics, 'train s', 'query s'])
-    for k, entry in enumerate(state['rounds']):
-        table.add_row([k, *entry['labelled'].values(), *(entry['metrics'].get(key, '-') for key in metrics),
-                       entry['train_seconds'], entry.get('query_seconds', '-')])
-    table.align = 'r'
-    return table
+def is_list_of(value, holds: Callable, length: int | None = None) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == (length or max(1, len(value))) and all(map(holds, value))
 
+
+Count = rule('an int >= 0', is_int)
+MaybeCount = maybe(Count)
+Natural = rule('a positive int', lambda v: is_int(v, 1))
+MaybeNatural = maybe(Natural)
+SegmentCount = rule('an int in [1, 65535]', lambda v: is_int(v, 1) and v < 2**16)
+Number = rule('a number', is_number)
+MaybeNumber = maybe(Number)
+Positive = rule('a number above 0', lambda v: is_number(v) and v > 0)
+Fraction = rule('a fraction in (0, 1)', lambda v: is_number(v) and 0 < v < 1)
+Share = rule('a fraction in [0, 1)', lambda v: is_number(v) and 0 <= v < 1)
+Percent = rule('a percentage in (0, 100]', lambda v: is_number(v) and 0 < v <= 100)
+Reduce = rule("'mean', 'max' or a percentage in (0, 100]",
+              lambda v: v in ('mean', 'max') or is_number(v) and 0 < v <= 100)
+Pair = rule('a pair of ints (h, w)', lambda v: is_list_of(v, lambda n: is_int(n, 1), 2))
+PositivePair = rule('a pair of numbers above 0', lambda v: is_list_of(v, lambda n: is_number(n) and n > 0, 2))
+Distance = one_of('euclidean', 'kl')
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Reports: a run in tables and curves, after each round and from the command line
+# Files, seeds and ranks
 # ---------------------------------------------------------------------------------------------------------------------
 
-COLOURS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'  # Okabe & Ito, less the yellow
-MARKERS = 'os^Dv<>X'
+
+def unwrap(model: torch.nn.Module) -> torch.nn.Module:
+    return getattr(model, 'module', model)
 
 
-def never_stops(look: Callable) -> Callable:
-    """Make a function that only looks at a run do so on rank 0, and turn whatever goes wrong in it into a warning."""
+@contextlib.contextmanager
+def reading(path: str, errors: type = Exception):
+    """Let an error name the file that it is about.
 
-    @functools.wraps(look)
-    def wrapper(runner: Runner, *args) -> None:
+    Raises:
+        ValueError: It is, in one line, what went wrong inside.
+    """
+    try:
+        yield
+    except errors as error:
+        why = f'{type(error).__name__}: {error}'
+        if isinstance(error, pickle.UnpicklingError):  # torch's own text, of many lines, tells to drop the protection
+            what = ', '.join(re.findall(r'GLOBAL ([\w.]+)', why)) or 'what no checkpoint has'
+            why = f'beside weights and training state it holds {what}: reading that could run any code'
+        raise ValueError(f'{path} cannot be used ({" ".join(why.split())})') from error
+
+
+def png_path(folder: str, name: str, root: str | None = None) -> str:
+    """Where a folder keeps its PNG for an image. It cannot lie outside the folder nor, through links, outside ``root``
+    (default: the folder).
+
+    Raises:
+        ValueError: The name, or a link on the way, leads elsewhere.
+    """
+    folder = osp.abspath(folder)
+    path = osp.abspath(osp.join(folder, name + '.png'))
+    if not path.startswith(folder + os.sep):
+        raise ValueError(f'an image name should stay below its directory, but got {name!r}')
+    if not osp.realpath(path).startswith(osp.join(osp.realpath(root or folder), '')):
+        raise ValueError(f'{path} should lie in {root or folder}, but a symbolic link leads to {osp.realpath(path)}')
+    return path
+
+
+def write_png(path: str, array_HW: np.ndarray, palette: np.ndarray | None = None) -> None:
+    """An array as a PNG (booleans take 1 bit each; numbers may have a palette, (256, 3)), all or nothing."""
+    os.makedirs(osp.dirname(path), exist_ok=True)
+    png, image = io.BytesIO(), Image.fromarray(array_HW)
+    if palette is not None:
+        image.putpalette(palette.tobytes())
+    image.save(png, 'PNG')
+    write_atomically(path, png.getvalue())
+
+
+def write_atomically(path: str, content: str | bytes) -> None:
+    """Replace a file's content as a whole or, whenever the process is killed, not at all.
+
+    Raises:
+        OSError: There is no space left, or the like. What was there is left as it was.
+    """
+    content, temporary = content.encode() if isinstance(content, str) else content, f'{path}.tmp'
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)  # left by a run that was killed; or a link, which is not to be written through
+        with open(temporary, 'xb') as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise OSError(f'{path} cannot be written and is left as it was ({error}): go on with --resume when it can'
+                      ) from error
+    directory = os.open(osp.dirname(path), os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def read_mask(path: str) -> np.ndarray:
+    """A mask as booleans, (H, W).
+
+    Raises:
+        ValueError: The file is missing or damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            return np.array(image.convert('1'))
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f'the mask {path} is missing or damaged ({error}): restore it from a copy') from error
+
+
+def generator(*parts) -> torch.Generator:
+    """A CPU generator seeded for one named purpose."""
+    return torch.Generator().manual_seed(seed_of(*parts))
+
+
+def seed_of(*parts) -> int:
+    """A seed for one named purpose, so that no draw depends on how many were made before it."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], 'big')
+
+
+def on_all_ranks(function: Callable, names: list[str]) -> dict:
+    """What a function makes of each name; every rank does its share.
+
+    Raises:
+        ValueError: On every rank, with what went wrong on any. (Another error than a ValueError, where it happened.)
+    """
+    rank, world_size = get_dist_info()
+    mine, errors, odd = {}, [], None
+    for name in names[rank::world_size]:
         try:
-            if is_main_process():
-                look(runner, *args)
+            mine[name] = function(name)
         except Exception as error:
-            runner.logger.warning(f'{look.__name__} failed, the run goes on: {type(error).__name__}: {error}')
-
-    return wrapper
-
-
-class ClassIoU(Hook):
-    """Keeps the IoU of every class, as of a round's last validation, if the metric is mmseg's IoUMetric or like it."""
-
-    def before_val_epoch(self, runner: Runner) -> None:
-        for metric in runner.val_loop.evaluator.metrics:
-            compute = getattr(metric, 'total_area_to_metrics', None)
-            if compute and 'total_area_to_metrics' not in vars(metric):  # IoUMetric itself returns means only
-                metric.total_area_to_metrics = functools.partial(self.compute, runner, metric, compute)
-
-    @staticmethod
-    def compute(runner: Runner, metric, compute: Callable, *args, **kwargs) -> dict:
-        figures = compute(*args, **kwargs)
-        keep_class_iou(runner, metric.dataset_meta['classes'], figures.get('IoU', ()))
-        return figures
-
-
-@never_stops
-def keep_class_iou(runner: Runner, classes: list, iou_C: np.ndarray) -> None:
-    percent = {name: round(100 * float(value), 2) for name, value in zip(classes, iou_C) if np.isfinite(value)}
-    write_atomically(osp.join(runner.work_dir, 'class_iou.json'), json.dumps(percent))
-
-
-@never_stops
-def keep_round(runner: Runner, k: int, name: str, value) -> None:
-    write_atomically(osp.join(round_dir(runner.work_dir, k), name), json.dumps(value, sort_keys=True))
-
-
-def keep_scores(runner: Runner, k: int, seen: dict) -> None:
-    """Write down the highest score in every image that query ``k`` looked at, from all ranks."""
-    seen = {name: score for share in all_gather_object(seen) for name, score in share.items()}
-    if k > 0:
-        keep_round(runner, k - 1, 'query_scores.json', seen)
-
-
-def kept(runner: Runner, name: str, rounds: int) -> list[Union[dict, list]]:
-    """What each of the first rounds keeps in its file of that name; an empty dict where there is none."""
-    paths = [osp.join(round_dir(runner.work_dir, k), name) for k in range(rounds)]
-    return [mmengine.load(path) if osp.isfile(path) else {} for path in paths]
-
-
-@never_stops
-def report(runner: Runner, trainer: Runner, state: dict, pool: Pool) -> None:
-    """After a round's training: write ``learning_curve.csv``, ``learning_curve.png`` and ``asked.png``, and hand the
-    figures, and the numbers in them, to the run's visualizer."""
-    table = rounds_table(state).get_csv_string(lineterminator='\n')
-    write_atomically(osp.join(runner.work_dir, 'learning_curve.csv'), re.sub(r'(?<=,)-(?=[,\n])', '', table))
-    metric, step, k, classes = main_metric(state), units_labelled(state), state['round'], pool.classes
-    if metric:
-        points = curve(state, metric)
-        figure = draw_curves({in_words(state['settings']['strategy']): points[None]}, metric, full_level([points]))
-        save_figure(figure, osp.join(runner.work_dir, 'learning_curve.png'), runner, 'learning_curve', step)
-    asked_RC, units_N = asked_classes(runner, state, pool), units_per_image(state, len(pool))
-    queries, ious = kept(runner, 'query_scores.json', k), kept(runner, 'class_iou.json', k + 1)
-    iou_RC = np.array([[iou.get(name, math.nan) for name in classes] for iou in ious])
-    overlaps_Q2 = np.array([ranking_overlap(*pair) for pair in zip(queries, queries[1:])]).reshape(-1, 2)
-    scalars = {f'al/IoU/{name}': value for name, value in zip(classes, iou_RC[-1])}
-    shares_C = 100 * asked_RC[-1] / max(1, asked_RC[-1].sum())
-    scalars.update({f'al/% of asked/{name}': share for name, share in zip(classes, shares_C)})
-    for values in overlaps_Q2[-1:]:
-        scalars.update(zip(('al/rank correlation with last query', 'al/top tenth kept since last query'), values))
-    if units_N.any():
-        scalars['al/% of units in a tenth of images'] = 100 * units_N[:max(1, len(pool) // 10)].sum() / units_N.sum()
-    runner.visualizer.add_scalars({key: float(v) for key, v in scalars.items() if np.isfinite(v)}, step=step)
-    predicted_C = predicted_classes(trainer, state, pool) if state['settings'].get('visualize') else None
-    figure = draw_asked(classes, asked_RC, predicted_C, iou_RC, overlaps_Q2, units_N)
-    save_figure(figure, osp.join(runner.work_dir, 'asked.png'), runner, 'asked', step)
-
-
-def class_counts(label_HW: np.ndarray, mask_HW: np.ndarray, classes: int) -> np.ndarray:
-    """Pixels of every class under a mask; void is none. (C,)"""
-    labels = label_HW[mask_HW]
-    return np.bincount(labels[labels < classes], minlength=classes)
-
-
-def asked_classes(runner: Runner, state: dict, pool: Pool) -> np.ndarray:
-    """Pixels of every class among those that each round asked for: the last is counted, the others were. (R, C)"""
-    k, masks, counts = state['round'], asked_masks(runner, state, pool), 0
-    for name in state['rounds'][k]['asked']:
-        counts += class_counts(pool.load_label(name), masks(name)[1], len(pool.classes))
-    keep_round(runner, k, 'asked_classes.json', counts.tolist())
-    return np.array([each or [0] * len(pool.classes) for each in kept(runner, 'asked_classes.json', k + 1)])
-
-
-def ranking_overlap(before: dict, after: dict) -> tuple[float, float]:
-    """How alike two queries rank the images that both scored: Spearman's rank correlation, and the share of the highest
-    tenth of the one that is in the highest tenth of the other. Not a number where there are fewer than two."""
-    names = [name for name in before if name in after]
-    if len(names) < 2:
-        return math.nan, math.nan
-    orders = [np.argsort([-scores[name] for name in names], kind='stable') for scores in (before, after)]
-    tops = [set(order[:max(1, len(names) // 10)].tolist()) for order in orders]
-    return float(np.corrcoef(*map(np.argsort, orders))[0, 1]), len(tops[0] & tops[1]) / len(tops[0])
-
-
-def units_per_image(state: dict, images: int) -> np.ndarray:
-    """How many units queries have asked for in every image, most first; 0 of whole images. (N,)"""
-    units = {}
-    for entry in state['rounds'][1:]:
-        for name, (n, _) in entry['asked'].items() if isinstance(entry['asked'], dict) else ():
-            units[name] = units.get(name, 0) + n
-    return np.array(sorted(units.values(), reverse=True) + [0] * (images - len(units)))
-
-
-def main_metric(state: dict) -> Optional[str]:
-    """The metric to look at: that of ``al.stop``, mIoU, or the first there is."""
-    have = list(state['rounds'][0].get('metrics', ()))
-    wanted = [(state['settings'].get('stop') or {}).get('metric'), 'mIoU', *have]
-    return next((metric for metric in wanted if metric in have), None)
-
-
-def units_labelled(state: dict) -> int:
-    """The step of scalars and figures: how many units, or images, are labelled."""
-    return state['rounds'][-1]['labelled'][f'{state["settings"]["unit"]["type"]}s']
-
-
-def curve(state: dict, metric: Optional[str]) -> np.ndarray:
-    """After each finished round, the labelled share in percent, clicks (not a number for whole images), and a metric.
-    (3, R)"""
-    rows = []
-    for entry in (entry for entry in state['rounds'] if metric in entry.get('metrics', ())):
-        have, value = entry['labelled'], entry['metrics'][metric]
-        rows.append((have.get('% of pixels', have.get('% of images')), have.get('clicks', math.nan), value))
-    return np.array(rows, float).reshape(-1, 3).T
-
-
-def in_words(value) -> str:
-    """A setting in few words: ``name``, or ``name(option=value)``."""
-    if not isinstance(value, dict) or 'type' not in value:
-        return str(value)
-    options = ', '.join(f'{key}={option}' for key, option in value.items() if key != 'type' and option is not None)
-    return f'{value["type"]}({options})' if options else value['type']
-
-
-def group_runs(runs: dict, metric: str) -> dict[str, np.ndarray]:
-    """Group runs that differ in their seeds alone.
-
-    Args:
-        runs: Directory -> state. Left out are runs without a finished round, and of a single round on all labels.
-
-    Returns:
-        Label that says what sets the group apart -> its curves, as far as all of them are. (S, 3, R)
-    """
-    groups, result = {}, {}
-    for path, state in runs.items():
-        points = curve(state, metric)
-        if points.size and not (points.shape[1] == 1 and points[0, 0] == 100):
-            settings = {key: value for key, value in state['settings'].items() if key not in ('seed', 'visualize')}
-            config = {key: value for key, value in state['config'].items() if key != 'randomness'}
-            groups.setdefault(json.dumps([settings, config], sort_keys=True), []).append((path, settings, points))
-    every = [members[0][1] for members in groups.values()]
-    differ = [key for key in DEFAULTS if any(each.get(key) != every[0].get(key) for each in every)] or ['strategy']
-    for members in groups.values():
-        path, settings, _ = members[0]
-        label = ', '.join(('' if key in ('strategy', 'unit') else f'{key}=') + in_words(settings.get(key))
-                          for key in differ)
-        if label in result:  # then their configs differ
-            label = f'{label} ({osp.basename(osp.abspath(path))})'
-        rounds = min(points.shape[1] for *_, points in members)
-        result[label] = np.stack([points[:, :rounds] for *_, points in members])
-    return result
-
-
-def full_level(curves: list[np.ndarray]) -> Optional[float]:
-    """The mean metric of those runs that have come to label everything, or None."""
-    values = [each[2, -1] for each in curves if each.size and each[0, -1] == 100]
-    return float(np.mean(values)) if values else None
-
-
-def area_under_curve(share_R: np.ndarray, values_R: np.ndarray) -> float:
-    """The metric's mean height between the first and the last labelled share, by the trapezoid rule."""
-    if len(share_R) < 2:
-        return math.nan
-    return float(((values_R[1:] + values_R[:-1]) / 2 * np.diff(share_R)).sum() / (share_R[-1] - share_R[0]))
-
-
-def share_needed(share_R: np.ndarray, values_R: np.ndarray, level: float) -> float:
-    """The labelled share at which the metric, linear between rounds, first reaches a level; not a number if never."""
-    reached = np.flatnonzero(values_R >= level)
-    if not len(reached):
-        return math.nan
-    around = slice(max(0, reached[0] - 1), reached[0] + 1)
-    return float(np.interp(level, values_R[around], share_R[around]))
-
-
-def mean_and_std(values: list) -> str:
-    if not np.isfinite(values).all():
-        return f'- ({np.isfinite(values).sum()} of {len(values)})' if np.isfinite(values).any() else '-'
-    return f'{np.mean(values):.2f}' + (f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else '')
-
-
-def groups_table(groups: dict[str, np.ndarray], metric: str, full: Optional[float]) -> PrettyTable:
-    """One row a group: the metric at its end, area under the curve, labels needed for 90 and 95 % of full supervision;
-    means and standard deviations over seeds, or how many of the seeds came that far."""
-    levels = {f'% for {level:.0%} of full': level * full for level in (.9, .95)} if full else {}
-    table = PrettyTable(['runs', 'seeds', 'rounds', '% labelled', f'last {metric}', 'area under curve', *levels])
-    for label, curves in groups.items():
-        share_R, last_S = curves[:, 0].mean(0), curves[:, 2, -1]
-        table.add_row([label, *curves.shape[::2], f'{share_R[0]:.4g} to {share_R[-1]:.4g}', mean_and_std(last_S),
-                       mean_and_std([area_under_curve(share, values) for share, _, values in curves]),
-                       *(mean_and_std([share_needed(share, values, level) for share, _, values in curves])
-                         for level in levels.values())])
-    table.align = 'r'
-    table.align['runs'] = 'l'
-    return table
-
-
-def save_figure(figure: Figure, path: str, runner: Optional[Runner] = None, tag: str = '', step: int = 0) -> None:
-    """Write a figure, all or nothing, and hand it to the visualizer of the run, if there is one."""
-    os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
-    temporary = f'{path}.{os.getpid()}.tmp'
-    figure.savefig(temporary, format=osp.splitext(path)[1][1:] or 'png')
-    os.replace(temporary, path)
-    if runner:
-        with Image.open(path) as image:  # a tag without slashes: LocalVisBackend makes a file name of it
-            runner.visualizer.add_image('al_' + re.sub(r'[^\w.-]+', '_', tag), np.array(image.convert('RGB')), step)
-
-
-def tidy(axes, legend: bool = True, **labels) -> None:
-    axes.set(**labels)
-    axes.grid(alpha=.3)
-    axes.spines[['top', 'right']].set_visible(False)
-    if legend:
-        axes.legend(frameon=False)
-
-
-def draw_curve(axes, x_R: np.ndarray, values_SR: np.ndarray, colour: str, marker: str, label: str) -> None:
-    """The mean over seeds and, of several, one standard deviation around it."""
-    mean_R = values_SR.mean(0)
-    axes.plot(x_R, mean_R, marker + '-', color=colour, label=label)
-    if len(values_SR) > 1:
-        std_R = values_SR.std(0, ddof=1)
-        axes.fill_between(x_R, mean_R - std_R, mean_R + std_R, color=colour, alpha=.2, linewidth=0)
-
-
-def draw_curves(groups: dict[str, np.ndarray], metric: str, full: Optional[float]) -> Figure:
-    """The metric over the labelled share and, where there are any, over clicks: means, and one standard deviation."""
-    has_clicks = any(np.isfinite(curves[:, 1]).any() for curves in groups.values())
-    xlabels = ['labelled share (%)', 'clicks'][:1 + has_clicks]
-    figure = Figure((5.6 * len(xlabels), 3.8), dpi=120, layout='constrained')
-    for row, axes in enumerate(figure.subplots(1, len(xlabels), squeeze=False)[0]):
-        for i, (label, curves) in enumerate(groups.items()):
-            draw_curve(axes, curves[:, row].mean(0), curves[:, 2], COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)],
-                       f'{label} ({len(curves)} seeds)' if len(curves) > 1 else label)
-        if full is not None:
-            axes.axhline(full, color='#555555', linestyle=':', label=f'all labels: {full:.2f}')
-        tidy(axes, legend=row == 0, xlabel=xlabels[row], ylabel=metric)
-    return figure
-
-
-def draw_asked(classes: list, asked_RC: np.ndarray, predicted_C: Optional[np.ndarray], iou_RC: np.ndarray,
-               overlaps_Q2: np.ndarray, units_N: np.ndarray) -> Figure:
-    """What was asked for: classes against predictions, IoU of classes, overlap of rankings, and budget over images."""
-    shown = np.sort(np.argsort(-asked_RC.sum(0), kind='stable')[:30])  # more could not be read
-    rows = [['classes'] + ['iou'] * bool(np.isfinite(iou_RC).any()),
-            ['overlap'] * bool(np.isfinite(overlaps_Q2).any()) + ['budget'] * bool(units_N.any())]
-    mosaic, heights = [(row * 2)[:2] for row in rows if row], (1.3 + .24 * len(shown), 3.)
-    figure = Figure((11, sum(heights[:len(mosaic)])), dpi=110, layout='constrained')
-    axes = figure.subplot_mosaic(mosaic, height_ratios=heights[:len(mosaic)])
-    names = dict(yticks=range(len(shown)), yticklabels=[classes[c] for c in shown])
-    counts = {'asked at the start': asked_RC[0], 'by queries': asked_RC[1:].sum(0),
-              'predicted in the pool': predicted_C}
-    for (label, counts_C), colour, marker in zip(counts.items(), COLOURS, 'os^'):
-        if counts_C is not None and counts_C.any():
-            shares = (100 * counts_C / counts_C.sum())[shown].clip(.01)
-            axes['classes'].scatter(shares, names['yticks'], color=colour, marker=marker, label=label, alpha=.8)
-    tidy(axes['classes'], legend=False, xscale='log', xlim=(.008, 125), xlabel='% of pixels', **names,
-         ylim=(len(shown) - .5, -.5))
-    axes['classes'].legend(frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(.5, 1), columnspacing=1,
-                           title='classes of pixels')
-    axes['classes'].set_xticks([.01, .1, 1, 10, 100], ['≤ 0.01', '0.1', '1', '10', '100'])
-    if 'iou' in axes:
-        heat = axes['iou'].imshow(iou_RC[:, shown].T, vmin=0, vmax=100, cmap='cividis', aspect='auto')
-        for (k, c), value in np.ndenumerate(iou_RC[:, shown]) if len(iou_RC) <= 12 else ():
-            axes['iou'].text(k, c, f'{value:.0f}', ha='center', va='center', size=8, color='wk'[int(value > 50)])
-        axes['iou'].set(xlabel='round', title='IoU (%)', xticks=range(0, len(iou_RC), len(iou_RC) // 13 + 1), **names)
-        figure.colorbar(heat, ax=axes['iou'])
-    if 'overlap' in axes:
-        queries = [f'{q + 1} → {q + 2}' for q in range(len(overlaps_Q2))]
-        for values, label, style in zip(overlaps_Q2.T, ('rank correlation', 'share of the top tenth kept'), 'os'):
-            axes['overlap'].plot(queries, values, style + '-', color=COLOURS['os'.index(style)], label=label)
-        tidy(axes['overlap'], xlabel='queries', ylim=(min(-.05, np.nanmin(overlaps_Q2) - .05), 1.05),
-             title='do consecutive queries rank images alike?')
-    if 'budget' in axes:
-        percent = np.linspace(0, 100, len(units_N) + 1)
-        axes['budget'].plot(percent, 100 * np.r_[0, units_N.cumsum()] / units_N.sum(), color=COLOURS[0], label='so far')
-        axes['budget'].plot([0, 100], [0, 100], color='#555555', linestyle=':', label='if all images got the same')
-        tidy(axes['budget'], xlabel='% of images, those asked most first', ylabel='% of units asked for',
-             title='do a few images take it all?')
-    return figure
+            errors.append(str(error))
+            odd = odd or (None if isinstance(error, ValueError) else error)
+    shares = all_gather_object((mine, errors))
+    errors = [error for share in shares for error in share[1]]
+    if odd:
+        raise odd
+    if errors:
+        raise ValueError('; '.join(errors[:5]) + (f'; and {len(errors) - 5} more' if len(errors) > 5 else ''))
+    return {name: share[0][name] for name in names for share in shares if name in share[0]}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures: a few images of each query
+# Guards: one run at a time, checkpoints under torch >= 2.6, CPU processes, and mmcv without compiled ops
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def predict_one(trainer: Runner, state: dict, pool: Pool, name: str, strategy: Optional[Strategy] = None, **offered):
-    """The prediction for an image and, if the strategy has any, its score map, (H, W) each, in the image's own
-    coordinates, from the enlarged logits."""
-    network = Network(unwrap(trainer.model), strategy.mc if strategy else 1)
-    wanted = [key for key in STATISTICS if key == 'probs_NCHW' or strategy and strategy.asks_for(key)]
-    seeds = [seed_of(state['seed'], 'mc', len(state['rounds']), name)]
-    views = [functools.partial(to_image, align_corners=network.model.align_corners)]
-    with precision(trainer):
-        data = pseudo_collate([pool.subset([name])[0]])
-        [(_, _, [means], _)] = statistics(network, data, seeds, wanted, views)
-        scores_NHW = call(strategy.score, means['probs_NCHW'], **means, **offered) if has_map(strategy) else [None]
-    probs_CHW, head = means['probs_NCHW'][0], decode_head(network.model)
-    prediction_HW = probs_CHW[1] > head.threshold if getattr(head, 'out_channels', None) == 1 else probs_CHW.argmax(0)
-    return prediction_HW.long().cpu().numpy(), None if scores_NHW[0] is None else scores_NHW[0].float().cpu().numpy()
-
-
-def has_map(strategy: Optional[Strategy]) -> bool:
-    return strategy is not None and strategy.score is not random
-
-
-def predicted_classes(trainer: Runner, state: dict, pool: Pool, images: int = 32) -> np.ndarray:
-    """Pixels of every class that the model predicts in a few images of the pool, drawn at random. (C,)"""
-    have = labelled(state)
-    names = [name for name in pool.names if have.get(name, 0) is not None]
-    order = torch.randperm(len(names), generator=generator(state['seed'], 'predicted', state['round'])).tolist()
-    maps = [predict_one(trainer, state, pool, names[i])[0].reshape(-1) for i in order[:images]]
-    return sum((np.bincount(each, minlength=len(pool.classes)) for each in maps), np.zeros(len(pool.classes), int))
-
-
-@never_stops
-@torch.no_grad()
-def draw_pictures(runner: Runner, trainer: Runner, state: dict, pool: Pool, asked) -> None:
-    """Draw ``al.visualize`` images after a query: half of them those that it asks for first, the others the same in
-    every round; for whole images also a contact sheet of what it asks for."""
-    n, folder = state['settings'].get('visualize', 0), round_dir(runner.work_dir, state['round'])
-    if not n:
-        return
-    strategy, model, offered = resolve_strategy(state['settings']['strategy']), unwrap(trainer.model), {}
-    if not strategy.needs_model:  # then the query has not loaded it
-        load_checkpoint(model, checkpoint_path(runner, state['rounds'][-1], state['settings']['query_with']), 'cpu')
-    if strategy.calibration:
-        offered['thresholds_C'] = calibrate(runner, Network(model), state, pool, strategy.alpha)
-    scores = mmengine.load(osp.join(folder, 'query_scores.json'))
-    first = sorted(asked, key=lambda name: -(len(asked[name]) if isinstance(asked, dict) else scores.get(name, 0)))
-    order = torch.randperm(len(pool), generator=generator(state['seed'], 'pictures')).tolist()
-    for name in dict.fromkeys(first[:n - n // 2] + [pool.names[i] for i in order[:n // 2]]):
-        prediction, score = predict_one(trainer, state, pool, name, strategy, **offered)
-        figure = draw_picture(runner, state, pool, asked, name, prediction, score)
-        path = png_path(osp.join(folder, 'pictures'), name)
-        save_figure(figure, path, runner, f'picture_{name}', units_labelled(state))
-    if isinstance(asked, list):
-        figure = draw_contact_sheet(pool, first, scores)
-        save_figure(figure, osp.join(folder, 'contact_sheet.png'), runner, 'contact_sheet', units_labelled(state))
-
-
-def draw_picture(runner: Runner, state: dict, pool: Pool, asked, name: str, prediction: np.ndarray,
-                 score: Optional[np.ndarray]) -> Figure:
-    """An image in six panels: input, prediction, scores, asked for now, labelled so far, and the labels asked for."""
-    unit, old = ConfigDict(state['settings']).unit, labelled_mask(runner, pool, labelled(state), name)
-    new = np.zeros_like(old)
-    if name in asked:
-        segments = segments_of(runner, unit, pool, name)
-        new = ~old & (isinstance(asked, list) or unit_mask(unit, asked[name], segments, old.shape))
-    shares, n = (new.mean(), (old | new).mean()), len(pool.classes)
-    known = old if state['settings'].get('oracle') == 'human' else old | new  # a human has yet to label what is new
-    label = pool.load_label(name) if known.any() else n  # that of an image that was not asked for stays closed
-    truth, image, strength = np.where(known, label, n).clip(0, n), to_rgb(pool.load_image(name)), .5
-    if unit.type == 'pixel' or unit.get('window'):  # make single pixels large enough to be seen
-        radius = max(old.shape) // 120
-        where = scipy.ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
-        truth = np.where(dilate(known, radius), truth[tuple(where)], n)
-        old, new, strength = dilate(old, radius), dilate(new, radius), 1
-    colours = np.r_[pool.palette, [[255] * 3]].astype(np.uint8)  # mmseg's; white is no class
-    panels = {'input': image, 'prediction': colours[prediction],
-              f'score: {in_words(state["settings"]["strategy"])}': score,
-              f'asked for now: {100 * shares[0]:.3g} %': tint(image, {COLOURS[1]: new}, strength),
-              f'labelled so far: {100 * shares[1]:.3g} %': tint(image, {COLOURS[0]: old, COLOURS[1]: new}, strength),
-              'labels asked for': colours[truth]}
-    figure = Figure((11, 1. + 2 * (.25 + 3.4 * old.shape[0] / old.shape[1])), dpi=100, layout='constrained')
-    figure.suptitle(f'round {state["round"]}: {name}')
-    for axes, (title, panel) in zip(figure.subplots(2, 3).flat, panels.items()):
-        axes.set(xticks=[], yticks=[])
-        axes.set_title(title, size=10)
-        if panel is None:
-            axes.text(.5, .5, 'no score map', ha='center', va='center')
-        elif panel.ndim == 2:
-            figure.colorbar(axes.imshow(panel, cmap='cividis'), ax=axes, shrink=.8)
-        else:
-            axes.imshow(panel)
-    number = np.bincount(np.r_[prediction.flat, truth.flat], minlength=n)[:n]
-    biggest = np.sort(np.argsort(-number, kind='stable')[:min(16, np.count_nonzero(number))])
-    figure.legend(handles=[Patch(facecolor=colours[c] / 255, edgecolor='k', label=pool.classes[c]) for c in biggest],
-                  ncols=8, loc='outside lower center', frameon=False, fontsize=9)
-    return figure
-
-
-def draw_contact_sheet(pool: Pool, names: list[str], scores: dict, at_most: int = 48) -> Figure:
-    """Small pictures of the images that a query asks for, those with the highest scores, if any, first."""
-    images = {name: to_rgb(pool.load_image(name)) for name in names[:at_most]}
-    rows, (h, w) = math.ceil(len(images) / 8), np.mean([image.shape[:2] for image in images.values()], 0)
-    figure = Figure((11, .4 + rows * (.45 + 1.3 * h / w)), dpi=100, layout='constrained')
-    figure.suptitle(f'{len(images)} of {len(names)} images asked for' + ', highest scores first' * bool(scores))
-    for axes in figure.subplots(rows, 8, squeeze=False).flat:
-        axes.set_axis_off()
-    for axes, (name, image) in zip(figure.axes, images.items()):
-        score = f'{scores[name]:.4g}' if name in scores else ''
-        axes.set_title(f'{name if len(name) < 18 else "…" + name[-16:]}\n{score}', size=8)
-        axes.imshow(image)
-    return figure
-
-
-def to_rgb(image: np.ndarray) -> np.ndarray:
-    """An image as loaded, (H, W[, C]) and BGR, for the eye: (H, W, 3) uint8."""
-    image = image.reshape(*image.shape[:2], -1)
-    image = image[..., 2::-1] if image.shape[2] > 2 else image[..., [0, 0, 0]]
-    if image.dtype != np.uint8:  # e.g. 16 bits of a satellite
-        low, high = np.percentile(image, (1, 99))
-        image = 255 * ((image - low) / max(high - low, 1e-9)).clip(0, 1)
-    return image.astype(np.uint8)
-
-
-def tint(image_HW3: np.ndarray, masks: dict, strength: float) -> np.ndarray:
-    """An image in pale grey and, where the mask of a colour is true, mixed with that colour."""
-    result = np.repeat(160 + .35 * image_HW3.mean(2, keepdims=True), 3, 2)
-    for colour, mask_HW in masks.items():
-        result[mask_HW] = (1 - strength) * image_HW3[mask_HW] + strength * 255 * np.array(colour_to_rgb(colour))
-    return result.clip(0, 255).astype(np.uint8)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line: compare runs, and see where one stands
-# ---------------------------------------------------------------------------------------------------------------------
-
-PHASES = dict(train='training on what is labelled', query='scoring the pool',
-              label='waiting for the labels that to_label/ in its folder asks for')
-
-
-def compare_runs(dirs: list[str], out: str, metric: Optional[str], full: Optional[float]) -> str:
-    """Draw the learning curves of finished or running runs into one figure.
-
-    Returns:
-        Their table.
-
-    Raises:
-        ValueError: No run has finished a round with the metric.
-    """
-    runs = {path: read_state(osp.join(path, STATE_FILE)) for path in dirs}
-    metric = metric or next(filter(None, map(main_metric, runs.values())), None)
-    groups = group_runs(runs, metric)
-    if not groups:
-        raise ValueError(f'no run has finished a round with {metric or "a validation"}')
-    full = full_level([curve(state, metric) for state in runs.values()]) if full is None else full
-    save_figure(draw_curves(groups, metric, full), out)
-    return f'{groups_table(groups, metric, full)}\nCurves: {out}'
-
-
-def status(path: str) -> str:
-    """Where a run stands, what it waits for, and the command to go on."""
-    state = read_state(osp.join(path, STATE_FILE))
-    k, al, done = state['round'], state['settings'], [entry for entry in state['rounds'] if 'metrics' in entry]
-    reason = why_stop(state) if state['phase'] == 'query' else None
-    logs = [log for depth in ('*', '*/*') for log in glob.glob(osp.join(glob.escape(path), depth, '*.log'))]
-    ago = time.time() - max(map(osp.getmtime, [osp.join(path, STATE_FILE), *logs]))
-    config = max(glob.glob(osp.join(glob.escape(path), '*.py')), key=osp.getmtime, default='<config>')
-    when = 'To go on with more `al.rounds`' if reason else \
-        'With the labels in place' if state['phase'] == 'label' else 'If it has stopped, go on with'
-    return '\n'.join([
-        f'{path}: {in_words(al["strategy"])}, unit {in_words(al["unit"])}, seed {state["seed"]}',
-        f'Ended after round {k}: {reason}' if reason else
-        f'Round {k} of {al["rounds"]}: {PHASES.get(state["phase"], state["phase"])}; it last wrote {ago:.0f} s ago',
-        'Labelled: ' + ', '.join(f'{value} {key}' for key, value in spent(state).items()),
-        *([str(rounds_table(dict(state, rounds=done)))] if done else []),
-        f'{when}: bash dist_al_train.sh {config} <GPUs> --work-dir {path} --resume'])
-
-
-def main(argv: Optional[list] = None) -> None:
-    parser = argparse.ArgumentParser(prog='al_patch.py', description='Look at runs of active learning')
-    commands = parser.add_subparsers(dest='command', required=True)
-    compare = commands.add_parser('report', help='compare runs: learning curves, their area, labels needed')
-    compare.add_argument('dirs', nargs='+', metavar='DIR', help='work dirs; those that differ in seeds are averaged')
-    compare.add_argument('-o', '--out', default='report.png', metavar='FILE', help='figure: .png, .pdf or .svg')
-    compare.add_argument('--metric', help='by default that of `al.stop`, or mIoU')
-    compare.add_argument('--full', type=float, metavar='VALUE', help='the metric with all labels; by default that of '
-                         'a DIR in which everything is labelled')
-    commands.add_parser('status', help='where a run stands, and how to go on').add_argument('dir', metavar='DIR')
-    args = parser.parse_args(argv)
-    try:
-        print(status(args.dir) if args.command == 'status' else
-              compare_runs(args.dirs, args.out, args.metric, args.full))
-    except (OSError, ValueError) as error:
-        raise SystemExit(f'al_patch.py {args.command}: {error}') from error
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# One run at a time, and how to go on with one that was stopped
-# ---------------------------------------------------------------------------------------------------------------------
-
-LOCK_FILE = 'al.lock'
-
-
-class Stopped(SystemExit):
-    """SIGTERM as an exception, so that it unwinds as Ctrl-C does, with a shell's exit code: 128 + 15."""
-
-
-def run_alone(runner: Runner) -> torch.nn.Module:
-    """``run_rounds``, as the only run in its work_dir. When it is stopped, the log says how to go on."""
-    with only_run(runner), stops_with_a_word(runner):
-        return run_rounds(runner)
 
 
 @contextlib.contextmanager
@@ -3525,72 +3048,7 @@ def only_run(runner: Runner):
             os.close(file)
 
 
-@contextlib.contextmanager
-def stops_with_a_word(runner: Runner):
-    """On SIGTERM and Ctrl-C, unless somebody handles them already, log the command that goes on with the run."""
-    stopped, before = [], {}
-
-    def stop(number, frame=None):
-        stopped.append(number)
-        raise KeyboardInterrupt if number == signal.SIGINT else Stopped(128 + number)
-
-    for number, default in ((signal.SIGTERM, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
-        if threading.current_thread() is threading.main_thread() and signal.getsignal(number) == default:
-            before[number] = signal.signal(number, stop)
-    try:
-        yield
-    except BaseException as error:
-        if not stopped:
-            raise
-        runner.logger.warning(f'Stopped. Nothing is lost; go on with: {resume_command()}')
-        if isinstance(error, (KeyboardInterrupt, Stopped)):
-            raise
-        stop(stopped[0])  # a bare `except` on the way, as there is in mmengine, had made another error of it
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the stack needs: checkpoints under torch >= 2.6, and mmcv without compiled ops
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def init_cpu_processes(cfg: Config) -> None:
-    """Make ``--launcher`` work without a GPU, where mmengine asks for one: gloo, CPU gradients, and BN for SyncBN.
-
-    Args:
-        cfg: The config of the runner to be built; it is changed.
-    """
-    torch.distributed.init_process_group('gloo')
-    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
-                                 find_unused_parameters=cfg.get('find_unused_parameters', False))
-
-    def replace_sync_bn(node):
-        if isinstance(node, dict):
-            if node.get('type') == 'SyncBN':
-                node['type'] = 'BN'
-            node = list(node.values())
-        for child in node if isinstance(node, (list, tuple)) else ():
-            replace_sync_bn(child)
-
-    replace_sync_bn(cfg.model)
-
-
-def _getattr_of_history_buffer(owner, name: str):
-    """Stands in for ``getattr`` while a checkpoint is read: mmengine pickles ``HistoryBuffer.mean`` and its like."""
-    if owner is HistoryBuffer and name in ('mean', 'max', 'min', 'current'):
-        return getattr(HistoryBuffer, name)
-    raise ValueError(f'a checkpoint may only refer to the statistics of HistoryBuffer, but this one asks for {name!r} '
-                     f'of {owner!r}')
-
-
-def checkpoint_globals() -> list:
-    """What mmengine's own checkpoints hold beside tensors. torch >= 2.6 refuses all that is not named here."""
-    multiarray = importlib.import_module('numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray')
-    dtypes = [type(np.dtype(code)) for code in '?bBhHiIlLqQefd']
-    return [HistoryBuffer, np.ndarray, np.dtype, *dict.fromkeys(dtypes), multiarray.scalar, multiarray._reconstruct,
-            (_getattr_of_history_buffer, 'builtins.getattr')]
+LOCK_FILE = 'al.lock'
 
 
 @contextlib.contextmanager
@@ -3608,6 +3066,35 @@ def checkpoints_are_data():
                 stack.callback(setattr, mmengine.runner.checkpoint, '_safe_torch_load', fallback)
                 mmengine.runner.checkpoint._safe_torch_load = torch.load
         yield
+
+
+def checkpoint_globals() -> list:
+    """What mmengine's own checkpoints hold beside tensors. torch >= 2.6 refuses all that is not named here."""
+    multiarray = importlib.import_module('numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray')
+    dtypes = [type(np.dtype(code)) for code in '?bBhHiIlLqQefd']
+    return [HistoryBuffer, np.ndarray, np.dtype, *dict.fromkeys(dtypes), multiarray.scalar, multiarray._reconstruct,
+            (_getattr_of_history_buffer, 'builtins.getattr')]
+
+
+def _getattr_of_history_buffer(owner, name: str):
+    """Stands in for ``getattr`` while a checkpoint is read: mmengine pickles ``HistoryBuffer.mean`` and its like."""
+    if owner is HistoryBuffer and name in ('mean', 'max', 'min', 'current'):
+        return getattr(HistoryBuffer, name)
+    raise ValueError(f'a checkpoint may only refer to the statistics of HistoryBuffer, but this one asks for {name!r} '
+                     f'of {owner!r}')
+
+
+def init_cpu_processes(cfg: Config) -> None:
+    """Make ``--launcher`` work without a GPU, where mmengine asks for one: gloo, CPU gradients, and BN for SyncBN.
+
+    Args:
+        cfg: The config of the runner to be built; it is changed.
+    """
+    torch.distributed.init_process_group('gloo')
+    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+                                 find_unused_parameters=cfg.get('find_unused_parameters', False))
+    importlib.import_module('mmcv.cnn')  # where SyncBN gets its name
+    MODELS.register_module('SyncBN', force=True, module=torch.nn.BatchNorm2d)
 
 
 def load_ext_lazily(name: str, functions: list[str]):
@@ -3642,42 +3129,15 @@ def _wrap_build_dataloader(build_dataloader: staticmethod) -> staticmethod:
 
     @functools.wraps(build)
     def wrapper(dataloader, *args, **kwargs):
-        if isinstance(dataloader, dict) and 'labelled' in dataloader:
+        if isinstance(dataloader, dict) and 'al' in dataloader:
             return build_labelled_dataloader(build, dataloader, *args, **kwargs)
         return build(dataloader, *args, **kwargs)
 
     return staticmethod(wrapper)
 
 
-def _wrap_full_init(full_init: Callable) -> Callable:
-
-    @functools.wraps(full_init)
-    def wrapper(self):
-        is_new = not self._fully_initialized
-        full_init(self)
-        if is_new and _LABELLED.get() is not None:
-            keep_labelled(self, _LABELLED.get())
-
-    return wrapper
-
-
 def _wrap_load_ext(load_ext: Callable) -> Callable:
     return load_ext if importlib.util.find_spec('mmcv._ext') else functools.wraps(load_ext)(load_ext_lazily)
-
-
-# (owner, name): how to wrap it
-_PATCHES = {
-    (Runner, 'train'): _wrap_train,
-    (Runner, 'build_dataloader'): _wrap_build_dataloader,
-    (BaseDataset, 'full_init'): _wrap_full_init,
-    (mmcv.utils.ext_loader, 'load_ext'): _wrap_load_ext,
-}
-_ORIGINALS = {}  # (owner, name): the raw attribute, as `vars(owner)` had it
-
-
-def is_patched() -> bool:
-    """Whether the patch is in place."""
-    return bool(_ORIGINALS)
 
 
 def apply_patch() -> None:
@@ -3697,6 +3157,19 @@ def apply_patch() -> None:
         setattr(owner, name, wrap(vars(owner)[name]))
 
 
+# (owner, name): how to wrap it
+_PATCHES = {
+    (Runner, 'train'): _wrap_train,
+    (Runner, 'build_dataloader'): _wrap_build_dataloader,
+    (mmcv.utils.ext_loader, 'load_ext'): _wrap_load_ext,
+}
+
+
+def is_patched() -> bool:
+    """Whether the patch is in place."""
+    return bool(_ORIGINALS)
+
+
 def remove_patch() -> None:
     """Undo the patch: every attribute is again the very object it was."""
     for (owner, name), original in reversed(_ORIGINALS.items()):
@@ -3704,7 +3177,5 @@ def remove_patch() -> None:
     _ORIGINALS.clear()
 
 
-if __name__ == '__main__':  # scripts import the module under its name: it patches then, and only once
-    main()
-else:
-    apply_patch()
+_ORIGINALS = {}  # (owner, name): the raw attribute, as `vars(owner)` had it
+apply_patch()

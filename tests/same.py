@@ -52,6 +52,7 @@ REGION = dict(unit=CELL, initial=12, budget=9)
 SUPERPIXEL = dict(unit=dict(type='superpixel', n_segments=12, compactness=100.), initial=9, budget=6)
 PIXEL = dict(unit='pixel', initial=60, budget=30)
 RESUME = ['--resume']
+WHOLE = tiny.NAMES[3:6]
 # long enough that the network tells classes apart, and so slow that the last bits of a sum do not come to count
 LONGER = dict(
     iters="train_cfg.update(max_iters=24, val_interval=12)\ndefault_hooks['checkpoint'].update(interval=6)\n",
@@ -117,7 +118,7 @@ CASES = {
     'region-crc': case(REGION, with_options('crc', calibration=.4, alpha=.4)),
     'region-full-res-entropy': case(REGION, full_res=True),
     'region-full-res-margin-last': case(REGION, 'margin', full_res=True, weights='last'),
-    'region-initial-names': case(REGION, initial=tiny.NAMES[3:6]),
+    'region-initial-names': case(REGION, initial=WHOLE),
     'region-entropy-2-processes': case(REGION)._replace(processes=2),
     'region-human': resumed(case(REGION, oracle='human'), 0, 0, 0, 0),
     'region-killed': resumed(case(REGION, more=DIES.format(round=1, after=15, number=None)), 9, 0),
@@ -128,8 +129,8 @@ CASES = {
     'superpixel-coreset': case(SUPERPIXEL, 'coreset'),
     'superpixel-max': case(SUPERPIXEL, with_options('entropy', reduce='max')),
     'superpixel-classbal': case(SUPERPIXEL, 'classbal'),
-    'pixel-pixelpick-per-image': case(PIXEL, 'pixelpick', per_image=True, initial=4, budget=3),
-    'pixel-entropy-radius': case(PIXEL, unit=dict(type='pixel', radius=2)),
+    'pixel-pixelpick-per-image': case(PIXEL, 'pixelpick', per_image=True, initial=4, budget=3, seed=1),
+    'pixel-entropy-radius': case(PIXEL, unit=dict(type='pixel', radius=2), seed=1),
     'pixel-ripu-pixel-radius': case(PIXEL, with_options('ripu_pixel', k=4), unit=dict(type='pixel', radius=4)),
     'pixel-real': case(PIXEL, with_options('real', clusters=5)),
     'pixel-coreset-shortlist': case(PIXEL, with_options('coreset', shortlist=40)),
@@ -154,9 +155,11 @@ class SameBackbone(tiny.TinyBackbone):
 
 def make_data(root: str) -> None:
     """The tiny data set with void in half of the last cells: enough to be counted, and no cell of 8 x 8 all void, which
-    a human would have to confirm."""
+    a human would have to confirm. Images that are labelled as a whole below image level have none: schema 1 did not
+    count it there."""
     tiny.make_data(root)
-    for path in glob.glob(osp.join(glob.escape(root), 'ann', 'train', '*', '*.png')):
+    paths = glob.glob(osp.join(glob.escape(root), 'ann', 'train', '*', '*.png'))
+    for path in set(paths).difference(osp.join(root, 'ann', 'train', f'{name}.png') for name in WHOLE):
         label = read_pixels(path)
         label[:, 44:] = 255
         Image.fromarray(label).save(path)
@@ -251,7 +254,7 @@ def child(main: Callable, options: list, environment: dict, where: str) -> int:
 
 
 def wait(pids: list) -> list:
-    """The exit codes of processes. Those that hang are killed: -9."""
+    """The exit codes of processes as a shell has them: 128 + a signal's number. Those that hang are killed: 137."""
     codes, begin = {}, time.time()
     while len(codes) < len(pids):
         for pid in set(pids).difference(codes):
@@ -259,7 +262,8 @@ def wait(pids: list) -> list:
                 os.kill(pid, signal.SIGKILL)
             done, status = os.waitpid(pid, os.WNOHANG)
             if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
+                code = os.waitstatus_to_exitcode(status)
+                codes[pid] = code if code >= 0 else 128 - code
         time.sleep(.005)
     return [codes[pid] for pid in pids]
 
@@ -273,13 +277,15 @@ def read_state(where: str) -> dict:
     return read_json(path) if osp.isfile(path) else dict(schema=None, rounds=[])
 
 
-def asked_in(entry: dict) -> dict:
-    """What a round asked for in one form: name -> None for a whole image, else [units, pixels].
-
-    Schema 2 has that form. In schema 1, a list of names stands for whole images.
+def in_schema_2(entry: dict) -> dict:
+    """A round of a state in the form of schema 2: what was asked for is a dict, name -> None for a whole image, else
+    [units, pixels]; in schema 1, a list of names stands for whole images. What is spent was called `labelled`, and
+    void in whole images that `initial` names was not counted.
     """
     asked = entry['asked']
-    return dict.fromkeys(asked) if isinstance(asked, list) else asked
+    entry = dict(entry, asked=dict.fromkeys(asked) if isinstance(asked, list) else asked)
+    entry['spent'] = entry.get('labelled', entry.get('spent', {})) if 'metrics' in entry else {}
+    return entry
 
 
 def read_pixels(path: str) -> np.ndarray:
@@ -349,15 +355,13 @@ def first_difference(a: dict, b: dict) -> str:
 def state_differences(a: dict, b: dict) -> Iterator[str]:
     """In what the states of two runs differ, round by round."""
     for k, (ours, theirs) in enumerate(zip(a['rounds'], b['rounds'])):
-        difference = first_difference(asked_in(ours), asked_in(theirs))
-        if difference:
-            yield f'round {k}: asked differs: {difference}'
-        for key in ('labelled', 'metrics', 'checkpoints'):
+        ours, theirs = in_schema_2(ours), in_schema_2(theirs)
+        for key in ('asked', 'spent', 'metrics', 'checkpoints'):
             difference = first_difference(ours.get(key, {}), theirs.get(key, {}))
             if difference:
                 yield f'round {k}: {key}: {difference}'
         for key in ('pixels', 'void_pixels', 'held_out'):
-            if ours.get(key) != theirs.get(key):
+            if (ours.get(key) or 0) != (theirs.get(key) or 0):
                 yield f'round {k}: {key}: {ours.get(key)} | {theirs.get(key)}'
     for key, (ours, theirs) in dict(
             rounds=[len(state['rounds']) for state in (a, b)],
@@ -450,7 +454,7 @@ def run_all(revision: str, names: list, alone: bool, folder: str) -> list:
             schemas = [read_state(where)['schema'] for where in wheres]
             if schemas[0] != schemas[1]:
                 print(f'States have schema {schemas[0]} | {schemas[1]}: a list of names in `asked` is taken for '
-                      '{name: null}, whole images')
+                      '{name: null}, whole images, and `labelled` for `spent`')
         words, same = compare(CASES[name], wheres, codes, alone)
         print(f'{name:28} {seconds[0]:5.1f} s {seconds[1]:5.1f} s  {words}', flush=True)
         differ += [] if same else [name]

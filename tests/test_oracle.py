@@ -1,4 +1,6 @@
 """A human labels: what a run writes for them, what it takes back, and that it ends as one with simulated labels."""
+import contextlib
+import glob
 import io
 import json
 import os
@@ -14,14 +16,18 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from mmengine.dataset import Compose
+from mmengine.dataset import Compose, pseudo_collate
 from mmseg.registry import MODELS
 from PIL import Image
-from test_scripts import launch, shell, write_config
+from test_scripts import ROOT, launch, shell, write_config
 
+import al_label
 import al_patch
-from al_patch import STATE_FILE, Pool, encode_rle, label_values, labelled, mask_path, overlay, read_mask, read_state
+from al_label import encode_rle, label_values, overlay
+from al_patch import STATE_FILE, Pool, State, read_mask, read_state
 
+BINARY = {'model.decode_head.num_classes': 2, 'model.decode_head.out_channels': 1, 'model.decode_head.threshold': 0.7,
+          'model.decode_head.loss_decode.use_sigmoid': True}
 SHORT = {**tiny.NO_VAL, 'train_cfg.max_iters': 2}
 CELL = dict(type='region', size=[8, 8])
 RUNS = dict(
@@ -29,6 +35,18 @@ RUNS = dict(
     region=dict(unit=CELL, initial=10, budget=7),
     superpixel=dict(unit=dict(type='superpixel', n_segments=12, compactness=100.), initial=8, budget=6),
     pixel=dict(unit='pixel', strategy='margin', initial=60, budget=30))
+
+FULL_DISK = '''
+import os
+import al_label
+from mmengine.dist import get_rank
+write = al_label.write_prediction
+def write_or_fail(*args):
+    if os.environ.get('FULL_ON_RANK') == str(get_rank()):
+        raise OSError('the disk is full')
+    write(*args)
+al_label.write_prediction = write_or_fail
+'''
 
 
 @pytest.fixture
@@ -94,9 +112,9 @@ def annotate(root, truth, work_dir, k: int, skip=()) -> list:
 
 def masks_of(cfg, k: int) -> dict:
     """Name -> what is labelled after round k."""
-    have = labelled(state_of(cfg), k)
-    return {name: np.ones(tiny.SHAPE, bool) if where is None else read_mask(mask_path(cfg.work_dir, where, name))
-            for name, where in have.items()}
+    state = State(state_of(cfg), cfg.work_dir)
+    return {name: np.ones(tiny.SHAPE, bool) if where is None else read_mask(state.mask_path(where, name))
+            for name, where in state.labelled(k).items()}
 
 
 @pytest.fixture
@@ -119,19 +137,20 @@ def test_two_rounds_with_an_annotator_end_as_those_with_simulated_labels(
     al = dict(RUNS[unit], rounds=2)
     simulated = make_cfg(al, root=str(truth), work_dir=str(tmp_path / 'simulated'), changes=SHORT)
     expected_runner, expected = train(simulated)
+    assert not osp.exists(to_label(simulated.work_dir, 0))
     cfg, go_on = human(al)
     runner, rounds = train(cfg)
     for k in range(3):
         state = state_of(cfg)
         assert (state['phase'], state['round'], len(rounds)) == ('label', k, k + 1)
         assert not osp.exists(label_file(blind, '')) or {
-            f'{name}.png' for name in labelled(state, k - 1)} == {
+            f'{name}.png' for name in masks_of(cfg, k - 1)} == {
                 osp.relpath(osp.join(d, f), label_file(blind, '')[:-4]) for d, _, files in os.walk(
                     osp.dirname(label_file(blind, ''))) for f in files}
         assert annotate(blind, truth, cfg.work_dir, k) == list(expected[k]['asked'])
         runner, rounds = train(go_on)
     assert state_of(cfg)['phase'] == 'query' and len(rounds) == 3
-    for key in ('asked', 'pixels', 'void_pixels', 'labelled'):
+    for key in ('asked', 'pixels', 'void_pixels', 'spent'):
         assert [entry.get(key) for entry in rounds] == [entry.get(key) for entry in expected]
     assert unit == 'image' or any(entry['void_pixels'] for entry in rounds)
     ours, theirs = masks_of(cfg, 2), masks_of(simulated, 2)
@@ -142,42 +161,143 @@ def test_two_rounds_with_an_annotator_end_as_those_with_simulated_labels(
 
 
 def test_the_script_ends_with_code_0_and_says_how_to_go_on(tmp_path, blind, truth):
-    """In two processes, which share the images; the command in the log is taken at its word."""
+    """In two processes, which share the images; one of them cannot export, and the other does not hang. The command in
+    the log is taken at its word."""
     first = ['a/01', 'a/03', 'b/08']
     for name in first:
         write_label(blind, name, read_label(truth, name))
+    (tmp_path / 'full_disk.py').write_text(FULL_DISK)
     al = dict(unit=CELL, initial=first, budget=9, rounds=1, oracle='human')
-    config, work_dir = write_config(tmp_path, str(blind), repr(al), sync=True), tmp_path / 'a work dir'
-    done = launch(config, 2, work_dir)
+    more = "custom_imports = dict(imports=['al_patch', 'tiny', 'full_disk'])\n"
+    config, work_dir = write_config(tmp_path, str(blind), repr(al), sync=True, more=more), tmp_path / 'a work dir'
+    reach = os.pathsep.join([ROOT, osp.join(ROOT, 'tests'), str(tmp_path)])
+    done = launch(config, 2, work_dir, PYTHONPATH=reach, FULL_ON_RANK='1')
     asked = read_state(work_dir / STATE_FILE)['rounds'][1]['asked']
     log = done.stdout + done.stderr
+    assert 'LabelHook.after_al_ask failed, the run goes on' in log and 'OSError: the disk is full' in log
     assert f'Round 1 waits for labels in {len(asked)} images (9 regions, 576 pixels): see {work_dir}/round_1' in log
     assert f'the first at {label_file(blind, list(asked)[0])}' in log
     [command] = set(re.findall('Then go on with: (.*)', log))
+    assert not osp.exists(to_label(work_dir, 1, 'to_label.txt'))
+    shell(sys.executable, osp.join(ROOT, 'al_label.py'), 'export', str(work_dir), PYTHONPATH=reach)
     assert annotate(blind, truth, work_dir, 1) == list(asked)
     assert all(osp.exists(to_label(work_dir, 1, 'prediction', f'{name}.png')) for name in asked)
-    done = shell('bash', '-c', command)
+    done = shell('bash', '-c', command, PYTHONPATH=reach)
     assert 'all 1 rounds of queries are done' in done.stdout + done.stderr
 
 
-def test_a_stop_between_export_and_state_asks_the_same_again(train, human, blind, truth, monkeypatch):
-    """And predicts the same, with a query that needs no model."""
-    cfg, go_on = human(dict(RUNS['region'], strategy='random'))
+# --- exports that failed, or were deleted ----------------------------------------------------------------------------
+
+
+def exported(work_dir, k: int = 1) -> dict:
+    """What a round gives to people: path -> content, of the archive that of its files."""
+    files, folder = {}, to_label(work_dir, k)
+    for path in filter(osp.isfile, glob.glob(osp.join(folder, '**'), recursive=True)):
+        name = osp.relpath(path, folder)
+        if name.endswith('.zip'):
+            with zipfile.ZipFile(path) as archive:
+                files.update({f'{name}/{file}': archive.read(file) for file in archive.namelist()})
+        elif name not in ('missing.txt', 'void.txt'):
+            files[name] = open(path, 'rb').read()
+    return files
+
+
+@pytest.fixture
+def asks(train, human, blind, truth, monkeypatch, tmp_path):
+    """A run by cells that is to ask for round 1 next: its config, a function that lets it do so while a function of
+    al_label's raises an error, and what it gives to people when nothing does. The model is round 0's own."""
+    small = {0: {'model.decode_head.channels': 4}}
+    cfg, go_on = human(dict(RUNS['region'], strategy='random', overrides=small))
     train(cfg)
     annotate(blind, truth, cfg.work_dir, 0)
-    with monkeypatch.context() as patch, pytest.raises(InterruptedError):
-        save = al_patch.save_state
-        patch.setattr(al_patch, 'save_state', lambda state, path: (
-            save(state, path) if state['phase'] != 'label' else (_ for _ in ()).throw(InterruptedError)))
-        train(go_on)
-    paths = [to_label(cfg.work_dir, 1, kind, f'{n}.png') for kind in ('mask', 'prediction') for n in tiny.NAMES]
-    first = {path: read_png(path) for path in paths if osp.exists(path)}
-    os.makedirs(to_label(cfg.work_dir, 1, 'mask', 'stale'))
-    assert first and state_of(cfg)['phase'] == 'query' and len(state_of(cfg)['rounds']) == 1
-    _, rounds = train(go_on)
-    assert len(rounds) == 2 and not osp.exists(to_label(cfg.work_dir, 1, 'mask', 'stale'))
-    assert {*first} == {*filter(osp.exists, paths)}
-    assert all(np.array_equal(read_png(path), array) for path, array in first.items())
+    undisturbed = human(dict(RUNS['region'], strategy='random', overrides=small), work_dir=str(tmp_path / 'other'))[1]
+    shutil.copytree(cfg.work_dir, undisturbed.work_dir)
+    train(undisturbed)
+
+    def ask(function: str, error: BaseException) -> None:
+        def fail(*args):
+            raise error
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(al_label, function, fail)
+            train(go_on)
+
+    return go_on, ask, exported(undisturbed.work_dir)
+
+
+@pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError('no space left')], ids=['stopped', 'failed'])
+@pytest.mark.parametrize('function', ['write_mask', 'write_prediction', 'export_cvat'])
+def test_an_export_that_was_cut_off_is_made_good_on_resume(train, asks, function, error):
+    """The state is on disk by then, so the same is asked for; and what an annotator has written stays."""
+    cfg, ask, expected = asks
+    ask(function, error)
+    assert (state_of(cfg)['phase'], state_of(cfg)['round']) == ('label', 1)
+    assert ('LabelHook.after_al_ask failed, the run goes on' in logs_of(cfg)) == isinstance(error, OSError)
+    assert not osp.exists(to_label(cfg.work_dir, 1, 'to_label.txt'))
+    open(to_label(cfg.work_dir, 1, 'void.txt'), 'w').write('a/01\n')
+    with pytest.raises(ValueError, match='label maps that round 1 needs are not there yet'):
+        train(cfg)
+    assert exported(cfg.work_dir) == expected
+    assert {'cvat.zip', 'mask', 'overlay', 'prediction', 'to_label.txt'} < {path.split('/')[0] for path in expected}
+    assert open(to_label(cfg.work_dir, 1, 'void.txt')).read() == 'a/01\n'
+
+
+def test_a_finished_export_is_left_alone_on_resume(train, asks):
+    cfg, _, expected = asks
+    train(cfg)
+    open(to_label(cfg.work_dir, 1, 'mask', 'mine.png'), 'w').close()
+    with pytest.raises(ValueError, match='label maps that round 1 needs are not there yet'):
+        train(cfg)
+    assert exported(cfg.work_dir) == {**expected, 'mask/mine.png': b''}
+
+
+def test_the_command_exports_again(asks, capsys):
+    cfg, ask, expected = asks
+    ask('export_cvat', OSError('no space left'))
+    state = open(osp.join(cfg.work_dir, STATE_FILE)).read()
+    for lose in (lambda folder: None, shutil.rmtree, lambda folder: os.remove(osp.join(folder, 'to_label.txt'))):
+        lose(to_label(cfg.work_dir, 1))
+        al_label.main(['export', cfg.work_dir])
+        assert exported(cfg.work_dir) == expected
+        assert capsys.readouterr().out.endswith(f'What round 1 asks for is in {to_label(cfg.work_dir, 1)}\n')
+    assert open(osp.join(cfg.work_dir, STATE_FILE)).read() == state
+
+
+@pytest.mark.parametrize('wrong, why', [
+    ('phase', 'the run in {dir} does not wait for labels'),
+    ('state', r'.*No such file or directory: .{dir}/al_state.json.'),
+    ('config', '{dir} does not hold the config, a .py file, that mmengine writes there'),
+    ('checkpoint', 'the checkpoint {dir}/round_0/iter_2.pth that the run needs to go on is gone: .*'),
+    ('settings', '`al.rounds` and `al.budget` should .* but got .*')])
+def test_the_command_says_in_a_line_why_it_cannot(asks, train, capsys, wrong, why):
+    cfg, _, expected = asks
+    train(cfg)
+    path = osp.join(cfg.work_dir, STATE_FILE)
+    if wrong == 'phase':
+        text = open(path).read().replace('"phase": "label"', '"phase": "train"')
+        open(path, 'w').write(text)
+    elif wrong == 'settings':
+        cfg.al.budget = 1
+        cfg.dump(osp.join(cfg.work_dir, 'newest.py'))
+    else:
+        for each in glob.glob(osp.join(cfg.work_dir, dict(state=STATE_FILE, config='*.py',
+                                                          checkpoint='round_0/iter_2.pth')[wrong])):
+            os.remove(each)
+    with pytest.raises(SystemExit) as error:
+        al_label.main(['export', cfg.work_dir])
+    assert error.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(f'al_label.py export: {why.format(dir=cfg.work_dir)}', last), last
+    assert exported(cfg.work_dir) == expected
+
+
+def test_what_an_older_run_left_is_gone(train, human):
+    cfg, _ = human(RUNS['region'])
+    os.makedirs(to_label(cfg.work_dir, 0, 'prediction', 'a'))
+    open(to_label(cfg.work_dir, 0, 'void.txt'), 'w').write('a/01\n')
+    train(cfg)
+    assert {'to_label.txt', 'mask', 'overlay'} < {*os.listdir(to_label(cfg.work_dir, 0))}
+    assert {'prediction', 'void.txt'}.isdisjoint(os.listdir(to_label(cfg.work_dir, 0)))
 
 
 # --- labels that come back -------------------------------------------------------------------------------------------
@@ -185,9 +305,9 @@ def test_a_stop_between_export_and_state_asks_the_same_again(train, human, blind
 
 @pytest.mark.parametrize('unit', ['image', 'region'])
 @pytest.mark.parametrize('wrong, why', [
-    ('missing', 'there is no label file .*{name}.png'), ('cut', r'the label file cannot be read \('),
-    ('size', r'the label map should have the size of the image, \(32, 48\), but got \(48, 32\)'),
-    ('colours', r'the label map should have the size of the image, \(32, 48\), but got \(32, 48, 3\)'),
+    ('missing', r'.*{name}\.png cannot be used \(FileNotFoundError: '), ('cut', r'.*{name}\.png cannot be used \('),
+    ('size', r'.*{name}\.png .*its size should be that of its image, \(32, 48\), but is \(48, 32\)'),
+    ('colours', r'.*{name}\.png .*its size should be that of its image, \(32, 48\), but is \(32, 48, 3\)'),
     ('void', 'it has no label where it was asked for')])
 def test_a_label_map_that_is_not_there_or_wrong_is_named(train, human, blind, truth, unit, wrong, why):
     cfg, go_on = human(RUNS[unit])
@@ -219,7 +339,8 @@ def test_all_that_is_missing_is_in_a_file_and_ten_in_the_error(train, human, bli
     annotate(blind, truth, cfg.work_dir, 0, skip=tiny.NAMES[1:])
     with pytest.raises(ValueError, match='^11 of the 12 label maps') as error:
         train(go_on)
-    assert all(f'{name}: there' in str(error.value) for name in tiny.NAMES[1:11]) and 'b/11:' not in str(error.value)
+    assert all(f'{name}.png cannot be used' in str(error.value) for name in tiny.NAMES[1:11])
+    assert 'b/11' not in str(error.value)
     lines = open(to_label(cfg.work_dir, 0, 'missing.txt')).read().splitlines()
     assert [line.split(':')[0] for line in lines] == tiny.NAMES[1:]
 
@@ -239,12 +360,12 @@ def test_what_is_void_throughout_is_taken_when_it_is_said_so(train, human, blind
 def test_labels_to_begin_with_have_to_be_there(train, human, blind, truth, unit):
     cfg, _ = human(dict(unit=unit, initial=['b/08', 'a/01'], rounds=1))
     write_label(blind, 'a/01', read_label(truth, 'a/01'))
-    with pytest.raises(ValueError, match='^1 of the 2 label maps that round 0 needs .*: b/08: there is no label file'):
+    with pytest.raises(ValueError, match=f'^{label_file(blind, "b/08")} cannot be used'):
         train(cfg)
     assert not osp.exists(osp.join(cfg.work_dir, STATE_FILE))
     write_label(blind, 'b/08', read_label(truth, 'b/08'))
     _, rounds = train(cfg)
-    assert len(rounds) == 2 and rounds[0]['asked'] == ['a/01', 'b/08'] and state_of(cfg)['phase'] == 'label'
+    assert len(rounds) == 2 and list(rounds[0]['asked']) == ['a/01', 'b/08'] and state_of(cfg)['phase'] == 'label'
     assert unit == 'image' or rounds[0]['void_pixels'] == 2 * 32 * 8
     assert not osp.exists(to_label(cfg.work_dir, 0, 'to_label.txt'))
 
@@ -347,6 +468,32 @@ def test_masks_and_predictions(asked, blind):
         assert picture.shape == (32 * 16, 48 * 16, 3)
     assert not osp.exists(to_label(cfg.work_dir, 0, 'prediction'))
     assert osp.exists(to_label(cfg.work_dir, 0, 'cvat.zip'))
+
+
+@pytest.mark.parametrize('changes', [
+    {}, BINARY, {'model.data_preprocessor.test_cfg': dict(size_divisor=32),
+                 'test_dataloader.dataset.pipeline': [dict(type='LoadImageFromFile'), dict(
+                     type='Resize', scale=(70, 40), keep_ratio=True), dict(type='PackSegInputs')]},
+    {'model.test_cfg': dict(mode='slide', crop_size=(24, 24), stride=(16, 16))},
+    {'optim_wrapper.type': 'AmpOptimWrapper', 'optim_wrapper.dtype': 'bfloat16'}],
+    ids=['plain', 'binary', 'resized', 'slide', 'mixed precision'])
+def test_predictions_are_those_of_mmseg(train, human, blind, truth, monkeypatch, changes):
+    monkeypatch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
+    cfg, go_on = human(dict(RUNS['image'], initial=8), **{'train_cfg.max_iters': 12}, **changes)
+    for name in tiny.NAMES if changes is BINARY else ():
+        label = read_label(truth, name)
+        write_label(truth, name, np.where(label == 255, 255, label > 0).astype(np.uint8))
+    train(cfg)
+    annotate(blind, truth, cfg.work_dir, 0)
+    runner, _ = train(go_on)
+    pool, found = Pool(go_on), set()
+    for name in state_of(cfg)['rounds'][1]['asked']:
+        with torch.no_grad(), al_patch.precision(runner):
+            [sample] = runner.model.eval().test_step(pseudo_collate([pool[name]]))
+        expected = sample.pred_sem_seg.data[0].numpy()
+        assert np.array_equal(read_png(to_label(cfg.work_dir, 1, 'prediction', f'{name}.png')), expected)
+        found |= {*np.unique(expected).tolist()}
+    assert len(found) > 1
 
 
 def test_whole_images_have_predictions_only(train, human, blind, truth):
@@ -462,25 +609,25 @@ def test_the_values_of_label_files_are_those_that_mmseg_reads(make_cfg, tmp_path
                                             'metainfo': [2, 0, 255]}[next(iter(options), '')]
     pred, new = np.random.default_rng(0).integers(0, 2, tiny.SHAPE), np.eye(*tiny.SHAPE, dtype=bool)
     path = str(tmp_path / 'prediction' / 'a' / '01.png')
-    al_patch.write_prediction(path, pool, 'a/01', pred, ~new & False, new)
+    al_label.write_label(path, pool, 'a/01', np.where(new, pred, 255).astype(np.uint8))
     read = Compose(pool.label_loaders[0])({**pool.info('a/01'), 'seg_map_path': path})['gt_seg_map']
     assert np.array_equal(read, np.where(new, pred, 255))
-    assert np.array_equal(al_patch.read_prediction(str(tmp_path), pool, 'a/01'), read)
+    assert np.array_equal(al_label.read_label(path, pool, 'a/01'), read)
 
 
 def test_colours_that_are_taken_give_way(make_cfg):
     palette = [[0, 0, 0], [7, 7, 7], [7, 7, 7], [7, 7, 8], [255, 255, 255], [255, 255, 255]]
     cfg = make_cfg()
     cfg.train_dataloader.dataset.metainfo = dict(classes=tuple('abcdef'), palette=palette)
-    classes, colours = al_patch.class_colours(Pool(cfg))
+    classes, colours = al_label.class_colours(Pool(cfg))
     assert classes == list('abcdef')
     assert colours.tolist() == [[0, 0, 1], [7, 7, 7], [7, 7, 8], [7, 7, 9], [255, 255, 255], [0, 0, 2]]
 
 
 def test_the_colours_of_pascal_voc():
     from mmseg.datasets import PascalVOCDataset
-    assert al_patch.voc_colours()[:21].tolist() == PascalVOCDataset.METAINFO['palette']
-    assert len({tuple(colour) for colour in al_patch.voc_colours().tolist()}) == 256
+    assert al_label.voc_colours()[:21].tolist() == PascalVOCDataset.METAINFO['palette']
+    assert len({tuple(colour) for colour in al_label.voc_colours().tolist()}) == 256
 
 
 def test_cvat_knows_images_by_their_files(make_cfg, tmp_path):
@@ -492,7 +639,7 @@ def test_cvat_knows_images_by_their_files(make_cfg, tmp_path):
     cfg.train_dataloader.dataset.update(
         data_root=str(tmp_path), data_prefix=dict(img_path='img'), img_suffix='_cam.png')
     pool = Pool(cfg)
-    assert [(name, al_patch.image_stem(pool, name)) for name in pool.names] == [
+    assert [(name, al_label.image_stem(pool, name)) for name in pool.names] == [
         ('seq 1/frame.1', 'seq 1/frame.1_cam'), ('top', 'top_cam')]
 
 

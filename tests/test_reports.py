@@ -1,4 +1,5 @@
 """Reports and pictures: curves, tables and figures of runs, against values computed by hand; and the command line."""
+import copy
 import csv
 import json
 import math
@@ -17,18 +18,11 @@ from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
 
 import al_patch
-from al_patch import (
-    STATE_FILE,
-    Pool,
-    area_under_curve,
-    group_runs,
-    main,
-    mean_and_std,
-    ranking_overlap,
-    read_state,
-    share_needed,
-)
+import al_report
+from al_patch import STATE_FILE, Pool, State
+from al_report import area_under_curve, group_runs, main, mean_and_std, ranking_overlap, share_needed, units_per_image
 
+al_report.hook()  # `visualize` is now a key of the `al` block
 ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
 CELL = dict(type='region', size=[8, 8])  # 24 of them in each of 12 images
 
@@ -36,15 +30,29 @@ CELL = dict(type='region', size=[8, 8])  # 24 of them in each of 12 images
 def make_state(shares: list, values: list, seed: int = 0, phase: str = 'query', clicks: bool = False, **settings):
     """The state of a run on 100 images: the labelled share and mIoU after each round."""
     al = al_patch.parse_settings(dict(dict(rounds=len(shares) - 1, seed=seed), **settings)).to_dict()
-    labelled = [{'images': share, '% of images': float(share)} for share in shares]
-    asked = [[f'{i}' for i in range(a, b)] for a, b in zip([0, *shares], shares)]
+    spent = [{'images': share, '% of images': float(share)} for share in shares]
+    asked = [{f'{i}': None for i in range(a, b)} for a, b in zip([0, *shares], shares)]
     if clicks:
-        labelled = [{'images': 1, 'regions': 10 * share, 'clicks': 10 * share, '% of pixels': float(share)}
-                    for share in shares]
-    rounds = [dict(asked=names, labelled=have, metrics=dict(aAcc=1., mIoU=value), train_seconds=9., query_seconds=1.)
-              for names, have, value in zip(asked, labelled, values)]
-    return dict(schema=1, phase=phase, round=len(rounds) - 1, seed=seed, settings=al, images=100, rounds=rounds,
+        spent = [{'images': 1, 'regions': 10 * share, 'clicks': 10 * share, '% of pixels': float(share)}
+                 for share in shares]
+    rounds = [dict(asked=names, spent=have, metrics=dict(aAcc=1., mIoU=value), train_seconds=9., query_seconds=1.)
+              for names, have, value in zip(asked, spent, values)]
+    k, ended = len(rounds) - 1, None
+    if phase == 'query' and k >= al['rounds']:
+        ended = f'all {al["rounds"]} rounds of queries are done'
+    return dict(schema=2, phase=phase, round=k, seed=seed, ended=ended, settings=al, images=100, rounds=rounds,
                 config=dict(model='m', randomness=f'r{seed}'))
+
+
+def of_schema_1(state: dict) -> dict:
+    """A state as the first schema had it: lists of images, figures of trained rounds only, no reason of the end."""
+    state = copy.deepcopy(state)
+    del state['ended']
+    for entry in state['rounds']:
+        spent, entry['asked'] = entry.pop('spent'), list(entry['asked'])
+        if 'metrics' in entry:
+            entry['labelled'] = spent
+    return dict(state, schema=1)
 
 
 def write_state(folder, state: dict) -> str:
@@ -102,7 +110,7 @@ def test_runs_are_grouped_by_all_but_their_seeds():
     runs = {'a0': make_state([10, 20, 30], [40, 50, 60], 0), 'a1': make_state([10, 20], [42, 54], 1, rounds=2),
             'a2': make_state([10, 20, 30], [1, 2, 3], 2, visualize=3),
             'b': make_state([10, 20, 30], [30, 40, 50], 0, strategy='random'),
-            'young': dict(make_state([10], [0], 0, rounds=2), rounds=[dict(asked=['0'])])}
+            'young': dict(make_state([10], [0], 0, rounds=2), rounds=[dict(asked={'0': None}, spent={})])}
     groups = group_runs(runs, 'mIoU')
     assert list(groups) == ['entropy', 'random']
     assert groups['entropy'].shape == (3, 3, 2)  # as far as all three are
@@ -117,13 +125,13 @@ def test_runs_are_grouped_by_all_but_their_seeds():
 # --- the command line ------------------------------------------------------------------------------------------------
 
 
-def test_report_by_hand(tmp_path, capsys):
+def test_compare_by_hand(tmp_path, capsys):
     """Two seeds from 40 to 60, and from 44 to 68, over 10 to 20 %; all labels give 70."""
     dirs = [write_state(tmp_path / 'a', make_state([10, 20], [40, 60], 0)),
             write_state(tmp_path / 'b', make_state([10, 20], [44, 68], 1)),
             write_state(tmp_path / 'r', make_state([10, 20], [30, 40], 0, strategy='random')),
             write_state(tmp_path / 'full', make_state([100], [70], 0, initial=1.))]
-    main(['report', *dirs, '-o', str(tmp_path / 'out' / 'curves.png')])
+    main(['compare', *dirs, '-o', str(tmp_path / 'out' / 'curves.png')])
     cells = cells_of(capsys.readouterr().out)
     assert cells['runs'] == ['seeds', 'rounds', '% labelled', 'last mIoU', 'area under curve', '% for 90% of full',
                              '% for 95% of full']
@@ -131,7 +139,7 @@ def test_report_by_hand(tmp_path, capsys):
     assert cells['entropy'] == ['2', '2', '10 to 20', '64.00 ± 5.66', '53.00 ± 4.24', '- (1 of 2)', '- (1 of 2)']
     assert cells['random'] == ['1', '2', '10 to 20', '40.00', '35.00', '-', '-'] and len(cells) == 3
     assert size_of(tmp_path / 'out' / 'curves.png') == (672, 456)
-    main(['report', *dirs[:2], '--full', '60', '-o', str(tmp_path / 'curves.pdf')])
+    main(['compare', *dirs[:2], '--full', '60', '-o', str(tmp_path / 'curves.pdf')])
     # 54 at 17 and at 10 + 10 * 10 / 24 = 14.17 %, 57 at 18.5 and at 15.42; of two, std = difference / sqrt 2
     assert cells_of(capsys.readouterr().out)['entropy'][-2:] == ['15.58 ± 2.00', '16.96 ± 2.18']
     assert (tmp_path / 'curves.pdf').read_bytes().startswith(b'%PDF')
@@ -139,47 +147,84 @@ def test_report_by_hand(tmp_path, capsys):
 
 def test_clicks_get_a_panel_of_their_own(tmp_path):
     path = write_state(tmp_path / 'a', make_state([10, 20], [40, 60], clicks=True, unit=CELL))
-    main(['report', path, '-o', str(tmp_path / 'curves.png')])
+    main(['compare', path, '-o', str(tmp_path / 'curves.png')])
     assert size_of(tmp_path / 'curves.png') == (1344, 456)
 
 
+def test_report_is_called_compare_now(tmp_path, capsys):
+    path = write_state(tmp_path / 'a', make_state([10, 20], [40, 60]))
+    out = []
+    for command in ('report', 'compare'):
+        main([command, path, '-o', str(tmp_path / 'curves.png')])
+        out.append(capsys.readouterr())
+    assert out[0].out == out[1].out and out[1].err == ''
+    assert out[0].err == 'al_report.py: `report` is called `compare` now\n'
+    assert os.listdir(tmp_path) == ['a', 'curves.png'] or os.listdir(tmp_path) == ['curves.png', 'a']
+
+
+def test_states_of_the_first_schema_are_compared_too(tmp_path, capsys):
+    state = make_state([10, 20], [40, 60], clicks=True, unit=CELL)
+    tables = []
+    for name, each in dict(old=of_schema_1(state), new=state).items():
+        main(['compare', write_state(tmp_path / name, each), '-o', str(tmp_path / 'curves.png')])
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1] and '10 to 20' in tables[0]
+
+
+@pytest.mark.parametrize('schema', [1, 2])
 @pytest.mark.parametrize('phase, rounds, text', [
     ('train', 2, 'Round 1 of 2: training on what is labelled; it last wrote'),
     ('query', 2, 'Round 1 of 2: scoring the pool; it last wrote'),
     ('label', 2, 'Round 1 of 2: waiting for the labels that to_label/ in its folder asks for'),
     ('query', 1, 'Ended after round 1: all 1 rounds of queries are done')])
-def test_status(tmp_path, capsys, phase, rounds, text):
+def test_status(tmp_path, capsys, phase, rounds, text, schema):
     state = make_state([10, 20], [40, 60], phase=phase, rounds=rounds)
     if phase != 'query':
-        state['rounds'][1] = dict(asked=state['rounds'][1]['asked'])
-    path = write_state(tmp_path / 'run', state)
+        state['rounds'][1] = {key: state['rounds'][1][key] for key in ('asked', 'spent')}
+    path = write_state(tmp_path / 'run', state if schema == 2 else of_schema_1(state))
     (tmp_path / 'run' / 'my.py').touch()
     main(['status', path])
     out = capsys.readouterr().out
-    assert text in out and 'entropy, unit image, seed 0' in out and 'Labelled: 20 images, 20.0 % of images' in out
+    assert text in out and 'entropy, unit image, seed 0' in out
+    assert 'Labelled: 20 images' + ', 20.0 % of images' * (schema == 2 or phase == 'query') in out
     assert f'bash dist_al_train.sh {path}/my.py <GPUs> --work-dir {path} --resume' in out
-    assert '|     0 |     10 |        10.0 |' in out and ('|     1 |     20 |' in out) == (phase == 'query')
+    assert ('To go on with more `al.rounds`: bash' in out) == ('Ended' in text)
+    assert ('|     1 |     20 |' in out) == (phase == 'query')
+    if schema == 2 or phase == 'query':
+        assert '|     0 |     10 |        10.0 |' in out
+
+
+def test_status_says_why_a_run_has_ended(tmp_path, capsys):
+    state = dict(make_state([10, 20], [40, 60], rounds=5), ended='mIoU 60.00 has reached al.stop.value = 50')
+    main(['status', write_state(tmp_path / 'run', state)])
+    assert 'Ended after round 1: mIoU 60.00 has reached al.stop.value = 50\n' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('command, error', [
-    (['status', 'nowhere'], 'No such file'), (['report', 'nowhere'], 'No such file'),
-    (['report', '{run}', '--metric', 'mDice'], 'no run has finished a round with mDice'),
-    (['report', '{run}', '-o', 'x.docx'], 'docx')])
+    (['status', 'nowhere'], 'No such file'), (['compare', 'nowhere'], 'No such file'),
+    (['compare', '{run}', '--metric', 'mDice'], 'no run has finished a round with mDice'),
+    (['compare', '{run}', '-o', 'x.docx'], 'docx'), (['status', '{cut}'], 'cut/al_state.json cannot be read'),
+    (['status', '{newer}'], 'its schema 3 is newer than this al_report.py')])
 def test_what_cannot_be_shown_is_an_error_in_words(tmp_path, monkeypatch, command, error):
     monkeypatch.chdir(tmp_path)
-    run = write_state(tmp_path / 'a', make_state([10, 20], [40, 60]))
-    with pytest.raises(SystemExit, match=error):
-        main([part.format(run=run) for part in command])
+    state = make_state([10, 20], [40, 60])
+    runs = dict(run=write_state(tmp_path / 'a', state), cut=write_state(tmp_path / 'cut', state),
+                newer=write_state(tmp_path / 'newer', dict(state, schema=3)))
+    (tmp_path / 'cut' / STATE_FILE).write_text('{"schema": 2, "pha')
+    with pytest.raises(SystemExit, match=f'^al_report.py {command[0]}: .*{error}'):
+        main([part.format(**runs) for part in command])
+    assert sorted(os.listdir(tmp_path)) == ['a', 'cut', 'newer']
 
 
-def test_the_module_is_a_script_that_patches_nothing(tmp_path):
-    """Run as a script and imported under its name in one process: the patch must be applied once."""
+@pytest.mark.parametrize('command, needs', [('status', ()), ('compare', ('numpy', 'matplotlib'))])
+def test_the_command_line_imports_only_what_it_needs(tmp_path, command, needs):
     path = write_state(tmp_path / 'a', make_state([10, 20], [40, 60]))
-    code = ('import runpy, sys; sys.argv = ["al_patch.py", "status", sys.argv[1]]; from mmengine.runner import Runner; '
-            'stock = Runner.train; runpy.run_path("al_patch.py", run_name="__main__"); assert Runner.train is stock; '
-            'import al_patch; al_patch.remove_patch(); assert Runner.train is stock')
-    done = subprocess.run([sys.executable, '-c', code, path], cwd=ROOT, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0 and 'all 1 rounds of queries' in done.stdout, done.stderr
+    code = ('import runpy, sys; script = sys.argv[1]; del sys.argv[0]; runpy.run_path(script, run_name="__main__"); '
+            'print(sorted({"al_patch", "torch", "mmengine", "mmcv", "numpy", "matplotlib"} & set(sys.modules)))')
+    done = subprocess.run([sys.executable, '-c', code, osp.join(ROOT, 'al_report.py'), command, path], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=170)
+    assert done.returncode == 0 and 'entropy' in done.stdout, done.stderr
+    assert done.stdout.splitlines()[-1] == str(sorted(needs))
 
 
 # --- in a run --------------------------------------------------------------------------------------------------------
@@ -218,7 +263,7 @@ def test_whole_images(make_cfg, train, shared_data, tmp_path, no_failure):
     assert size_of(osp.join(cfg.work_dir, 'learning_curve.png')) == (672, 456)
     assert size_of(osp.join(cfg.work_dir, 'asked.png'))[0] == 1210
     for k, entry in enumerate(rounds):
-        counts = np.bincount(labels_of(shared_data, entry['asked']).reshape(-1), minlength=3)
+        counts = np.bincount(labels_of(shared_data, list(entry['asked'])).reshape(-1), minlength=3)
         assert read_class_counts(cfg, k) == counts.tolist()
         iou = mmengine.load(osp.join(cfg.work_dir, f'round_{k}', 'class_iou.json'))
         assert list(iou) == ['dark', 'grey', 'bright']
@@ -227,7 +272,7 @@ def test_whole_images(make_cfg, train, shared_data, tmp_path, no_failure):
         folder = osp.join(cfg.work_dir, f'round_{k}')
         scores = mmengine.load(osp.join(folder, 'query_scores.json'))
         assert set(rounds[k + 1]['asked']) == set(sorted(scores, key=scores.get)[-2:])
-        assert set(scores) == set(tiny.NAMES) - set(sum(asked_of(rounds[:k + 1]), []))
+        assert set(scores) == set(tiny.NAMES) - {name for asked in asked_of(rounds[:k + 1]) for name in asked}
         names = {osp.relpath(osp.join(where, file), osp.join(folder, 'pictures'))[:-4]
                  for where, _, files in os.walk(osp.join(folder, 'pictures')) for file in files}
         fixed = names if k == 0 else fixed & names  # noqa: F821
@@ -247,14 +292,15 @@ def test_below_image_level(make_cfg, train, shared_data, no_failure, al):
     _, rounds = train(cfg)
     for k in range(2):
         assert sum(read_class_counts(cfg, k)) == rounds[k]['pixels']
-    masks = {name: al_patch.read_mask(al_patch.mask_path(cfg.work_dir, 0, name)) for name in rounds[0]['asked']}
+    state = State.read(osp.join(cfg.work_dir, STATE_FILE))
+    masks = {name: al_patch.read_mask(state.mask_path(0, name)) for name in rounds[0]['asked']}
     counts = np.bincount(np.concatenate([labels_of(shared_data, [name])[0][mask] for name, mask in masks.items()]))
     assert read_class_counts(cfg, 0) == counts.tolist()
     assert size_of(osp.join(cfg.work_dir, 'learning_curve.png')) == (1344, 456)
     first = max(rounds[1]['asked'], key=lambda name: rounds[1]['asked'][name][0])
     assert size_of(osp.join(cfg.work_dir, 'round_0', 'pictures', f'{first}.png'))[0] == 1100
     assert not osp.exists(osp.join(cfg.work_dir, 'round_0', 'contact_sheet.png'))
-    units = al_patch.units_per_image(read_state(osp.join(cfg.work_dir, STATE_FILE)), 12)
+    units = units_per_image(rounds, 12)
     assert sorted(filter(None, units)) == sorted(n for n, _ in rounds[1]['asked'].values())
     assert len(units) == 12 and units[0] == units.max()
 
@@ -264,8 +310,8 @@ def test_below_image_level(make_cfg, train, shared_data, no_failure, al):
     ids=['passes', 'thresholds', 'vectors'])
 def test_the_score_map_is_that_of_the_query(make_cfg, train, monkeypatch, no_failure, strategy):
     """Whatever a strategy asks of the model: the score of an image's best cell is then the maximum of its map."""
-    maps, draw = {}, al_patch.draw_picture
-    monkeypatch.setattr(al_patch, 'draw_picture', lambda *args: maps.update({args[4]: args[6]}) or draw(*args))
+    maps, draw = {}, al_report.draw_picture
+    monkeypatch.setattr(al_report, 'draw_picture', lambda *args: maps.update({args[2]: args[4]}) or draw(*args))
     cfg = make_cfg(dict(unit=CELL, initial=tiny.NAMES[:4], budget=2, visualize=6, full_res=True,
                         strategy=dict(strategy, reduce='max')))
     train(cfg)
@@ -281,7 +327,7 @@ def test_the_score_map_is_that_of_the_query(make_cfg, train, monkeypatch, no_fai
 def test_no_label_is_opened_that_was_not_asked_for(make_cfg, train, shared_data, tmp_path, no_failure, monkeypatch):
     """Pictures show images that nobody asked for; their label files do not exist."""
     _, rounds = train(make_cfg({}))
-    root, asked = shutil.copytree(shared_data, tmp_path / 'blind'), sum(asked_of(rounds), [])
+    root, asked = shutil.copytree(shared_data, tmp_path / 'blind'), {**rounds[0]['asked'], **rounds[1]['asked']}
     for name in set(tiny.NAMES) - set(asked):
         os.remove(root / 'ann' / 'train' / f'{name}.png')
     opened, load = [], Pool.load_label
@@ -306,15 +352,20 @@ def test_a_human_has_yet_to_label_what_is_drawn(make_cfg, train, shared_data, tm
     main(['status', cfg.work_dir])
 
 
-@pytest.mark.parametrize('broken', ['Figure', 'predict_one', 'asked_classes', 'mmengine.load'])
-def test_a_failure_only_warns(make_cfg, train, monkeypatch, broken):
+@pytest.mark.parametrize('broken, points', [
+    ('al_report.rendered', {'after_al_train', 'after_al_query'}),
+    ('al_report.look', {'after_al_train', 'after_al_query'}),
+    ('al_report.class_counts', {'after_al_train', 'after_al_query'}), ('mmengine.load', {'after_al_train'}),
+    ('numpy.isfinite', {'after_al_train', 'keep_class_iou'})])
+def test_a_failure_only_warns(make_cfg, train, monkeypatch, broken, points):
     texts = []
     monkeypatch.setattr('mmengine.logging.MMLogger.warning', lambda self, text, *args: texts.append(str(text)))
-    monkeypatch.setattr(f'al_patch.{broken}', lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(broken, lambda *args, **kwargs: 1 / 0)
     _, rounds = train(make_cfg(dict(visualize=2)))
     assert len(rounds) == 2 and 'metrics' in rounds[1]
-    failed = [text for text in texts if 'failed, the run goes on: ZeroDivisionError' in text]
-    assert any(text.startswith('report ') for text in failed) and len(failed) <= 3
+    failed = [text for text in texts if 'failed, the run goes on' in text]
+    assert all('ZeroDivisionError' in text for text in failed)
+    assert {text.split(' failed')[0].rpartition('.')[2] for text in failed} == points
 
 
 def test_tensorboard_shows_numbers_and_figures(make_cfg, train, no_failure):
@@ -331,7 +382,7 @@ def test_tensorboard_shows_numbers_and_figures(make_cfg, train, no_failure):
     assert [e.value for e in events.Scalars('al/% of asked/grey')] == pytest.approx(100 * counts[:, 1] / counts.sum(1))
     assert [e.step for e in events.Scalars('al/rank correlation with last query')] == [50]
     assert [e.step for e in events.Scalars('al/IoU/dark')] == steps
-    units = al_patch.units_per_image(read_state(osp.join(cfg.work_dir, STATE_FILE)), 12)
+    units = units_per_image(rounds, 12)
     assert events.Scalars('al/% of units in a tenth of images')[-1].value == pytest.approx(100 * units[0] / 30)
     tags = events.Tags()['images']
     assert {'al_learning_curve', 'al_asked'} <= set(tags) and any(tag.startswith('al_picture_') for tag in tags)

@@ -1,4 +1,5 @@
 """A data set, a network and a config so small that a round takes a tenth of a second, and what the configs import."""
+import glob
 import os
 import os.path as osp
 from typing import Optional
@@ -54,6 +55,12 @@ NO_VAL = {'val_cfg': None, 'val_dataloader': None, 'val_evaluator': None, 'defau
 
 def config_text(root: str, loop: str = 'iters', sync: bool = False) -> str:
     return CONFIG.format(root=str(root), h=SHAPE[0], w=SHAPE[1], sync=sync, **LOOPS[loop])
+
+
+def log_of(work_dir) -> str:
+    """All that a run has logged."""
+    paths = sorted(glob.glob(osp.join(glob.escape(str(work_dir)), '*', '*.log')))
+    return ''.join(open(path, encoding='utf-8').read() for path in paths)
 
 
 def make_data(root: str) -> str:

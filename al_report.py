@@ -1,0 +1,652 @@
+"""Look at runs of active learning: curves, tables and pictures.
+
+    python al_report.py status WORK_DIR                             where a run stands, and how to go on
+    python al_report.py compare WORK_DIR [WORK_DIR ...] [-o FILE]   learning curves, their area, labels needed
+
+Where this file lies beside ``al_patch.py``, a hook also looks at every run: after a round's training it draws
+``learning_curve.png`` and ``asked.png`` and, with ``al.visualize``, some images after each query. It keeps what it
+draws from in JSON files in the rounds' folders, and hands all of it to the run's visualizer.
+
+Read it from the top: each uses what stands below it.
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import functools
+import glob
+import importlib
+import io
+import json
+import math
+import os
+import os.path as osp
+import re
+import sys
+import time
+from typing import Callable, Iterator, NamedTuple
+
+
+class Lazy:
+    """A module that is imported when it is first asked for something: ``status`` then needs none of these, and
+    ``compare`` no torch."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, attribute: str):
+        return getattr(importlib.import_module(self._name), attribute)
+
+
+al_patch, mmcv, mmengine, ndimage, np, prettytable, torch = map(Lazy, (
+    'al_patch', 'mmcv', 'mmengine', 'scipy.ndimage', 'numpy', 'prettytable', 'torch'))
+colors, figures, patches = map(Lazy, ('matplotlib.colors', 'matplotlib.figure', 'matplotlib.patches'))
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list | None = None) -> None:
+    parser = argparse.ArgumentParser(prog='al_report.py', description='Look at runs of active learning')
+    commands = parser.add_subparsers(dest='command', required=True)
+    commands.add_parser('status', help='where a run stands, and how to go on').add_argument('dir', metavar='WORK_DIR')
+    comparing = commands.add_parser('compare', aliases=['report'],
+                                    help='compare runs: learning curves, their area, labels needed')
+    comparing.add_argument('dirs', nargs='+', metavar='WORK_DIR', help='those that differ in seeds are averaged')
+    comparing.add_argument('-o', '--out', default='compare.png', metavar='FILE', help='figure: .png, .pdf or .svg')
+    comparing.add_argument('--metric', help='by default that of `al.stop`, or mIoU')
+    comparing.add_argument('--full', type=float, metavar='VALUE', help='the metric with all labels; by default that '
+                           'of a WORK_DIR in which everything is labelled')
+    args = parser.parse_args(argv)
+    if args.command == 'report':
+        print('al_report.py: `report` is called `compare` now', file=sys.stderr)
+    try:
+        print(status(args.dir) if args.command == 'status' else
+              compare(args.dirs, args.out, args.metric, args.full))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f'al_report.py {args.command}: {error}') from error
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The hook
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def hook() -> mmengine.hooks.Hook:
+    """The hook of every run. With it, ``visualize`` is a key of the ``al`` block: how many images to draw after each
+    query."""
+    al_patch.block_settings()['visualize'] = (0, al_patch.Count)
+    al_patch.MAY_CHANGE_ON_RESUME.append('visualize')
+
+    class ReportHook(mmengine.hooks.Hook):
+        """Looks at a run from rank 0. ``al_patch`` turns what goes wrong in it into a warning."""
+
+        def before_val_epoch(self, runner) -> None:
+            """Have mmseg's IoUMetric, and those like it, keep the IoU of every class: they return means only."""
+            for metric in runner.val_loop.evaluator.metrics if runner.cfg.get('al') is None else ():  # a round has none
+                compute = getattr(metric, 'total_area_to_metrics', None)
+                if compute and 'total_area_to_metrics' not in vars(metric):
+                    metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
+
+        @torch.no_grad()
+        def after_al_train(self, state: al_patch.State, trainer) -> None:
+            if al_patch.is_main_process():
+                report_curve(state)
+                report_asked(state, trainer)
+
+        @torch.no_grad()
+        def after_al_query(self, state: al_patch.State, trainer, asked: dict) -> None:
+            if al_patch.is_main_process():
+                keep(state, 'query_scores.json', state.scores)
+                draw_pictures(state, trainer, asked)
+
+    return ReportHook()
+
+
+def keep_class_iou(runner, metric, compute: Callable, *args, **kwargs) -> dict:
+    """What a metric computes; each class's IoU goes into the round's ``class_iou.json``. mmengine calls it on rank 0,
+    and does not guard it: what goes wrong here must not end a run."""
+    computed = compute(*args, **kwargs)
+    try:
+        percent = {name: round(100 * float(value), 2) for name, value in zip(
+            metric.dataset_meta['classes'], computed.get('IoU', ())) if np.isfinite(value)}
+        al_patch.write_atomically(osp.join(runner.work_dir, 'class_iou.json'), json.dumps(percent))
+    except Exception as error:
+        runner.logger.warning(f'keep_class_iou failed, the run goes on: {type(error).__name__}: {error}')
+    return computed
+
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures of a run: its curve, and what it has asked for
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def report_curve(state: al_patch.State) -> None:
+    """Draw the run's learning curve, if it validates, and hand the round's figures to its visualizer."""
+    entry, metric = state.entry, main_metric(state.rounds, state.al.stop)
+    scalars = {**entry['spent'], **entry['metrics'], 'round': state.round, 'train_seconds': entry['train_seconds']}
+    add_scalars(state, scalars)
+    if metric:
+        points = curve(state.rounds, metric)
+        figure = draw_curves({in_words(state.al.strategy): points[None]}, metric, full_level([points]))
+        show(state, figure, osp.join(state.work_dir, 'learning_curve.png'), 'learning_curve')
+
+
+def report_asked(state: al_patch.State, trainer) -> None:
+    """Draw what the run has asked for, and hand the numbers to its visualizer."""
+    pool, rounds, classes = state.pool, state.round + 1, classes_of(state.pool)
+    keep(state, 'asked_classes.json', sum(
+        class_counts(pool.load_label(name)[state.asked_mask(name)], len(classes)) for name in state.entry['asked']
+    ).tolist())
+    queries = kept(state, 'query_scores.json', state.round)
+    asked = Asked(
+        classes, np.array([each or [0] * len(classes) for each in kept(state, 'asked_classes.json', rounds)]),
+        np.array([[iou.get(name, math.nan) for name in classes] for iou in kept(state, 'class_iou.json', rounds)]),
+        np.array([ranking_overlap(*pair) for pair in zip(queries, queries[1:])]).reshape(-1, 2),
+        units_per_image(state.rounds, len(pool)), predicted_classes(state, trainer) if state.al.visualize else None)
+    add_scalars(state, asked.newest())
+    show(state, draw_asked(asked), osp.join(state.work_dir, 'asked.png'), 'asked')
+
+
+def ranking_overlap(before: dict, after: dict) -> tuple[float, float]:
+    """How alike two queries rank the images that both scored: Spearman's rank correlation, and the share of the highest
+    tenth of the one that is in the highest tenth of the other. Not a number where there are fewer than two."""
+    names = [name for name in before if name in after]
+    if len(names) < 2:
+        return math.nan, math.nan
+    orders = [np.argsort([-scores[name] for name in names], kind='stable') for scores in (before, after)]
+    tops = [set(order[:max(1, len(names) // 10)].tolist()) for order in orders]
+    return float(np.corrcoef(*map(np.argsort, orders))[0, 1]), len(tops[0] & tops[1]) / len(tops[0])
+
+
+def units_per_image(rounds: list[dict], images: int) -> np.ndarray:
+    """How many units queries have asked for in every image, most first; 0 of whole images. (N,)"""
+    units = collections.Counter()
+    for entry in rounds[1:]:
+        units.update({name: asked[0] for name, asked in entry['asked'].items() if asked})
+    return np.array(sorted(units.values(), reverse=True) + [0] * (images - len(units)))
+
+
+def predicted_classes(state: al_patch.State, trainer, images: int = 32) -> np.ndarray:
+    """Pixels of every class that the model predicts in a few images of the pool, drawn at random. (C,)"""
+    have, classes = state.labelled(), len(classes_of(state.pool))
+    names = [name for name in state.pool.names if have.get(name, 0) is not None]
+    order = torch.randperm(len(names), generator=state.generator('predicted', state.round)).tolist()
+    looks = look(state, trainer, [names[i] for i in order[:images]])
+    return sum((class_counts(prediction_HW, classes) for _, prediction_HW, _ in looks), np.zeros(classes, int))
+
+
+def draw_asked(asked: Asked) -> figures.Figure:
+    """What was asked for: classes against predictions, IoU of classes, overlap of rankings, and budget over images."""
+    rows = [[draw_classes] + [draw_iou] * bool(np.isfinite(asked.iou_RC).any()),
+            [draw_overlaps] * bool(np.isfinite(asked.overlaps_Q2).any()) + [draw_budget] * bool(asked.units_N.any())]
+    shown = np.sort(np.argsort(-asked.pixels_RC.sum(0), kind='stable')[:30])  # more could not be read
+    mosaic = [(row * 2)[:2] for row in rows if row]
+    heights = (1.3 + .24 * len(shown), 3.)[:len(mosaic)]
+    figure = figures.Figure((11, sum(heights)), dpi=110, layout='constrained')
+    for draw, axes in figure.subplot_mosaic(mosaic, height_ratios=heights).items():
+        draw(axes, asked, shown)
+    return figure
+
+
+def draw_classes(axes, asked: Asked, shown: np.ndarray) -> None:
+    counts = {'asked at the start': asked.pixels_RC[0], 'by queries': asked.pixels_RC[1:].sum(0),
+              'predicted in the pool': asked.predicted_C}
+    for (label, counts_C), colour, marker in zip(counts.items(), COLOURS, MARKERS):
+        if counts_C is not None and counts_C.any():
+            shares = (100 * counts_C / counts_C.sum())[shown].clip(.01)
+            axes.scatter(shares, range(len(shown)), color=colour, marker=marker, label=label, alpha=.8)
+    tidy(axes, legend=False, xscale='log', xlim=(.008, 125), xlabel='% of pixels', ylim=(len(shown) - .5, -.5),
+         yticks=range(len(shown)), yticklabels=[asked.classes[c] for c in shown])
+    axes.legend(frameon=False, ncols=3, loc='lower center', bbox_to_anchor=(.5, 1), columnspacing=1,
+                title='classes of pixels')
+    axes.set_xticks([.01, .1, 1, 10, 100], ['≤ 0.01', '0.1', '1', '10', '100'])
+
+
+def draw_iou(axes, asked: Asked, shown: np.ndarray) -> None:
+    iou_CR = asked.iou_RC[:, shown].T
+    rounds = iou_CR.shape[1]
+    heat = axes.imshow(iou_CR, vmin=0, vmax=100, cmap='cividis', aspect='auto')
+    for (c, k), value in np.ndenumerate(iou_CR) if rounds <= 12 else ():
+        axes.text(k, c, f'{value:.0f}', ha='center', va='center', size=8, color='wk'[int(value > 50)])
+    axes.set(xlabel='round', title='IoU (%)', xticks=range(0, rounds, rounds // 13 + 1), yticks=range(len(shown)),
+             yticklabels=[asked.classes[c] for c in shown])
+    axes.figure.colorbar(heat, ax=axes)
+
+
+def draw_overlaps(axes, asked: Asked, shown: np.ndarray) -> None:
+    queries = [f'{q + 1} → {q + 2}' for q in range(len(asked.overlaps_Q2))]
+    for values, label, colour, marker in zip(asked.overlaps_Q2.T, ('rank correlation', 'share of the top tenth kept'),
+                                             COLOURS, MARKERS):
+        axes.plot(queries, values, marker + '-', color=colour, label=label)
+    tidy(axes, xlabel='queries', ylim=(min(-.05, np.nanmin(asked.overlaps_Q2) - .05), 1.05),
+         title='do consecutive queries rank images alike?')
+
+
+def draw_budget(axes, asked: Asked, shown: np.ndarray) -> None:
+    units_N = asked.units_N
+    axes.plot(np.linspace(0, 100, len(units_N) + 1), 100 * np.r_[0, units_N.cumsum()] / units_N.sum(),
+              color=COLOURS[0], label='so far')
+    axes.plot([0, 100], [0, 100], color='#555555', linestyle=':', label='if all images got the same')
+    tidy(axes, xlabel='% of images, those asked most first', ylabel='% of units asked for',
+         title='do a few images take it all?')
+
+
+class Asked(NamedTuple):
+    """What a run has asked for in R rounds, by Q + 1 queries, and what came of it."""
+    classes: list
+    pixels_RC: np.ndarray  # of each class, among those that a round asked for
+    iou_RC: np.ndarray  # in percent; not a number where it is not known
+    overlaps_Q2: np.ndarray  # of consecutive queries, see `ranking_overlap`
+    units_N: np.ndarray  # of each image, see `units_per_image`
+    predicted_C: np.ndarray | None  # pixels of each class that the model predicts in the pool
+
+    def newest(self) -> dict[str, float]:
+        """The last round's numbers, by name."""
+        shares_C = 100 * self.pixels_RC[-1] / max(1, self.pixels_RC[-1].sum())
+        numbers = {f'IoU/{name}': value for name, value in zip(self.classes, self.iou_RC[-1])}
+        numbers.update({f'% of asked/{name}': share for name, share in zip(self.classes, shares_C)})
+        for overlap in self.overlaps_Q2[-1:]:
+            numbers.update(zip(('rank correlation with last query', 'top tenth kept since last query'), overlap))
+        if self.units_N.any():
+            most = self.units_N[:max(1, len(self.units_N) // 10)].sum()
+            numbers['% of units in a tenth of images'] = 100 * most / self.units_N.sum()
+        return numbers
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures: a few images of each query
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def draw_pictures(state: al_patch.State, trainer, asked: dict) -> None:
+    """Draw ``al.visualize`` images after a query: half of them those that it asks for first, the others the same in
+    every round; for whole images also a contact sheet of what it asks for."""
+    n, scores, strategy, pool = state.al.visualize, state.scores, state.strategy, state.pool
+    if not n:
+        return
+    if not strategy.needs_model:  # then the query has not loaded it
+        al_patch.load_weights(state, state.checkpoint(state.round, state.al.query_with))
+    first = sorted(asked, key=lambda name: -(scores.get(name, 0) if asked[name] is None else len(asked[name])))
+    order = torch.randperm(len(pool), generator=state.generator('pictures')).tolist()
+    names = dict.fromkeys(first[:n - n // 2] + [pool.names[i] for i in order[:n // 2]])
+    for name, prediction_HW, score_HW in look(state, trainer, list(names), strategy):
+        figure = draw_picture(state, asked, name, prediction_HW, score_HW)
+        show(state, figure, al_patch.png_path(osp.join(state.folder(), 'pictures'), name, state.work_dir),
+             f'picture_{name}')
+    if not state.counts_pixels:
+        figure = draw_contact_sheet(pool, first, scores)
+        show(state, figure, osp.join(state.folder(), 'contact_sheet.png'), 'contact_sheet')
+
+
+def look(state: al_patch.State, trainer, names: list[str], strategy: al_patch.Strategy | None = None
+         ) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+    """The classes that the model predicts in images and, if the strategy has any, its score map, (H, W) each, in the
+    image's own coordinates, from the enlarged logits."""
+    network, thresholds = al_patch.Network(trainer, strategy), {}
+    if strategy and strategy.calibration:
+        thresholds['thresholds_C'] = al_patch.calibrate(state, trainer, strategy)
+    for name, seen in network.look(state, names, [al_patch.to_image], shared=False):
+        score_HW, means = None, seen.means[-1]
+        if strategy and strategy.score is not al_patch.random_scores:
+            score_HW = al_patch.call(strategy.score, means['probs_NCHW'], **means, **thresholds)[0]
+            score_HW = score_HW.float().cpu().numpy()
+        yield name, network.classify(seen), score_HW
+
+
+def draw_picture(state: al_patch.State, asked: dict, name: str, prediction_HW: np.ndarray,
+                 score_HW: np.ndarray | None) -> figures.Figure:
+    """An image in six panels: input, prediction, scores, asked for now, labelled so far, and the labels asked for."""
+    pool, old = state.pool, state.mask(name)
+    classes, image, strength = classes_of(pool), to_rgb(pool.load_image(name)), .5
+    new = np.full_like(old, name in asked)
+    if name in asked and asked[name] is not None:
+        new = state.units(name).mask(asked[name])
+    new, n = new & ~old, len(classes)
+    titles = f'asked for now: {100 * new.mean():.3g} %', f'labelled so far: {100 * (old | new).mean():.3g} %'
+    known = old if state.al.oracle == 'human' else old | new  # a human has yet to label what is new
+    label = pool.load_label(name) if known.any() else n  # that of an image that was not asked for stays closed
+    truth_HW = np.where(known, label, n).clip(0, n)
+    if state.unit.kind.is_dense:  # make single pixels large enough to be seen
+        radius, strength = max(old.shape) // 120, 1
+        where = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+        truth_HW = np.where(al_patch.dilate(known, radius), truth_HW[tuple(where)], n)
+        old, new = al_patch.dilate(old, radius), al_patch.dilate(new, radius)
+    colours = np.r_[pool.leaves[0].metainfo['palette'], [[255] * 3]].astype(np.uint8)  # mmseg's; white is no class
+    figure = draw_panels({
+        'input': image, 'prediction': colours[prediction_HW], f'score: {in_words(state.al.strategy)}': score_HW,
+        titles[0]: tint(image, {COLOURS[1]: new}, strength),
+        titles[1]: tint(image, {COLOURS[0]: old, COLOURS[1]: new}, strength), 'labels asked for': colours[truth_HW]})
+    figure.suptitle(f'round {state.round}: {name}')
+    number = class_counts(np.r_[prediction_HW.flat, truth_HW.flat], n)
+    biggest = np.sort(np.argsort(-number, kind='stable')[:min(16, np.count_nonzero(number))])
+    figure.legend(handles=[patches.Patch(facecolor=colours[c] / 255, edgecolor='k', label=classes[c]) for c in biggest],
+                  ncols=8, loc='outside lower center', frameon=False, fontsize=9)
+    return figure
+
+
+def draw_panels(panels: dict[str, np.ndarray | None]) -> figures.Figure:
+    """Six panels by title: colours (H, W, 3), of which the first is, scores (H, W), or None for no scores."""
+    h, w, _ = next(iter(panels.values())).shape
+    figure = figures.Figure((11, 1. + 2 * (.25 + 3.4 * h / w)), dpi=100, layout='constrained')
+    for axes, (title, panel) in zip(figure.subplots(2, 3).flat, panels.items()):
+        axes.set(xticks=[], yticks=[])
+        axes.set_title(title, size=10)
+        if panel is None:
+            axes.text(.5, .5, 'no score map', ha='center', va='center')
+        elif panel.ndim == 2:
+            figure.colorbar(axes.imshow(panel, cmap='cividis'), ax=axes, shrink=.8)
+        else:
+            axes.imshow(panel)
+    return figure
+
+
+def draw_contact_sheet(pool: al_patch.Pool, names: list[str], scores: dict, at_most: int = 48) -> figures.Figure:
+    """Small pictures of the images that a query asks for, those with the highest scores, if any, first."""
+    images = {name: to_rgb(pool.load_image(name)) for name in names[:at_most]}
+    rows, (h, w) = math.ceil(len(images) / 8), np.mean([image.shape[:2] for image in images.values()], 0)
+    figure = figures.Figure((11, .4 + rows * (.45 + 1.3 * h / w)), dpi=100, layout='constrained')
+    figure.suptitle(f'{len(images)} of {len(names)} images asked for' + ', highest scores first' * bool(scores))
+    for axes in figure.subplots(rows, 8, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, (name, image) in zip(figure.axes, images.items()):
+        score = f'{scores[name]:.4g}' if name in scores else ''
+        axes.set_title(f'{name if len(name) < 18 else "…" + name[-16:]}\n{score}', size=8)
+        axes.imshow(image)
+    return figure
+
+
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """An image as loaded, (H, W[, C]) and BGR, for the eye: (H, W, 3) uint8."""
+    image = image.reshape(*image.shape[:2], -1)
+    image = image[..., 2::-1] if image.shape[2] > 2 else image[..., [0, 0, 0]]
+    if image.dtype != np.uint8:  # e.g. 16 bits of a satellite
+        low, high = np.percentile(image, (1, 99))
+        image = 255 * ((image - low) / max(high - low, 1e-9)).clip(0, 1)
+    return image.astype(np.uint8)
+
+
+def tint(image_HW3: np.ndarray, masks: dict, strength: float) -> np.ndarray:
+    """An image in pale grey and, where the mask of a colour is true, mixed with that colour."""
+    result = np.repeat(160 + .35 * image_HW3.mean(2, keepdims=True), 3, 2)
+    for colour, mask_HW in masks.items():
+        result[mask_HW] = (1 - strength) * image_HW3[mask_HW] + strength * 255 * np.array(colors.to_rgb(colour))
+    return result.clip(0, 255).astype(np.uint8)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Compare runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def compare(dirs: list[str], out: str, metric: str | None = None, full: float | None = None) -> str:
+    """Draw the learning curves of finished or running runs into one figure.
+
+    Returns:
+        Their table.
+
+    Raises:
+        ValueError: No run has finished a round with the metric.
+    """
+    runs = {path: read_run(path) for path in dirs}
+    metrics = (main_metric(run['rounds'], run['settings'].get('stop')) for run in runs.values())
+    metric = metric or next(filter(None, metrics), None)
+    groups = group_runs(runs, metric)
+    if not groups:
+        raise ValueError(f'no run has finished a round with {metric or "a validation"}')
+    full = full_level([curve(run['rounds'], metric) for run in runs.values()]) if full is None else full
+    save_figure(draw_curves(groups, metric, full), out)
+    return f'{groups_table(groups, metric, full)}\nCurves: {out}'
+
+
+def group_runs(runs: dict, metric: str) -> dict[str, np.ndarray]:
+    """Group runs that differ in their seeds alone.
+
+    Args:
+        runs: Directory -> state. Left out are runs without a finished round, and of a single round on all labels.
+
+    Returns:
+        Label that says what sets the group apart -> its curves, as far as all of them are. (S, 3, R)
+    """
+    groups, result = {}, {}
+    for path, run in runs.items():
+        points = curve(run['rounds'], metric)
+        if points.size and not (points.shape[1] == 1 and points[0, 0] == 100):
+            settings = {key: value for key, value in run['settings'].items() if key not in ('seed', 'visualize')}
+            config = {key: value for key, value in run['config'].items() if key != 'randomness'}
+            groups.setdefault(json.dumps([settings, config], sort_keys=True), []).append((path, settings, points))
+    every = [members[0][1] for members in groups.values()]
+    keys = dict.fromkeys(key for settings in every for key in settings)
+    differ = [key for key in keys if any(each.get(key) != every[0].get(key) for each in every)] or ['strategy']
+    for members in groups.values():
+        path, settings, _ = members[0]
+        label = ', '.join(('' if key in ('strategy', 'unit') else f'{key}=') + in_words(settings.get(key))
+                          for key in differ)
+        if label in result:  # then their configs differ
+            label = f'{label} ({osp.basename(osp.abspath(path))})'
+        rounds = min(points.shape[1] for *_, points in members)
+        result[label] = np.stack([points[:, :rounds] for *_, points in members])
+    return result
+
+
+def groups_table(groups: dict[str, np.ndarray], metric: str, full: float | None) -> prettytable.PrettyTable:
+    """One row a group: the metric at its end, area under the curve, labels needed for 90 and 95 % of full supervision;
+    means and standard deviations over seeds, or how many of the seeds came that far."""
+    levels = {f'% for {level:.0%} of full': level * full for level in (.9, .95)} if full else {}
+    table = prettytable.PrettyTable(
+        ['runs', 'seeds', 'rounds', '% labelled', f'last {metric}', 'area under curve', *levels], align='r')
+    table.align['runs'] = 'l'
+    for label, curves in groups.items():
+        share_R, last_S = curves[:, 0].mean(0), curves[:, 2, -1]
+        table.add_row([label, *curves.shape[::2], f'{share_R[0]:.4g} to {share_R[-1]:.4g}', mean_and_std(last_S),
+                       mean_and_std([area_under_curve(share, values) for share, _, values in curves]),
+                       *(mean_and_std([share_needed(share, values, level) for share, _, values in curves])
+                         for level in levels.values())])
+    return table
+
+
+def area_under_curve(share_R: np.ndarray, values_R: np.ndarray) -> float:
+    """The metric's mean height between the first and the last labelled share, by the trapezoid rule."""
+    if len(share_R) < 2:
+        return math.nan
+    return float((values_R[1:] + values_R[:-1]) / 2 @ np.diff(share_R) / (share_R[-1] - share_R[0]))
+
+
+def share_needed(share_R: np.ndarray, values_R: np.ndarray, level: float) -> float:
+    """The labelled share at which the metric, linear between rounds, first reaches a level; not a number if never."""
+    reached = np.flatnonzero(values_R >= level)
+    if not len(reached):
+        return math.nan
+    around = slice(max(0, reached[0] - 1), reached[0] + 1)
+    return float(np.interp(level, values_R[around], share_R[around]))
+
+
+def mean_and_std(values: list) -> str:
+    if not np.isfinite(values).all():
+        return f'- ({np.isfinite(values).sum()} of {len(values)})' if np.isfinite(values).any() else '-'
+    return f'{np.mean(values):.2f}' + (f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else '')
+
+
+def draw_curves(groups: dict[str, np.ndarray], metric: str, full: float | None) -> figures.Figure:
+    """The metric over the labelled share and, where there are any, over clicks: means, and one standard deviation."""
+    has_clicks = any(np.isfinite(curves[:, 1]).any() for curves in groups.values())
+    xlabels = ['labelled share (%)', 'clicks'][:1 + has_clicks]
+    figure = figures.Figure((5.6 * len(xlabels), 3.8), dpi=120, layout='constrained')
+    for row, axes in enumerate(figure.subplots(1, len(xlabels), squeeze=False)[0]):
+        for i, (label, curves) in enumerate(groups.items()):
+            draw_curve(axes, curves[:, row].mean(0), curves[:, 2], COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)],
+                       f'{label} ({len(curves)} seeds)' if len(curves) > 1 else label)
+        if full is not None:
+            axes.axhline(full, color='#555555', linestyle=':', label=f'all labels: {full:.2f}')
+        tidy(axes, legend=row == 0, xlabel=xlabels[row], ylabel=metric)
+    return figure
+
+
+def draw_curve(axes, x_R: np.ndarray, values_SR: np.ndarray, colour: str, marker: str, label: str) -> None:
+    """The mean over seeds and, of several, one standard deviation around it."""
+    mean_R = values_SR.mean(0)
+    axes.plot(x_R, mean_R, marker + '-', color=colour, label=label)
+    if len(values_SR) > 1:
+        std_R = values_SR.std(0, ddof=1)
+        axes.fill_between(x_R, mean_R - std_R, mean_R + std_R, color=colour, alpha=.2, linewidth=0)
+
+
+def tidy(axes, legend: bool = True, **labels) -> None:
+    axes.set(**labels)
+    axes.grid(alpha=.3)
+    axes.spines[['top', 'right']].set_visible(False)
+    if legend:
+        axes.legend(frameon=False)
+
+
+COLOURS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'  # Okabe & Ito, less the yellow
+MARKERS = 'os^Dv<>X'
+
+
+def curve(rounds: list[dict], metric: str) -> np.ndarray:
+    """After each finished round, the labelled share in percent, clicks (not a number for whole images), and a metric.
+    (3, R)"""
+    done = [(entry['spent'], entry['metrics'][metric]) for entry in rounds if metric in entry.get('metrics', ())]
+    return np.array([(spent.get('% of pixels', spent.get('% of images')), spent.get('clicks', math.nan), value)
+                     for spent, value in done], float).reshape(-1, 3).T
+
+
+def full_level(curves: list[np.ndarray]) -> float | None:
+    """The mean metric of those runs that have come to label everything, or None."""
+    values = [each[2, -1] for each in curves if each.size and each[0, -1] == 100]
+    return float(np.mean(values)) if values else None
+
+
+def main_metric(rounds: list[dict], stop: dict | None) -> str | None:
+    """The metric to look at: that of ``al.stop``, mIoU, or the first there is."""
+    have = list(rounds[0].get('metrics', ()))
+    return next((metric for metric in ((stop or {}).get('metric'), 'mIoU', *have) if metric in have), None)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a run stands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def status(path: str) -> str:
+    """Where a run stands, what it waits for, and the command to go on."""
+    run = read_run(path)
+    k, al, done = run['round'], run['settings'], [entry for entry in run['rounds'] if 'metrics' in entry]
+    logs = [log for depth in ('*', '*/*') for log in glob.glob(osp.join(glob.escape(path), depth, '*.log'))]
+    ago = time.time() - max(map(osp.getmtime, [osp.join(path, STATE_FILE), *logs]))
+    config = max(glob.glob(osp.join(glob.escape(path), '*.py')), key=osp.getmtime, default='<config>')
+    when = 'To go on with more `al.rounds`' if run['ended'] else \
+        'With the labels in place' if run['phase'] == 'label' else 'If it has stopped, go on with'
+    return '\n'.join([
+        f'{path}: {in_words(al["strategy"])}, unit {in_words(al["unit"])}, seed {run["seed"]}',
+        f'Ended after round {k}: {run["ended"]}' if run['ended'] else
+        f'Round {k} of {al["rounds"]}: {PHASES.get(run["phase"], run["phase"])}; it last wrote {ago:.0f} s ago',
+        'Labelled: ' + ', '.join(f'{value} {key}' for key, value in run['rounds'][-1]['spent'].items()),
+        *([str(rounds_table(done))] if done else []),
+        f'{when}: bash dist_al_train.sh {config} <GPUs> --work-dir {path} --resume'])
+
+
+PHASES = dict(train='training on what is labelled', query='scoring the pool',
+              label='waiting for the labels that to_label/ in its folder asks for')
+
+
+def rounds_table(rounds: list[dict]) -> prettytable.PrettyTable:
+    """Finished rounds, one row each."""
+    metrics = list(dict.fromkeys(key for entry in rounds for key in entry['metrics']))
+    table = prettytable.PrettyTable(['round', *rounds[-1]['spent'], *metrics, 'train s', 'query s'], align='r',
+                                    none_format='-')
+    for k, entry in enumerate(rounds):
+        table.add_row([k, *entry['spent'].values(), *map(entry['metrics'].get, metrics), entry['train_seconds'],
+                       entry.get('query_seconds')])
+    return table
+
+
+def in_words(setting) -> str:
+    """A setting in few words: ``name``, or ``name(option=value)``."""
+    if not isinstance(setting, dict) or 'type' not in setting:
+        return str(setting)
+    options = ', '.join(f'{key}={option}' for key, option in setting.items() if key != 'type' and option is not None)
+    return f'{setting["type"]}({options})' if options else setting['type']
+
+
+def read_run(work_dir: str) -> dict:
+    """What a run's state file holds: of schema 1 as of 2, as far as it is looked at here.
+
+    Raises:
+        ValueError: It is damaged, or of a newer schema.
+    """
+    path, images = osp.join(work_dir, STATE_FILE), set()
+    try:
+        with open(path, encoding='utf-8') as file:
+            run = json.load(file)
+        if run['schema'] > 2:
+            raise ValueError(f'its schema {run["schema"]} is newer than this al_report.py')
+        for entry in run['rounds']:
+            images.update(entry['asked'])
+            entry.setdefault('spent', entry.get('labelled', dict(images=len(images))))
+        all_done = run['phase'] == 'query' and run['round'] >= run['settings']['rounds']
+        run.setdefault('ended', f'all {run["round"]} rounds of queries are done' if all_done else None)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} cannot be read ({type(error).__name__}: {error})') from error
+    return run
+
+
+STATE_FILE = 'al_state.json'
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files, classes
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def keep(state: al_patch.State, name: str, value) -> None:
+    """Write a JSON file in the folder of the state's round."""
+    al_patch.write_atomically(osp.join(state.folder(), name), json.dumps(value, sort_keys=True))
+
+
+def kept(state: al_patch.State, name: str, rounds: int) -> list:
+    """What each of the first rounds keeps in its file of that name; an empty dict where there is none."""
+    paths = [osp.join(state.folder(k), name) for k in range(rounds)]
+    return [mmengine.load(path) if osp.isfile(path) else {} for path in paths]
+
+
+def show(state: al_patch.State, figure: figures.Figure, path: str, tag: str) -> None:
+    """Write a figure, and hand it to the run's visualizer."""
+    png = rendered(figure)
+    os.makedirs(osp.dirname(path), exist_ok=True)
+    al_patch.write_atomically(path, png)
+    tag = 'al_' + re.sub(r'[^\w.-]+', '_', tag)  # without slashes: LocalVisBackend makes a file name of it
+    state.runner.visualizer.add_image(tag, mmcv.imfrombytes(png, channel_order='rgb'), state.step)
+
+
+def add_scalars(state: al_patch.State, scalars: dict[str, float]) -> None:
+    """Hand numbers to the run's visualizer, over the number of labelled images or units."""
+    state.runner.visualizer.add_scalars({f'al/{key}': float(value) for key, value in scalars.items()
+                                         if np.isfinite(value)}, step=state.step)
+
+
+def save_figure(figure: figures.Figure, path: str) -> None:
+    """Write a figure, as a whole or not at all."""
+    content, temporary = rendered(figure, osp.splitext(path)[1][1:] or 'png'), f'{path}.{os.getpid()}.tmp'
+    os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
+    with open(temporary, 'wb') as file:
+        file.write(content)
+    os.replace(temporary, path)
+
+
+def rendered(figure: figures.Figure, kind: str = 'png') -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format=kind)
+    return content.getvalue()
+
+
+def classes_of(pool: al_patch.Pool) -> list[str]:
+    return list(pool.leaves[0].metainfo['classes'])
+
+
+def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
+    """How many labels there are of every class; void is none. (C,)"""
+    return np.bincount(labels[labels < classes], minlength=classes)
+
+
+if __name__ == '__main__':
+    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')  # idle BLAS threads take a tenth of a second of CPU time
+    main()
