@@ -43,6 +43,7 @@ import pickle
 import random as python_random
 import re
 import shlex
+import shutil
 import socket
 import sys
 import time
@@ -214,9 +215,11 @@ def start_or_resume(runner: Runner) -> State:
         state = State(dict(seed=seed, config=config_digest(runner.cfg)), runner.work_dir, al, runner, pool)
         state.companions = companions
         asked = initial_images(state) or query(state, None)
-        if is_main_process():  # checkpoints of an older run: nothing of it may leak into this one
-            for stale in glob.glob(osp.join(glob.escape(runner.work_dir), 'round_*', 'last_checkpoint')):
-                os.remove(stale)
+        if is_main_process():  # an older run's checkpoints and requests: nothing of it may leak into this one
+            for folder in glob.glob(osp.join(glob.escape(runner.work_dir), 'round_*', '')):
+                with contextlib.suppress(FileNotFoundError):
+                    os.remove(osp.join(folder, 'last_checkpoint'))
+                shutil.rmtree(osp.join(folder, 'to_label'), ignore_errors=True)
         add_round(state, asked)
         tell_hooks(state, 'after_al_ask', None)
         return state
