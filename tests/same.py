@@ -324,7 +324,7 @@ def alike(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(alike, a, b))
-    return math.isclose(a, b, rel_tol=1e-6, abs_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b
+    return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b
 
 
 def look_alike(a: np.ndarray, b: np.ndarray) -> bool:
