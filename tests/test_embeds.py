@@ -1,33 +1,24 @@
 """Embeddings: each against its definition, pixel by pixel, for segments, windows, pixels and whole images."""
 import math
-import types
 
-import cv2
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mmengine.config import ConfigDict
 
-import al_patch
 from al_patch import (
-    Collector,
-    Pool,
-    cell_weights,
+    Peaks,
+    Segments,
+    class_confusion,
+    class_cooccurrence,
     class_scores,
-    confusion,
-    cooccurrence,
-    features,
     generator,
-    gradient,
     grid,
-    parse_settings,
-    parse_unit,
+    mean_features,
+    mean_gradient,
     pool_map,
-    resolve_strategy,
-    unit_mask,
 )
 
 SHAPE = 13, 18  # of the image
@@ -43,12 +34,11 @@ def blobs(shape: tuple) -> np.ndarray:
 
 
 CORNERS = np.array([0, 17, 40, 100, 12 * 18, 13 * 18 - 1])
-UNITS = dict(  # unit, ids (not in order: the labelled ones come after the free ones), segments
-    grid=(parse_unit(dict(type='region', size=[4, 5])), np.array([0, 3, 15, 5, 14]), grid(SHAPE, (4, 5))),
-    blobs=(parse_unit('superpixel'), np.array([1, 13, 6, 0]), blobs(SHAPE)),
-    window=(parse_unit(dict(type='region', window=1)), CORNERS, None),
-    large_window=(parse_unit(dict(type='region', window=7)), CORNERS[::-1], None),
-    pixel=(parse_unit('pixel'), CORNERS, None))
+UNITS = dict(  # units, ids (not in order: the labelled ones come after the free ones)
+    grid=(Segments(grid(SHAPE, (4, 5))), np.array([0, 3, 15, 5, 14])),
+    blobs=(Segments(blobs(SHAPE)), np.array([1, 13, 6, 0])),
+    window=(Peaks(SHAPE, 1, 2), CORNERS), large_window=(Peaks(SHAPE, 7, 14), CORNERS[[2, 5]]),
+    pixel=(Peaks(SHAPE, 0, 0), CORNERS))
 each_unit = pytest.mark.parametrize('unit', UNITS)
 each_map = pytest.mark.parametrize('cells', MAPS, ids=str)
 
@@ -203,78 +193,3 @@ def test_cooccurrence_is_squared_and_normalised_by_row(name, cells):
     expected = squared / np.where(squared.sum(2, keepdims=True) > 0, squared.sum(2, keepdims=True), 1)
     got = cooccurrence(probs, torch.tensor(thresholds), weights).view(-1, 4, 4).numpy()
     assert got == pytest.approx(expected, abs=1e-5) and not got[:, 2].any()  # a row of zeros where a class is absent
-
-
-# --- the vector of a place in the image ------------------------------------------------------------------------------
-
-TOP, LEFT, SIDE = 16, 32, 8  # the one bright square, in 32 x 48 pixels
-WAYS = dict(
-    plain=dict(), larger=dict(steps=[dict(type='Resize', scale=(72, 80))]),
-    padded={'model.data_preprocessor.test_cfg': dict(size_divisor=40)},
-    resized_and_padded={'steps': [dict(type='Resize', scale=(72, 48))],
-                        'model.data_preprocessor.test_cfg': dict(size_divisor=40)},
-    flipped=dict(steps=[dict(type='RandomFlip', prob=1.)]),
-    full_res=dict(full_res=True))
-PLACES = {
-    'cell': (dict(type='region', size=[SIDE, SIDE]), TOP // SIDE * 6 + LEFT // SIDE),
-    'window': (dict(type='region', window=1), (TOP + 4) * 48 + LEFT + 4), 'pixel': ('pixel', (TOP + 4) * 48 + LEFT + 4)}
-
-
-@pytest.fixture
-def collected(make_cfg, build, tmp_path, monkeypatch):
-    """A function that collects the candidates of one dark image with a bright square. Features are brightness."""
-
-    def collect(unit, strategy, steps=(), full_res=None, amp=False, **changes) -> al_patch.Candidates:
-        image = np.zeros((32, 48, 3), np.uint8)
-        image[TOP:TOP + SIDE, LEFT:LEFT + SIDE] = 255
-        (tmp_path / 'img' / 'train').mkdir(parents=True)
-        cv2.imwrite(str(tmp_path / 'img' / 'train' / 'x.png'), image)
-        cfg = make_cfg(root=str(tmp_path), changes={'model.decode_head.num_convs': 0, **changes})
-        cfg.test_dataloader.dataset.pipeline[1:1] = steps
-        runner = build(cfg)
-        monkeypatch.setattr(runner.model.backbone, 'forward', lambda x: (
-            F.avg_pool2d(x[:, :1], 4, ceil_mode=True).repeat(1, 8, 1, 1), ))
-        optim_wrapper = ConfigDict(type='AmpOptimWrapper' if amp else 'OptimWrapper')
-        trainer = types.SimpleNamespace(model=runner.model, cfg=ConfigDict(optim_wrapper=optim_wrapper))
-        state = dict(settings=parse_settings(dict(unit=unit, full_res=full_res)).to_dict(), seed=0, rounds=[])
-        strategy, pool = resolve_strategy(strategy), Pool(runner.cfg)
-        collector = Collector(strategy.select, lambda name: 1500, False, False, (0, ))
-        al_patch.collect(runner, trainer, state, pool, pool.names, strategy, collector)
-        return al_patch.Candidates.join(collector.parts)
-
-    return collect
-
-
-@pytest.mark.parametrize('place', PLACES)
-@pytest.mark.parametrize('way', WAYS)
-def test_a_vector_is_that_of_its_place(collected, way, place):
-    unit, bright = PLACES[place]
-    strategy = dict(type='coreset', shortlist=1536)
-    rows = collected(unit, strategy, **WAYS[way])
-    [row] = np.flatnonzero(rows.id == bright) if place != 'window' else \
-        [np.abs(np.divmod(rows.id, 48) - np.array(divmod(bright, 48))[:, None]).max(0).argmin()]  # drawn, and apart
-    y, x = np.divmod(rows.id, 48)
-    far = rows.id == 0 if place == 'cell' else (np.abs(y - TOP - 4) > 12) | (np.abs(x - LEFT - 4) > 12)
-    darkness, brightness = -2., 127 / 64
-    assert rows.vector.shape == (len(rows.id), 8) and rows.vector[far] == pytest.approx(darkness)
-    assert rows.vector[row].max() > 1.2 and rows.vector.max() <= brightness + 1e-4
-    assert way not in ('plain', 'flipped') or rows.vector[row] == pytest.approx(brightness, abs=.01)
-
-
-def test_the_vector_of_an_image_leaves_out_its_padding(collected):
-    plain = collected('image', 'coreset').vector
-    assert plain.shape == (1, 8) and plain == pytest.approx(-2 + 64 / 32 / 48 * 255 / 64, abs=1e-3)
-
-
-def test_padding_is_in_no_vector_of_an_image(collected):
-    padded = collected('image', 'coreset', **WAYS['padded']).vector
-    assert padded == pytest.approx(-2 + 64 / 32 / 48 * 255 / 64, abs=1e-3)
-
-
-@pytest.mark.parametrize('unit', ['image', 'region'])
-@pytest.mark.parametrize('strategy', ['coreset', 'badge', 'contextual_diversity', 'real', 'clasp_pe'])
-def test_mixed_precision_gives_single_precision_vectors(collected, unit, strategy):
-    """As a round trained by AmpOptimWrapper, which itself needs a GPU."""
-    rows = collected(unit, strategy, amp=True, **{'model.decode_head.num_convs': 1})
-    assert rows.vector.dtype == np.float32 and len(rows.vector) == len(rows.id) and np.isfinite(rows.vector).all()
-    assert rows.probs is None or rows.probs.dtype == np.float32

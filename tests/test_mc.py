@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import os.path as osp
+import types
 
 import numpy as np
 import pytest
@@ -15,25 +16,13 @@ from mmseg.structures import SegDataSample
 from torch import nn
 
 import al_patch
-from al_patch import Network, dropouts_of, generator, predictions, resolve_strategy, seed_of, statistics
+from al_patch import Network, Pool, Query, State, dropouts_of, generator, parse_settings, resolve_strategy, seed_of
 
 SEEDS = [11, 22, 33]
 
 
 def layer(*channels: int, stride=2) -> nn.Conv2d:
     return nn.Conv2d(*channels, 3, stride=stride, padding=1)
-
-
-class Counting(nn.Sequential):
-    """A module that counts its calls."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.calls = 0
-
-    def forward(self, x):
-        self.calls += 1
-        return super().forward(x)
 
 
 @MODELS.register_module()
@@ -43,8 +32,8 @@ class DropoutBackbone(BaseModule):
     def __init__(self, way: str):
         super().__init__()
         self.way = way
-        self.stem, self.side = Counting(layer(3, 8), nn.BatchNorm2d(8)), Counting(layer(8, 8, stride=1))
-        self.stage, self.late = Counting(layer(8, 8)), Counting(layer(8, 8, stride=1))
+        self.stem, self.side = nn.Sequential(layer(3, 8), nn.BatchNorm2d(8)), nn.Sequential(layer(8, 8, stride=1))
+        self.stage, self.late = nn.Sequential(layer(8, 8)), nn.Sequential(layer(8, 8, stride=1))
         self.channels, self.elements = nn.Dropout2d(.4), nn.Dropout(.3)
         if way in ('held_twice', 'shared'):
             self.norm = nn.BatchNorm2d(8)
@@ -139,15 +128,27 @@ def images(n: int = 3) -> torch.Tensor:
     return 2 * torch.rand(n, 3, *tiny.SHAPE, generator=generator('images')) - 1
 
 
+def count_calls(model: nn.Module, names: list) -> dict:
+    """How often each of these modules is run, as it goes on."""
+    calls = dict.fromkeys(names, 0)
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: calls.update({name: calls[name] + 1}))
+    return calls
+
+
 def metas(n: int = 3) -> list:
     return [dict(img_shape=tiny.SHAPE, ori_shape=tiny.SHAPE, pad_shape=tiny.SHAPE) for _ in range(n)]
+
+
+def network(model: nn.Module, mc: int, strategy='entropy') -> Network:
+    return Network(types.SimpleNamespace(model=model, cfg=None), resolve_strategy(dict(type=strategy, mc=mc)))
 
 
 @torch.no_grad()
 def passes(model: nn.Module, inputs: torch.Tensor, seeds: list, mc: int, native=True) -> torch.Tensor:
     """Logits of all passes, (T, N, C, h, w)."""
     with al_patch.native_resolution(model) if native else contextlib.nullcontext():
-        return torch.cat(list(Network(model, mc)(inputs, metas(len(inputs)), seeds)))
+        return torch.cat(list(network(model, mc).passes(inputs, metas(len(inputs)), seeds)))
 
 
 @torch.no_grad()
@@ -228,7 +229,7 @@ def test_the_short_cut_gives_what_replaying_gives(model_of, mc):
 @pytest.mark.parametrize('at_once', [1, 2, 5, 100])
 def test_how_many_passes_the_short_cut_takes_at_once_changes_nothing(model_of, at_once):
     model, features = model_of(), torch.randn(3, 8, 8, 12, generator=generator(0))
-    parts = [list(Network(model, 5).last_layer(
+    parts = [list(network(model, 5).last_layer(
         features, [[generator(i, seed) for seed in SEEDS] for i in range(5)], n)) for n in (at_once, 5)]
     assert max(map(len, parts[0])) == min(at_once, 5) and len(parts[0]) == -(-5 // at_once)
     assert_close(torch.cat(parts[0]).detach(), torch.cat(parts[1]).detach())
@@ -269,13 +270,26 @@ def test_the_model_is_as_before_when_a_pass_fails(model_of):
 
 
 @pytest.mark.parametrize('which, once, again', [
-    ('channels', ['stem', 'side', 'stage'], ['late']), ('elements', ['stem', 'side', 'stage'], ['late']),
-    ('both', ['stem', 'stage'], ['side', 'late'])])
-def test_what_is_before_the_first_dropout_is_called_once(model_of, which, once, again):
+    ('own_head', ['backbone.stem', 'backbone.stage', 'decode_head.convs.0.conv'], ['decode_head.conv_seg']),
+    ('channels', ['backbone.stem.0', 'backbone.side.0'], ['backbone.late.0', 'decode_head.convs.0.conv']),
+    ('elements', ['backbone.stem.0', 'backbone.side.0'], ['backbone.late.0', 'decode_head.convs.0.conv']),
+    ('both', ['backbone.stem.0', 'backbone.stage.0'], ['backbone.side.0', 'backbone.late.0'])])
+def test_what_is_before_the_first_dropout_is_computed_once(model_of, which, once, again):
+    """A module, as long as it gets the very tensors again: what stands behind a function, as `relu`, may not."""
     model = model_of(which)
+    calls = count_calls(model, once + again)
     passes(model, images(), SEEDS, 6)
-    calls = {name: getattr(model.backbone, name).calls for name in once + again}
     assert calls == {**dict.fromkeys(once, 1), **dict.fromkeys(again, 1 + 6)}
+
+
+@pytest.mark.parametrize('p, again', [(0, 1), (.3, 1 + 6)])
+def test_what_is_before_the_first_dropout_is_computed_once_a_crop(model_of, p, again):
+    """In slide inference, of two crops here; with a dropout in the backbone, or only in the head."""
+    model = model_of('slide', **{'model.backbone': dict(type='DropoutBackbone', way='elements')})
+    model.backbone.elements.p = p
+    calls = count_calls(model, ['backbone.stem.0', 'backbone.late.0', 'decode_head.conv_seg'])
+    passes(model, images(), SEEDS, 6)
+    assert [*calls.values()] == [2, 2 * again, 2 * 7]
 
 
 def test_a_forward_of_a_modules_own_is_used_and_survives(model_of):
@@ -346,12 +360,15 @@ def stacked_probs(model: nn.Module, native: bool) -> np.ndarray:
     return probs
 
 
-VIEWS = dict(native=lambda maps, meta, hw: al_patch.without_padding(maps, meta, hw),
-             full_res=lambda maps, meta, hw: al_patch.to_image(maps, meta, hw, False))
+VIEWS = dict(native=al_patch.without_padding, full_res=al_patch.to_image)
 EXPECTED = dict(  # from probabilities (T, N, C, h, w)
     probs_NCHW=lambda p: p.mean(0), squares_NCHW=lambda p: (p**2).mean(0),
     entropies_NHW=lambda p: -(p * np.log(p)).sum(2).mean(0),
     votes_NCHW=lambda p: (p.argmax(2)[:, :, None] == np.arange(3)[:, None, None]).mean(0))
+
+
+def asks_for_all(probs_NCHW, entropies_NHW, votes_NCHW, squares_NCHW):
+    return probs_NCHW[:, 0]
 
 
 @pytest.mark.parametrize('view', VIEWS)
@@ -360,10 +377,11 @@ EXPECTED = dict(  # from probabilities (T, N, C, h, w)
 def test_statistics_are_means_over_all_passes(model_of, which, view):
     model = model_of(which)
     probs = stacked_probs(model, view == 'native')
-    found = list(statistics(Network(model, 5), batch(), SEEDS, list(al_patch.STATISTICS), [VIEWS[view]]))
-    assert set(EXPECTED) == set(al_patch.STATISTICS) and len(found) == 3
-    for n, (_, input_hw, [means], features) in enumerate(found):
-        assert tuple(input_hw) == tiny.SHAPE and features is None
+    found = list(network(model, 5, 'test_mc:asks_for_all').see(batch(), SEEDS, [VIEWS[view]]))
+    assert len(found) == 3
+    for n, seen in enumerate(found):
+        [means] = seen.means
+        assert tuple(seen.input_hw) == tiny.SHAPE and seen.features is None and set(means) == set(EXPECTED)
         for name, expected in EXPECTED.items():
             assert means[name].shape[0] == 1
             assert means[name][0].numpy() == pytest.approx(expected(probs)[n], abs=1e-4), name
@@ -373,22 +391,30 @@ def test_statistics_are_means_over_all_passes(model_of, which, view):
 @torch.no_grad()
 def test_features_are_those_of_the_pass_without_dropout(model_of, which):
     model = model_of(which)
-    plain, mc = ([features for *_, features in statistics(
-        Network(model, t), batch(), SEEDS, ['probs_NCHW'], [VIEWS['native']], True)] for t in (1, 4))
+    plain, mc = ([seen.features for seen in network(model, t, 'coreset').see(
+        batch(), SEEDS, [VIEWS['native']])] for t in (1, 4))
     assert all(torch.equal(a, b) for a, b in zip(plain, mc)) and plain[0].shape == (8, 8, 12)
 
 
 @pytest.mark.parametrize('full_res', [False, True])
-@pytest.mark.parametrize('whole', [False, True])
+@pytest.mark.parametrize('unit', ['image', 'region'])
 @torch.no_grad()
-def test_the_map_of_bald(model_of, whole, full_res):
-    model = model_of('both')
-    p = stacked_probs(model, not full_res)
+def test_the_map_of_bald(model_of, make_cfg, build, unit, full_res):
+    """Of whole images it may be at the logits' resolution, else it is the image's."""
+    cfg, names = make_cfg(), tiny.NAMES[:3]
+    runner = build(cfg)
+    runner.model, pool = model_of('both'), Pool(cfg)
+    al = parse_settings(dict(unit=unit, strategy=dict(type='bald', mc=5), full_res=full_res))
+    state = State(dict(seed=7, config={}, rounds=[dict(asked={})]), cfg.work_dir, al, runner, pool)
+    this = Query(state, runner)
+    found = {name: this.maps(seen) for name, seen in Network(runner, state.strategy).look(state, names, this.views)}
+    inputs = runner.model.data_preprocessor(al_patch.pseudo_collate([pool[name] for name in names]))['inputs']
+    p = naive_passes(runner.model, inputs, [seed_of(7, 'mc', 1, name) for name in names], 5, not full_res).softmax(2)
+    p = p.double().numpy()
     expected = EXPECTED['entropies_NHW'](p.mean(0)[None]) - EXPECTED['entropies_NHW'](p)
-    found = list(predictions(Network(model, 5), batch(), SEEDS, resolve_strategy('bald'), full_res, whole))
-    for n, (map_HW, maps) in enumerate(found):
-        slow = torch.from_numpy(expected[n])
-        if not whole and not full_res:
+    assert list(found) == names
+    for slow, (map_HW, maps) in zip(torch.from_numpy(expected), found.values()):
+        if unit == 'region' and not full_res:
             slow = F.interpolate(slow[None, None], tiny.SHAPE, mode='bilinear')[0, 0]
         assert maps == {} and map_HW.shape == slow.shape and slow.max() > .01
         assert map_HW.numpy() == pytest.approx(slow.numpy(), abs=1e-4)

@@ -1,5 +1,6 @@
 """Class probabilities of every kind of head and segmentor, against what mmseg's own prediction makes of them."""
 import shutil
+import types
 
 import cv2
 import numpy as np
@@ -14,7 +15,7 @@ from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
 import al_patch
-from al_patch import Network, generator, statistics
+from al_patch import Network, Pool, State, generator, to_image
 
 SIZE, ORIGINAL = (24, 40), (36, 60)  # of the network's input, and of the image file
 
@@ -104,10 +105,9 @@ def test_probabilities_are_those_of_mmsegs_prediction(make_cfg, which, padded, t
     if padded:
         model.data_preprocessor.test_cfg = dict(size_divisor=32)
     samples = model.test_step(batch())
-    views = [lambda maps, meta, hw: al_patch.to_image(maps, meta, hw, model.align_corners)]
-    found = list(statistics(Network(model), batch(), [0] * 3, ['probs_NCHW'], views))
-    for sample, (_, _, [means], _) in zip(samples, found):
-        logits, probs = sample.seg_logits.data.double(), means['probs_NCHW'][0]
+    network = Network(types.SimpleNamespace(model=model))
+    for sample, seen in zip(samples, network.see(batch(), [0] * 3, [to_image])):
+        logits, probs = sample.seg_logits.data.double(), seen.means[0]['probs_NCHW'][0]
         if which.startswith('sigmoid'):  # mmseg has taken the sigmoid already
             expected = torch.cat([1 - logits, logits])
         elif which.startswith('m'):
@@ -117,6 +117,7 @@ def test_probabilities_are_those_of_mmsegs_prediction(make_cfg, which, padded, t
             expected = logits.softmax(0)
         assert probs.shape == (max(2, model.out_channels), *ORIGINAL) and expected.std(0).mean() > .01
         torch.testing.assert_close(probs.double(), expected, rtol=1e-3, atol=1e-5)
+        assert (network.classify(seen) == sample.pred_sem_seg.data[0].numpy()).mean() > .999  # but for ties
 
 
 BINARY = dict(sigmoid=dict(num_classes=2, out_channels=1), sigmoid_of_one_class=dict(num_classes=1))
@@ -144,18 +145,17 @@ def binary(make_cfg, shared_data, tmp_path):
 def test_a_run_with_one_output(binary, train, head, unit):
     """Below image level, mmseg's loss fails on a batch without labels, and is spared it."""
     _, rounds = train(binary(dict(strategy='margin', unit=unit, initial=4, budget=2), head))
-    assert [len(entry['asked']) if unit == 'image' else sum(units for units, _ in entry['asked'].values())
-            for entry in rounds] == [4, 2]
+    assert [entry['spent'][f'{unit}s'] for entry in rounds] == [4, 6]
 
 
 @torch.no_grad()
-def test_pictures_show_what_mmseg_predicts_above_the_threshold(binary, build):
+def test_classes_are_those_that_mmseg_predicts_above_the_threshold(binary, build):
     runner = build(binary({}, BINARY['sigmoid']))
     torch.nn.init.normal_(runner.model.decode_head.conv_seg.weight, std=30)
-    pool = al_patch.Pool(runner.cfg)
-    prediction, _ = al_patch.predict_one(runner, dict(seed=0, rounds=[]), pool, tiny.NAMES[0])
-    data = al_patch.pseudo_collate([pool.subset(tiny.NAMES[:1])[0]])
-    [sample] = runner.model.eval().test_step(data)
+    pool, network = Pool(runner.cfg), Network(runner)
+    state = State(dict(seed=0, config={}), runner.work_dir, runner=runner, pool=pool)
+    [(name, seen)] = network.look(state, tiny.NAMES[:1], [to_image])
+    [sample] = runner.model.eval().test_step(al_patch.pseudo_collate([pool[name]]))
     expected = sample.pred_sem_seg.data[0].numpy()
     assert set(np.unique(expected)) == {0, 1} and (sample.seg_logits.data[0].numpy() > .5).sum() > expected.sum()
-    assert (prediction == expected).all()
+    assert (network.classify(seen) == expected).all()

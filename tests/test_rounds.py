@@ -1,6 +1,7 @@
 """Whole runs in one process: what a round trains on, starts from, is scored with, and when it all ends."""
 import os
 import os.path as osp
+import re
 import shutil
 
 import cv2
@@ -8,15 +9,17 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from mmengine.hooks import Hook
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 
 import al_patch
-from al_patch import Collector, Pool, collect, parse_settings, resolve_strategy, topk, why_stop
+from al_patch import State, parse_settings, query, why_stop
 
 
 def asked_of(rounds: list) -> list:
-    return [entry['asked'] for entry in rounds]
+    """The names of each round."""
+    return [list(entry['asked']) for entry in rounds]
 
 
 def counts(rounds: list) -> list:
@@ -43,7 +46,7 @@ def test_a_run(make_cfg, train, loop, last, validates):
     names = sum(asked_of(rounds), [])
     assert counts(rounds) == [4, 2, 2] and len(set(names)) == 8 and set(names) <= set(tiny.NAMES)
     for k, entry in enumerate(rounds):
-        assert entry['labelled']['images'] == 4 + 2 * k and entry['checkpoints']['last'] == f'round_{k}/{last}'
+        assert entry['spent']['images'] == 4 + 2 * k and entry['checkpoints']['last'] == f'round_{k}/{last}'
         assert ('mIoU' in entry['metrics']) == ('best' in entry['checkpoints']) == validates
         assert all(osp.isfile(osp.join(cfg.work_dir, path)) for path in entry['checkpoints'].values())
     assert same(runner.model.state_dict(), weights_at(cfg, f'round_2/{last}'))
@@ -90,17 +93,18 @@ def test_training_ends_when_a_value_is_reached(make_cfg, train):
     (dict(patience=1, value=90), [70., 91.], 'mIoU 91.00 has reached'), (None, [1.] * 6, 'all 5 rounds of queries'),
     (dict(metric='mAcc', value=1), [0., 0.], '`al.stop.metric` should be one of mIoU, but got')])
 def test_why_stop(stop, history, reason):
-    rounds = [dict(asked=[str(k)], metrics=dict(mIoU=value)) for k, value in enumerate(history)]
-    unit = dict(type='image')
-    state = dict(settings=dict(rounds=5, stop=stop, unit=unit), images=100, round=len(history) - 1, rounds=rounds)
+    rounds = [dict(asked={str(k): None}, metrics=dict(mIoU=value)) for k, value in enumerate(history)]
+
+    def state(images: int, **settings) -> State:
+        return State(dict(seed=0, config={}, rounds=rounds), '', parse_settings(settings), pool=range(images))
+
     if stop and 'metric' in stop:
         with pytest.raises(ValueError, match=reason):
-            why_stop(state)
+            why_stop(state(100, stop=stop))
     else:
-        got = why_stop(state)
+        got = why_stop(state(100, stop=stop))
         assert got is None if reason is None else got.startswith(reason)
-    state = dict(state, images=len(history), settings=dict(rounds=9, stop=None, unit=unit))
-    assert why_stop(state).startswith('the pool is empty after')
+    assert why_stop(state(len(history), rounds=9)).startswith('the pool is empty after')
 
 
 # --- what a round is built from --------------------------------------------------------------------------------------
@@ -146,9 +150,8 @@ def test_the_checkpoint_that_scores(make_cfg, train, monkeypatch, which):
 
 @pytest.mark.parametrize('own, al, seed', [(0, 5, 0), (1, 5, 1), (None, 5, 5), (3, None, 3)])
 def test_the_config_seeds_training_and_al_seeds_choices(make_cfg, build, own, al, seed):
-    runner = build(make_cfg(dict(seed=al), randomness=dict(seed=own)))
-    state = dict(settings=al_patch.parse_settings(runner.cfg.al).to_dict(), round=0, seed=own if al is None else al)
-    assert al_patch.round_config(runner, state, False).randomness.seed == seed
+    state = al_patch.start_or_resume(build(make_cfg(dict(seed=al), randomness=dict(seed=own))))
+    assert al_patch.round_config(state).randomness.seed == seed and state.seed == (own if al is None else al)
 
 
 def test_resume_without_a_state_starts_afresh(make_cfg, train, monkeypatch):
@@ -162,14 +165,11 @@ def test_resume_without_a_state_starts_afresh(make_cfg, train, monkeypatch):
 
 
 @pytest.mark.parametrize('persistent', [True, False])
-def test_dataloader_workers_end_with_their_round(make_cfg, build, persistent):
+def test_dataloader_workers_end_with_their_round(make_state, persistent):
     """The garbage collector would wait five seconds for each of them."""
     workers = dict(num_workers=1, persistent_workers=persistent)
-    runner = build(make_cfg({}, changes=dict(train_dataloader=workers, val_dataloader=workers)))
-    state = dict(schema=1, phase='train', settings=al_patch.parse_settings({}).to_dict(), round=0, seed=0,
-                 rounds=[dict(asked=tiny.NAMES[:4])])
-    al_patch.save_state(state, runner.work_dir)
-    trainer = al_patch.build_round(runner, state, False)
+    state = make_state({}, [tiny.NAMES[:4]], changes=dict(train_dataloader=workers, val_dataloader=workers))
+    trainer = al_patch.build_round(state)
     others = set(torch.multiprocessing.active_children())
     trainer.train()
     assert set(torch.multiprocessing.active_children()) - others
@@ -200,18 +200,20 @@ def test_random_asks_no_model(make_cfg, train, monkeypatch):
     assert counts(train(make_cfg(dict(strategy='random', rounds=2), changes=tiny.NO_VAL))[1]) == [4, 2, 2]
 
 
-def test_only_a_subset_of_the_pool_is_scored(make_cfg, train, monkeypatch):
-    scored, score = [], al_patch.collect
-    monkeypatch.setattr(al_patch, 'collect', lambda *args: scored.append(args[4]) or score(*args))
-    _, rounds = train(make_cfg(dict(pool_size=.25), changes=tiny.NO_VAL))
-    assert len(scored[0]) == 3 and scored[0] == sorted(scored[0]) and set(rounds[1]['asked']) < set(scored[0])
-    assert not set(scored[0]) & set(rounds[0]['asked'])
+def test_only_a_subset_of_the_pool_is_scored(make_cfg, build):
+    runner, scored = build(make_cfg(dict(pool_size=.25, budget=2), changes=tiny.NO_VAL)), {}
+    runner.register_hook(type('', (Hook, ), dict(after_al_query=lambda self, state, trainer, asked: scored.update(
+        names=list(state.scores), asked=list(asked), before=set(state.labelled()))))())
+    runner.train()
+    assert len(scored['names']) == 3 and scored['names'] == sorted(scored['names'])
+    assert len(scored['asked']) == 2 and set(scored['asked']) < set(scored['names'])
+    assert not set(scored['names']) & scored['before']
 
 
 def test_functions_of_ones_own(make_cfg, train):
     strategy = dict(type='tiny:brightest', select='tiny:last_ones', power=2)
     _, rounds = train(make_cfg(dict(strategy=strategy, initial=tiny.NAMES[:4]), changes=tiny.NO_VAL))
-    assert rounds[1]['asked'] == tiny.NAMES[-2:]
+    assert list(rounds[1]['asked']) == tiny.NAMES[-2:]
 
 
 def test_a_selection_that_misses_the_budget_is_an_error(make_cfg, train):
@@ -222,6 +224,52 @@ def test_a_selection_that_misses_the_budget_is_an_error(make_cfg, train):
 def test_a_score_that_is_no_number_names_the_image(make_cfg, train):
     with pytest.raises(ValueError, match=r"the score of image 'a/\d\d' is not finite"):
         train(make_cfg(dict(strategy='tiny:not_a_number'), changes=tiny.NO_VAL))
+
+
+# --- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def test_hooks_are_told_what_has_happened_and_one_that_fails_stops_nothing(make_cfg, build, train):
+    """Three hooks, of which the second fails after a training."""
+    _, expected = train(make_cfg({}, work_dir=make_cfg().work_dir + '_without'))
+    runner, calls = build(make_cfg({})), {}
+
+    class Notes(Hook):
+        fails = False
+
+        def note(self, point, state, trainer, *args):
+            calls.setdefault(id(self), []).append(
+                (point, state.round, state.phase, trainer and osp.basename(trainer.work_dir), *map(sorted, args)))
+            assert state.runner is runner and al_patch.read_state(osp.join(runner.work_dir, al_patch.STATE_FILE)
+                                                                  )['phase'] == state.phase  # it is on disk
+
+        def after_al_train(self, state, trainer):
+            self.note('train', state, trainer)
+            assert 'mIoU' in state.entry['metrics'] and len(trainer.train_dataloader.dataset) == 4 + 2 * state.round
+            if self.fails:
+                raise TypeError('of this hook')
+
+        def after_al_query(self, state, trainer, asked):
+            self.note('query', state, trainer, asked)
+            assert set(asked.values()) == {None} and len(state.scores) == 8
+
+        def after_al_ask(self, state, trainer):
+            self.note('ask', state, trainer)
+
+    hooks = [Notes(), type('Wrong', (Notes, ), dict(fails=True))(), Notes()]
+    for hook in hooks:
+        runner.register_hook(hook)
+    runner.train()
+    rounds = al_patch.read_state(osp.join(runner.work_dir, al_patch.STATE_FILE))['rounds']
+    assert asked_of(rounds) == asked_of(expected) and rounds[1]['metrics'] == expected[1]['metrics']
+    for hook in hooks:
+        assert calls[id(hook)] == [
+            ('ask', 0, 'train', None), ('train', 0, 'query', 'round_0'),
+            ('query', 0, 'query', 'round_0', sorted(rounds[1]['asked'])), ('ask', 1, 'train', 'round_0'),
+            ('train', 1, 'query', 'round_1')]
+    told = re.findall(r'WARNING - (\S+) failed, the run goes on:\nTraceback .*\n(?:  .*\n)*(.*)',
+                      tiny.log_of(runner.work_dir))
+    assert told == [('Wrong.after_al_train', 'TypeError: of this hook')]  # mmengine logs the same warning once
 
 
 # --- scores, against computations of their own -----------------------------------------------------------------------
@@ -239,22 +287,25 @@ def entropies(logits_NCHW: torch.Tensor) -> float:
 
 
 @pytest.fixture
-def scored(make_cfg, build):
-    """A function from changes of the config to its model, with drawn weights, and the scores of the pool."""
+def scored(make_state):
+    """A function from changes of the config to its model, with drawn weights, and its scores of all images but one."""
 
     def score(strategy='entropy', **changes) -> tuple:
-        runner = build(make_cfg(changes=changes))
+        state = make_state(dict(strategy=strategy), changes=changes)
+        model = state.runner.model.eval()
         torch.manual_seed(1)
-        for parameter in runner.model.parameters():
+        for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=.5)
-        pool = Pool(runner.cfg)
-        model = runner.model.eval()
-        state = dict(settings=parse_settings({}).to_dict(), seed=0, rounds=[])
-        collector = Collector(topk, lambda name: len(pool), False, False, (0, ))
-        collect(runner, runner, state, pool, pool.names, resolve_strategy(strategy), collector)
-        return model, collector.result().score.tolist()
+        torch.save(dict(state_dict=model.state_dict()), osp.join(state.work_dir, 'drawn.pth'))
+        state.rounds.append(dict(asked={tiny.NAMES[0]: None}, checkpoints=dict(last='drawn.pth')))
+        asked = query(state, state.runner)
+        assert list(state.scores) == OTHERS and set(asked) == set(sorted(OTHERS, key=state.scores.get)[-2:])
+        return model, list(state.scores.values())
 
     return score
+
+
+OTHERS = tiny.NAMES[1:]
 
 
 def test_the_selection_follows_from_the_checkpoint(make_cfg, train, shared_data):
@@ -265,20 +316,20 @@ def test_the_selection_follows_from_the_checkpoint(make_cfg, train, shared_data)
     pool = [name for name in tiny.NAMES if name not in rounds[0]['asked']]
     with torch.no_grad():
         scores = {name: entropies(model.decode_head(model.backbone(network_input(shared_data, name)))) for name in pool}
-    assert rounds[1]['asked'] == sorted(sorted(pool, key=scores.get)[-2:])
+    assert list(rounds[1]['asked']) == sorted(sorted(pool, key=scores.get)[-2:])
 
 
 @torch.no_grad()
 def test_scores_are_taken_at_the_resolution_of_the_logits(scored, shared_data):
     model, scores = scored()
-    slow = [entropies(model.decode_head(model.backbone(network_input(shared_data, name)))) for name in tiny.NAMES]
-    assert scores == pytest.approx(slow, rel=1e-5) and len(set(scores)) == 12
+    slow = [entropies(model.decode_head(model.backbone(network_input(shared_data, name)))) for name in OTHERS]
+    assert scores == pytest.approx(slow, rel=1e-5) and len(set(scores)) == 11
 
 
 @torch.no_grad()
 def test_padding_is_cropped_away(scored, shared_data):
     model, scores = scored(**{'model.data_preprocessor.test_cfg': dict(size_divisor=40)})
-    padded = [torch.nn.functional.pad(network_input(shared_data, name), (0, 32, 0, 8)) for name in tiny.NAMES]
+    padded = [torch.nn.functional.pad(network_input(shared_data, name), (0, 32, 0, 8)) for name in OTHERS]
     logits = [model.decode_head(model.backbone(image)) for image in padded]
     assert logits[0].shape[2:] == (10, 20)
     assert scores == pytest.approx([entropies(each[:, :, :8, :12]) for each in logits], rel=1e-5)
@@ -288,7 +339,7 @@ def test_padding_is_cropped_away(scored, shared_data):
 def test_slide_inference(scored, shared_data):
     model, scores = scored(**{'model.test_cfg': dict(mode='slide', crop_size=(32, 32), stride=(16, 16))})
     slow = []
-    for name in tiny.NAMES:
+    for name in OTHERS:
         total, n = torch.zeros(1, 3, 32, 48), torch.zeros(48)
         for x in (0, 16):
             logits = model.decode_head(model.backbone(network_input(shared_data, name)[..., x:x + 32]))
@@ -304,7 +355,7 @@ def test_a_head_with_one_sigmoid_output(scored, monkeypatch):
     loss = dict(type='CrossEntropyLoss', use_sigmoid=True)
     head = dict(num_classes=2, out_channels=1, threshold=.5, loss_decode=loss)
     _, scores = scored('least_confidence', **{f'model.decode_head.{key}': value for key, value in head.items()})
-    assert len(seen) == 12 and all(probs.shape == (2, 8, 12) for probs in seen)
+    assert len(seen) == 11 and all(probs.shape == (2, 8, 12) for probs in seen)
     assert all(torch.allclose(probs.sum(0), torch.ones(8, 12)) for probs in seen)
     assert scores == pytest.approx([float(torch.minimum(one, other).mean()) for one, other in seen], rel=1e-5)
 

@@ -1,34 +1,33 @@
-"""Selectors: against slow, literal ones, by the frequency of what they draw, and for any number of processes."""
-import functools
+"""Selectors: against slow, literal ones, and by the frequency of what they draw."""
 import itertools
 import math
 
 import numpy as np
 import pytest
 import scipy.stats
-import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import al_patch
 from al_patch import (
-    SELECTS,
-    Candidates,
-    Collector,
+    AL_SELECTORS,
     barycentre,
     class_balance,
     class_balanced_power,
     generator,
     kcenter,
     kmeanspp,
-    power,
-    real,
-    softmax,
-    softrank,
+    power_draw,
+    representative_errors,
+    softmax_draw,
+    softrank_draw,
     stochastic_batches,
+    top_percent,
     topk,
 )
+
+SELECTORS = AL_SELECTORS.module_dict
 
 
 def uniform(*shape: int, seed=0) -> torch.Tensor:
@@ -64,12 +63,12 @@ def offer(n: int, labelled: int, classes: int, seed: int, coarse: bool) -> dict:
                 probs_NC=some[:n], progress=.5)
 
 
-@pytest.mark.parametrize('name', SELECTS)
+@pytest.mark.parametrize('name', SELECTORS)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(st.integers(1, 40), st.integers(0, 3), st.integers(2, 5), st.floats(0, 1), st.integers(0, 999), st.booleans())
 def test_a_budget_of_different_candidates_is_chosen_and_the_same_again(name, n, labelled, classes, share, seed, coarse):
     budget, offered = max(1, round(share * n)), offer(n, labelled, classes, seed, coarse)
-    first, again = (al_patch.call(SELECTS[name], offered['scores_N'], budget, generator(seed), **offered).tolist()
+    first, again = (al_patch.call(SELECTORS[name], offered['scores_N'], budget, generator(seed), **offered).tolist()
                     for _ in range(2))
     assert first == again and len(first) == len(set(first)) == budget and set(first) <= set(range(n))
 
@@ -82,6 +81,23 @@ def test_topk_with_ties_in_pool_order(scores, share):
     assert topk(torch.tensor(scores, dtype=torch.float64), budget, generator(0)).tolist() == expected
 
 
+# --- at random among the highest -------------------------------------------------------------------------------------
+
+
+def test_top_percent_draws_among_the_highest():
+    scores_N = torch.randperm(1000, generator=generator(0)).double()
+    drawn = [scores_N[list(each)] for each in draws(top_percent, 40, scores_N, 10)]
+    assert set(torch.cat(drawn).tolist()) == set(range(950, 1000))  # all of them in turn, and no other
+    assert set(scores_N[top_percent(scores_N, 10, generator(0), percent=1)].tolist()) == set(range(990, 1000))
+
+
+@pytest.mark.parametrize('budget', [1, 7, 49, 50, 51, 400, 1000])
+def test_top_percent_draws_among_the_budget_at_least(budget):
+    scores_N = uniform(1000)
+    picks = top_percent(scores_N, budget, generator(2))
+    assert len(set(picks.tolist())) == budget and (scores_N[picks] >= scores_N.sort().values[-max(50, budget)]).all()
+
+
 # --- Gumbel noise ----------------------------------------------------------------------------------------------------
 
 
@@ -89,12 +105,12 @@ def literal_order(select, scores: np.ndarray, beta: float, seed: int) -> list:
     noise = [-math.log(-math.log(u)) / beta for u in
              torch.rand(len(scores), generator=generator(seed), dtype=torch.float64).tolist()]
     ranks = 1 + scipy.stats.rankdata(-scores, 'ordinal') - 1
-    base = {power: np.log(scores), softmax: scores, softrank: -np.log(ranks)}[select]
+    base = {power_draw: np.log(scores), softmax_draw: scores, softrank_draw: -np.log(ranks)}[select]
     return np.argsort(-(base + noise), kind='stable').tolist()
 
 
-LAWS = {power: lambda s, rank, beta: s**beta, softmax: lambda s, rank, beta: math.exp(beta * s),
-        softrank: lambda s, rank, beta: rank**-beta}
+LAWS = {power_draw: lambda s, rank, beta: s**beta, softmax_draw: lambda s, rank, beta: math.exp(beta * s),
+        softrank_draw: lambda s, rank, beta: rank**-beta}
 each_law = pytest.mark.parametrize('select', LAWS, ids=lambda select: select.__name__)
 
 
@@ -140,7 +156,7 @@ def test_without_noise_it_is_topk(select):
 
 def test_power_takes_what_scores_nothing_last():
     scores = torch.tensor([0., 2, -1, 1e-3])
-    assert {tuple(sorted(each)) for each in draws(power, 20, scores, 2)} == {(1, 3)}
+    assert {tuple(sorted(each)) for each in draws(power_draw, 20, scores, 2)} == {(1, 3)}
 
 
 # --- stochastic batches ----------------------------------------------------------------------------------------------
@@ -240,11 +256,6 @@ def test_kcenter_starts_with_the_highest_score_and_goes_far_away():
     assert kcenter_of(torch.cat([torch.tensor([[8., 0]]), points]), 2, 1) == [3, 1]
 
 
-def test_a_distance_that_is_none():
-    with pytest.raises(ValueError, match="^`al.strategy.distance` should be 'euclidean' or 'kl', but got 'cosine'"):
-        kcenter_of(vectors(5, 2), 2, distance='cosine')
-
-
 # --- k-means++ -------------------------------------------------------------------------------------------------------
 
 
@@ -316,8 +327,8 @@ def clustered(monkeypatch):
     def choose(cluster_N: list, probs_NC: torch.Tensor, budget: int, seed=0, clusters=None) -> list:
         monkeypatch.setattr('scipy.cluster.vq.kmeans2', lambda *args, **kwargs: (None, np.array(cluster_N)))
         clusters = max(cluster_N) + 1 if clusters is None else clusters
-        n = len(cluster_N)
-        return real(torch.zeros(n), budget, generator(seed), vectors(n, 3), probs_NC, clusters).tolist()
+        args = torch.zeros(len(cluster_N)), budget, generator(seed), vectors(len(cluster_N), 3), probs_NC, clusters
+        return representative_errors(*args).tolist()
 
     return choose
 
@@ -395,7 +406,7 @@ def test_real_clusters_for_itself():
     probs = torch.tensor([[.9, .1]] * 50 + [[.1, .9]] * 50)
     wrong = [3, 20, 41, 60, 77, 98]
     probs[wrong] = probs[wrong].flip(1)
-    assert sorted(real(torch.zeros(100), 6, generator(0), points, probs, clusters=2).tolist()) == wrong
+    assert sorted(representative_errors(torch.zeros(100), 6, generator(0), points, probs, clusters=2).tolist()) == wrong
 
 
 # --- class balance ---------------------------------------------------------------------------------------------------
@@ -491,74 +502,3 @@ def test_barycentre_by_hand():
 def test_barycentre_of_scores_of_zero():
     picks = barycentre(torch.zeros(6), 4, generator(0), vectors(6, 2), vectors(2, 2, 1), torch.zeros(2)).tolist()
     assert len(set(picks)) == 4
-
-
-# --- any number of processes -----------------------------------------------------------------------------------------
-
-
-def some_candidates(images: int, rows: int) -> list:
-    """Of each image its candidates, and what is labelled of it."""
-    parts = []
-    for i in range(images):
-        n = rows if i % 4 else 0
-        columns = [np.full(rows + 5, i, np.int32), np.arange(rows + 5), uniform(rows + 5, seed=i).numpy(),
-                   np.full(rows + 5, 3, np.int32), vectors(rows + 5, 4, i).numpy(), vectors(rows + 5, 4, -i).numpy()]
-        everything = Candidates(*columns)
-        parts.append((everything.take(slice(n)), everything.take(slice(n, None))))
-    return parts
-
-
-def collected(parts: list, select) -> Collector:
-    collector = Collector(select, lambda name: 30, False, False, (0, 'test'), .5)
-    for candidates, known in parts:
-        collector.add(f'image {known.image[0]}', candidates, known)
-    return collector
-
-
-@pytest.mark.parametrize('ranks', [1, 2, 3])
-@pytest.mark.parametrize('name', [name for name in SELECTS if name != 'topk'])
-def test_the_choice_does_not_depend_on_the_number_of_processes(monkeypatch, name, ranks):
-    parts, select = some_candidates(9, 60), SELECTS[name]
-    if name == 'real':
-        select = functools.partial(real, clusters=5)
-    expected = collected(parts, select).result()
-    share = [collected(parts[rank::ranks], select) for rank in range(ranks)]
-    gathered = [(Candidates.join(each.parts), Candidates.join(each.known), each.range) for each in share]
-    monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: gathered[::-1])
-    for each in share:
-        got = each.result()
-        assert np.array_equal(got.image, expected.image) and np.array_equal(got.id, expected.id)
-        assert np.array_equal(got.score, expected.score) and got.vector is None is got.probs
-    assert len(expected.id) == 30 and len(set(zip(expected.image, expected.id))) == 30
-
-
-@pytest.mark.parametrize('name', ['kcenter', 'barycentre'])
-def test_what_is_labelled_counts_wherever_it_was_seen(name):
-    parts = some_candidates(9, 60)
-    known = collected(parts, SELECTS[name]).result()
-    blind = Collector(SELECTS[name], lambda name: 30, False, False, (0, 'test'))
-    for candidates, _ in parts:
-        blind.add('image', candidates)
-    assert not np.array_equal(known.id, blind.result().id)
-
-
-# --- what is only looked at for what is labelled of it ---------------------------------------------------------------
-
-
-@pytest.mark.parametrize('unit, initial', [('image', 5), (dict(type='region', size=[8, 8]), 20), ('pixel', 300)],
-                         ids=['image', 'region', 'pixel'])
-def test_a_random_subset_of_the_pool_offers_all_candidates_and_the_rest_only_what_is_labelled(
-        make_cfg, train, monkeypatch, unit, initial):
-    offered, add = {}, Collector.add
-
-    def note(self, name, candidates, known=None):
-        offered.setdefault(self.seed[2], {})[name] = len(candidates.id), 0 if known is None else len(known.id)
-        return add(self, name, candidates, known)
-
-    monkeypatch.setattr(Collector, 'add', note)
-    cfg = make_cfg(dict(unit=unit, initial=initial, budget=3, pool_size=3, strategy='coreset'), changes={
-        **tiny.NO_VAL, 'train_cfg.max_iters': 1})
-    rounds = train(cfg)[1]
-    free = {name for name, (n, _) in offered[1].items() if n}
-    labelled = {name for name, (_, n) in offered[1].items() if n}
-    assert len(free) == 3 and labelled == set(rounds[0]['asked']) and set(rounds[1]['asked']) <= free

@@ -1,20 +1,24 @@
 """Partly labelled images: masks, what training sees of them, and which losses can learn from them."""
 import os.path as osp
+import random
 import shutil
 import types
 
 import cv2
 import mmcv.transforms
+import mmengine
 import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
 from mmengine.runner import Runner
+from mmseg.models import FCNHead
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from PIL import Image
 
 import al_patch
-from al_patch import SparseLabels, check_loss, keep_pixels, mask_path, read_mask, read_state, write_png
+from al_patch import SparseLabels, State, gather_labelled_pixels, keep_pixels, read_mask, write_png
 
 HALF = dict(type='Resize', scale_factor=.5)
 LOAD = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
@@ -28,6 +32,10 @@ def some_mask(share: float = .1, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).random(tiny.SHAPE) < share
 
 
+def mask_path(work_dir: str, k: int, name: str) -> str:
+    return State(dict(seed=0, config={}), work_dir).mask_path(k, name)
+
+
 @pytest.fixture
 def sparse(tmp_path, shared_data):
     """A function from masks by name to a dataloader of partly labelled images, e.g. with further steps."""
@@ -36,15 +44,16 @@ def sparse(tmp_path, shared_data):
         work_dir = str(tmp_path / 'sparse')
         for name, mask in masks.items():
             write_png(mask_path(work_dir, 1, name), mask)
-        rounds = [dict(asked=list(whole)), dict(asked={name: [1, int(mask.sum())] for name, mask in masks.items()})]
-        al_patch.save_state(dict(schema=1, rounds=rounds), work_dir)
+        rounds = [dict.fromkeys(whole), {name: [1, int(mask.sum())] for name, mask in masks.items()}]
+        state_file = osp.join(work_dir, al_patch.STATE_FILE)
+        mmengine.dump(dict(schema=2, seed=0, config={}, rounds=[dict(asked=asked) for asked in rounds]), state_file)
         leaf = dict(type='BaseSegDataset', data_root=shared_data, img_suffix='.png', seg_map_suffix='.png',
                     metainfo=dict(classes=('dark', 'grey', 'bright'), palette=[[0] * 3] * 3),
                     data_prefix=dict(img_path='img/train', seg_map_path='ann/train'),
                     pipeline=[*load, *steps, dict(type='PackSegInputs')], **changes)
         return Runner.build_dataloader(dict(
             batch_size=1, num_workers=workers, sampler=dict(type='DefaultSampler', shuffle=False), dataset=wrap(leaf),
-            labelled=dict(state=osp.join(work_dir, al_patch.STATE_FILE), round=1)))
+            al=dict(state=state_file, round=1)))
 
     return build
 
@@ -235,7 +244,7 @@ def test_other_labels_at_hidden_pixels_change_nothing(make_cfg, train, shared_da
     first = make_cfg(al, changes=tiny.NO_VAL)
     _, rounds = train(first)
     root, hidden = shutil.copytree(shared_data, tmp_path / 'garbage'), 0
-    last = al_patch.labelled(read_state(f'{first.work_dir}/al_state.json'))
+    last = State(al_patch.read_state(f'{first.work_dir}/al_state.json'), first.work_dir).labelled()
     for name in tiny.NAMES:
         mask = read_mask(mask_path(first.work_dir, last[name], name)) if name in last else np.zeros(tiny.SHAPE, bool)
         label = labels_of(root, name)
@@ -249,142 +258,271 @@ def test_other_labels_at_hidden_pixels_change_nothing(make_cfg, train, shared_da
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_losses_average_over_labelled_pixels(make_cfg, build):
-    cfg = make_cfg(dict(unit='pixel'), changes={
-        'model.decode_head.loss_decode': [dict(type='CrossEntropyLoss', loss_name=f'loss_{i}') for i in 'ab'],
-        'model.auxiliary_head': dict(type='FCNHead', in_channels=8, channels=8, num_convs=1, num_classes=3, in_index=0,
-                                     loss_decode=dict(type='CrossEntropyLoss', use_sigmoid=True))})
-    runner = build(cfg)
-    al_patch.prepare_losses(runner)
-    losses = [m for m in runner.model.modules() if hasattr(m, 'avg_non_ignore')]
-    assert len(losses) == 3 and all(loss.avg_non_ignore for loss in losses)
+# --- losses: each against a hand computation on the labelled pixels alone --------------------------------------------
 
 
-@pytest.mark.parametrize('unit, value', [('image', False), ('pixel', True)])
-def test_whole_images_train_as_stock(make_cfg, train, unit, value):
+def weighted_cross_entropy(logits_NC, label_N):
+    weights_N = torch.tensor([1., .5, 2.])[label_N]
+    return (weights_N * F.cross_entropy(logits_NC, label_N, reduction='none')).sum() / weights_N.sum()
+
+
+def sigmoids(logits_NC, label_N):
+    return F.binary_cross_entropy_with_logits(logits_NC, F.one_hot(label_N, 3).float())
+
+
+def one_sigmoid(logits_NC, label_N, weight=1.):
+    p, y = logits_NC[:, 0].sigmoid(), label_N
+    return -(weight * y * p.log() + (1 - y) * (1 - p).log()).mean()
+
+
+def hard(logits_NC, label_N, n, thresh):
+    """Cross entropy of the pixels whose label has a lower probability than ``thresh`` and the n-th lowest, if higher.
+    """
+    p_N = logits_NC.softmax(1).gather(1, label_N[:, None])[:, 0]
+    is_hard = p_N < max(float(p_N.detach().sort().values[min(n, len(p_N) - 1)]), thresh)
+    return F.cross_entropy(logits_NC, label_N, reduction='none')[is_hard]
+
+
+def tversky(logits_NC, label_N):
+    p, losses = logits_NC.softmax(1), []
+    for c in range(3):
+        is_c = (label_N == c).float()
+        tp, fp, fn = (p[:, c] * is_c).sum(), (p[:, c] * (1 - is_c)).sum(), ((1 - p[:, c]) * is_c).sum()
+        losses.append(1 - (tp + 1) / (tp + .3 * fp + .7 * fn + 1))
+    return sum(losses) / 3
+
+
+def lovasz_extension(errors_N, is_c_N):
+    """Sum of the errors, the highest first, each times what it adds to 1 - IoU of the pixels before it."""
+    total, before, wrong = 0, 0., set()
+    for i in errors_N.argsort(descending=True).tolist():
+        wrong.add(i)
+        missed = sum(bool(is_c_N[j]) for j in wrong)
+        loss = 1 - (int(is_c_N.sum()) - missed) / (int(is_c_N.sum()) + len(wrong) - missed)
+        total, before = total + errors_N[i] * (loss - before), loss
+    return total
+
+
+def lovasz(logits_NC, label_N):
+    p = logits_NC.softmax(1)
+    return torch.stack([lovasz_extension(((label_N == c).float() - p[:, c]).abs(), label_N == c)
+                        for c in label_N.unique().tolist()]).mean()
+
+
+def lovasz_hinge(logits_NC, label_N):
+    return lovasz_extension((1 - logits_NC[:, 0] * (2. * label_N - 1)).relu(), label_N == 1)
+
+
+def dice(logits_NC, label_N):
+    p, y = logits_NC.sigmoid(), F.one_hot(label_N, 3).float()
+    return 1 - 2 * (p * y).sum() / ((p**2).sum() + (y**2).sum() + 2e-3)
+
+
+CE = dict(type='CrossEntropyLoss')
+LOSSES = {  # a loss's config, outputs, further settings of the head, and what the loss should be
+    'cross entropy': (CE, 3, {}, F.cross_entropy),
+    'avg_non_ignore': (dict(CE, avg_non_ignore=True), 3, {}, F.cross_entropy),
+    'class weights': (dict(CE, class_weight=[1., .5, 2.]), 3, {}, weighted_cross_entropy),
+    'loss weight': (dict(CE, loss_weight=.4), 3, {}, lambda *args: .4 * F.cross_entropy(*args)),
+    'three sigmoids': (dict(CE, use_sigmoid=True), 3, {}, sigmoids),
+    'one sigmoid': (dict(CE, use_sigmoid=True), 1, {}, one_sigmoid),
+    'pos_weight': (dict(CE, use_sigmoid=True, class_weight=[3.]), 1, {}, lambda *args: one_sigmoid(*args, 3.)),
+    'sum': (dict(CE, reduction='sum'), 3, {}, lambda *args: F.cross_entropy(*args, reduction='sum')),
+    'none': (dict(CE, reduction='none'), 3, {}, lambda *args: F.cross_entropy(*args, reduction='none')),
+    'OHEM loss': (dict(type='OhemCrossEntropy', min_kept=5, thres=.3), 3, {}, lambda *args: hard(*args, 5, .3).mean()),
+    'sampler': (CE, 3, dict(min_kept=3), lambda logits_NC, label_N: F.cross_entropy(
+        logits_NC, label_N, reduction='none').sort().values[-6:].sum() / len(label_N)),
+    'sampler with thresh': (CE, 3, dict(min_kept=3, thresh=.5), lambda *args: hard(*args, 6, .5).sum() / len(args[1])),
+    'sampler, two losses': ([CE, dict(CE, loss_name='loss_b', class_weight=[1., .5, 2.])], 3, dict(min_kept=99),
+                            lambda *args: F.cross_entropy(*args) + weighted_cross_entropy(*args)),
+    'Tversky': (dict(type='TverskyLoss'), 3, {}, tversky),
+    'Lovasz of a batch': (dict(type='LovaszLoss', reduction='none'), 3, {}, lovasz),
+    'Lovasz per image': (dict(type='LovaszLoss', per_image=True), 3, {}, lovasz),
+    'Lovasz hinge': (dict(type='LovaszLoss', loss_type='binary', reduction='none'), 1, {}, lovasz_hinge),
+    'Dice': (dict(type='DiceLoss'), 3, {}, dice),
+    'two losses': ([CE, dict(type='DiceLoss')], 3, {}, lambda *args: F.cross_entropy(*args) + dice(*args))}
+
+
+def make_head(loss, outputs: int = 3, **sampler) -> FCNHead:
+    return MODELS.build(dict(
+        type='FCNHead', in_channels=8, channels=8, num_convs=1, num_classes=max(2, outputs), out_channels=outputs,
+        loss_decode=loss, sampler=dict(type='OHEMPixelSampler', **sampler) if sampler else None))
+
+
+def losses_of(head, logits, label_NHW):
+    """The sum of a head's losses, mean over what is not reduced, as mmengine has it."""
+    if 'Ohem' in type(head.loss_decode).__name__:  # a head that calls it, as DDRHead, passes nothing else
+        return head.loss_decode(logits, label_NHW)
+    samples = [types.SimpleNamespace(gt_sem_seg=types.SimpleNamespace(data=label[None])) for label in label_NHW]
+    return sum(value.mean() for key, value in head.loss_by_feat(logits, samples).items() if 'loss' in key)
+
+
+def some_labels(classes: int, n: int) -> torch.Tensor:
+    """Two maps of 64 pixels, ``n`` of them labelled."""
+    label = torch.full((2, 8, 8), 255)
+    label.view(-1)[torch.randperm(128)[:n]] = torch.randint(0, classes, (n, ))
+    return label
+
+
+@pytest.mark.parametrize('n', [0, 20])
+@pytest.mark.parametrize('which', LOSSES)
+def test_a_loss_is_that_of_the_labelled_pixels(which, n):
+    """Value and gradient; where nothing is labelled the gradient is zero, and without any label the loss, too."""
+    loss, outputs, sampler, by_hand = LOSSES[which]
+    torch.manual_seed(n)
+    head, label = make_head(loss, outputs, **sampler), some_labels(max(2, outputs), n)
+    gather_labelled_pixels(head)
+    ours, theirs = torch.randn(2, outputs, 8, 8).expand(2, -1, -1, -1, -1).clone()
+    ours, theirs = ours.requires_grad_(), theirs.requires_grad_()
+    value = losses_of(head, ours, label)
+    value.backward()
+    if not n:
+        assert value == 0 and not ours.grad.any()
+        return
+    known = label != 255
+    expected = by_hand(theirs.movedim(1, -1)[known], label[known]).mean()
+    expected.backward()
+    torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+    assert not ours.grad.movedim(1, -1)[~known].any() and ours.grad.any()
+
+
+@pytest.mark.parametrize('which', LOSSES)
+def test_a_loss_of_one_labelled_pixel(which):
+    """As a batch may have, if crops are small: it is easy, so that OHEM keeps none, and mmseg's Lovasz loses a
+    dimension."""
+    loss, outputs, sampler, _ = LOSSES[which]
+    head, label, logits = make_head(loss, outputs, **sampler), some_labels(max(2, outputs), 1), torch.zeros(
+        2, outputs, 8, 8)
+    gather_labelled_pixels(head)
+    logits.movedim(1, -1)[label != 255] = 9 * F.one_hot(label[label != 255], max(2, outputs))[:, -outputs:].float()
+    value = losses_of(head, logits.requires_grad_(), label)
+    value.backward()
+    assert value.isfinite() and logits.grad.isfinite().all()
+    assert not logits.grad.movedim(1, -1)[label == 255].any()
+
+
+@pytest.mark.parametrize('which', LOSSES)
+def test_where_all_is_labelled_losses_are_mmsegs(which):
+    loss, outputs, sampler, _ = LOSSES[which]
+    torch.manual_seed(0)
+    logits, label = torch.randn(2, outputs, 8, 8), some_labels(max(2, outputs), 128)
+    stock, ours = make_head(loss, outputs, **sampler), make_head(loss, outputs, **sampler)
+    gather_labelled_pixels(ours)
+    assert torch.equal(losses_of(ours, logits, label), losses_of(stock, logits, label))
+
+
+def test_every_heads_losses_are_gathered_once(make_cfg, build):
+    """Those of auxiliary heads, too, and of a head with several; by the head's own `ignore_index`."""
+    auxiliary = dict(type='FCNHead', in_channels=8, channels=8, num_convs=1, num_classes=3, in_index=0, ignore_index=7,
+                     loss_decode=dict(CE, use_sigmoid=True))
+    model = build(make_cfg(changes={'model.decode_head.loss_decode': [
+        dict(CE, loss_name=f'loss_{i}') for i in 'ab'], 'model.auxiliary_head': auxiliary})).model
+    for _ in range(2):
+        gather_labelled_pixels(model)
+    losses = [*model.decode_head.loss_decode, model.auxiliary_head.loss_decode]
+    logits, label = torch.randn(1, 3, 8, 8), some_labels(3, 20)[:1]
+    for loss, ignore_index in zip(losses, (255, 255, 7)):
+        by_hand = sigmoids if loss.use_sigmoid else F.cross_entropy
+        known = label != 255
+        value = loss(logits, torch.where(known, label, ignore_index), ignore_index=ignore_index)
+        torch.testing.assert_close(value, by_hand(logits.movedim(1, -1)[known], label[known]))
+        assert not hasattr(loss.forward.__wrapped__, '__wrapped__')
+
+
+@pytest.mark.parametrize('unit, is_gathered', [('image', False), ('pixel', True)])
+def test_whole_images_train_as_stock(make_cfg, train, unit, is_gathered):
     runner, _ = train(make_cfg(dict(unit=unit, rounds=0), changes=tiny.NO_VAL))
-    assert runner.model.decode_head.loss_decode.avg_non_ignore is value
+    assert ('forward' in vars(runner.model.decode_head.loss_decode)) is is_gathered
 
 
-@pytest.mark.parametrize('thresh', [None, .7])
-def test_hard_pixels_are_mined_among_labelled_ones(make_cfg, build, thresh):
-    """mmseg's OHEMPixelSampler, also where a batch has no label at all."""
-    runner = build(make_cfg(changes={'model.decode_head.sampler': dict(
-        type='OHEMPixelSampler', min_kept=5, **({'thresh': thresh} if thresh else {}))}))
-    al_patch.prepare_losses(runner)
-    head, features = runner.model.decode_head, [torch.randn(2, 8, 8, 12, requires_grad=True)]
-    label = torch.full((1, 32, 48), 255)
-    for n in (0, 1, 30):
-        label[0, 16, :n] = 1
-        sample = types.SimpleNamespace(gt_sem_seg=types.SimpleNamespace(data=label), metainfo={})
-        losses = head.loss(features, [sample] * 2, None)
-        losses['loss_ce'].backward()
-        assert torch.isfinite(losses['loss_ce']) and torch.isfinite(head.conv_seg.weight.grad).all()
-        assert bool(losses['loss_ce'] > 0) == bool(n)
+# --- losses that are refused -----------------------------------------------------------------------------------------
 
 
-# --- which losses are let in -----------------------------------------------------------------------------------------
-
-
-class Toy(torch.nn.Module):
-    """Cross entropy that looks at what is ignored, or divides by the number of what is not."""
-
-    def __init__(self, looks: bool):
-        super().__init__()
-        self.looks = looks
+class TotalVariation(torch.nn.Module):
+    """Cross entropy that wants neighbours to be alike."""
 
     def forward(self, pred, target, weight=None, ignore_index=255):
-        if self.looks:
-            return torch.nn.functional.cross_entropy(pred, target * (target != ignore_index))
-        return torch.nn.functional.cross_entropy(pred, target, ignore_index=ignore_index)
+        return F.cross_entropy(pred, target, ignore_index=ignore_index) + pred.diff(dim=2).abs().mean()
 
 
 @pytest.mark.parametrize('loss, why', [
-    (Toy(True), 'pixels without a label change it'), (Toy(False), 'it is not finite where there is none')])
-def test_a_loss_that_looks_at_hidden_pixels_is_refused(loss, why):
-    with pytest.raises(ValueError, match=f'^Toy cannot train with partly labelled images: {why}; use a plain Cross'):
-        check_loss(loss, 3, 255)
-
-
-@pytest.mark.parametrize('loss, channels', [
-    (dict(type='CrossEntropyLoss'), 3), (dict(type='CrossEntropyLoss', avg_non_ignore=True), 19),
-    (dict(type='CrossEntropyLoss', use_sigmoid=True), 3), (dict(type='TverskyLoss'), 3),
-    (dict(type='OhemCrossEntropy'), 3), (dict(type='LovaszLoss', loss_type='binary', reduction='none'), 1)], ids=str)
-def test_mmsegs_losses_that_are_let_in(loss, channels):
-    check_loss(MODELS.build(loss), channels, 255)
-
-
-def weighs_what_is_labelled() -> bool:
-    """mmseg 1.2.2 looks up the class weight of `ignore_index`, too: it fails on a pixel without a label."""
-    loss = MODELS.build(dict(type='CrossEntropyLoss', class_weight=[1., 1.]))
-    try:
-        return bool(loss(torch.zeros(1, 2, 1, 2), torch.tensor([[[0, 255]]]), ignore_index=255).isfinite())
-    except IndexError:
-        return False
-
-
-@pytest.mark.parametrize('loss, channels, why', [
-    (dict(type='DiceLoss'), 3, 'pixels without a label change it'),
-    (dict(type='HuasdorffDisstanceLoss'), 3, 'pixels without a label change it'),
-    (dict(type='LovaszLoss', reduction='none'), 3, 'it is not finite where there is none'),
-    (dict(type='LovaszLoss', per_image=True), 3, 'it is not finite where there is none'),
-    (dict(type='CrossEntropyLoss', use_sigmoid=True), 1, r'it fails on them \(RuntimeError: max'),
-    (dict(type='CrossEntropyLoss', class_weight=[1., 1., 2.]), 3, r'it fails on them \(IndexError: index 255'),
-    (dict(type='FocalLoss'), 3, r'it fails on them \(RuntimeError'),  # mmseg's version without a GPU fails on anything
-    (dict(type='BoundaryLoss'), 3, r'it fails on them \(IndexError')], ids=str)
-def test_mmsegs_losses_that_are_refused(loss, channels, why):
-    if 'class_weight' in loss and weighs_what_is_labelled():
-        pytest.skip('this mmseg weighs classes where pixels have a label')
-    with pytest.raises(ValueError, match=f'^{loss["type"]} cannot train with partly labelled images: {why}'):
-        check_loss(MODELS.build(loss), channels, 255)
-
-
-def softmax_with_class_weights(logits, label):
-    return torch.nn.functional.cross_entropy(logits, label, torch.tensor([1., .5, 2.]), ignore_index=255)
-
-
-def one_sigmoid(logits, label):
-    known = label != 255
-    return torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0][known], label[known].float())
-
-
-def one_sigmoid_with_weight(logits, label):
-    known = label != 255
-    p, y = logits[:, 0][known].sigmoid(), label[known]
-    return -(3. * y * p.log() + (1 - y) * (1 - p).log()).mean()
-
-
-@pytest.mark.parametrize('labelled', [0, 1, 20])
-@pytest.mark.parametrize('options, channels, slow', [
-    (dict(class_weight=[1., .5, 2.]), 3, softmax_with_class_weights), (dict(use_sigmoid=True), 1, one_sigmoid),
-    (dict(use_sigmoid=True, class_weight=[3.]), 1, one_sigmoid_with_weight)])
-def test_cross_entropy_is_averaged_over_labelled_pixels(options, channels, slow, labelled):
-    torch.manual_seed(labelled)
-    logits, label = torch.randn(2, channels, 4, 4, requires_grad=True), torch.full((2, 4, 4), 255)
-    label.view(-1)[torch.randperm(32)[:labelled]] = torch.randint(0, max(2, channels), (labelled, ))
-    head = torch.nn.Module()
-    head.loss_decode = MODELS.build(dict(type='CrossEntropyLoss', **options))
-    head.ignore_index, head.out_channels = 255, channels
-    logger = types.SimpleNamespace(info=lambda line: None)
-    al_patch.prepare_losses(types.SimpleNamespace(model=torch.nn.Sequential(head), logger=logger))
-    value = head.loss_decode(logits, label, ignore_index=255)
-    value.backward()
-    assert float(value) == pytest.approx(float(slow(logits, label)) if labelled else 0., rel=1e-5)
-    assert bool(logits.grad.any()) == bool(labelled)
+    (TotalVariation(), 'it looks at neighbours of pixels'),
+    (dict(type='HuasdorffDisstanceLoss'), 'it looks at neighbours of pixels'),
+    (dict(type='BoundaryLoss'), r'it fails on single pixels \(IndexError'),
+    (dict(type='FocalLoss'), r'it fails on single pixels \(')],  # mmseg's version without a GPU fails on anything
+    ids=lambda value: value.get('type', '') if isinstance(value, dict) else '')
+def test_a_loss_that_needs_maps_is_refused(loss, why):
+    head = make_head(CE)
+    name = loss['type'] if isinstance(loss, dict) else type(loss).__name__
+    head.loss_decode = torch.nn.ModuleList([head.loss_decode, MODELS.build(loss) if isinstance(loss, dict) else loss])
+    with pytest.raises(ValueError, match=f'^{name} cannot train with partly labelled images: {why}.*; use a plain Cro'):
+        gather_labelled_pixels(torch.nn.Sequential(head))
 
 
 def test_a_run_refuses_the_loss_before_it_trains(make_cfg, train):
-    cfg = make_cfg(dict(unit='pixel'), changes={'model.decode_head.loss_decode.type': 'DiceLoss'})
-    with pytest.raises(ValueError, match='^DiceLoss cannot train'):
-        train(cfg)
-    train(make_cfg(dict(rounds=0), work_dir=cfg.work_dir + '_image', changes={
-        **tiny.NO_VAL, 'model.decode_head.loss_decode.type': 'DiceLoss'}))
+    changes = {**tiny.NO_VAL, 'model.decode_head.loss_decode.type': 'HuasdorffDisstanceLoss'}
+    with pytest.raises(ValueError, match='^HuasdorffDisstanceLoss cannot train'):
+        train(make_cfg(dict(unit='pixel'), changes=changes))
+    train(make_cfg(dict(rounds=0), work_dir=make_cfg().work_dir + '_image', changes=changes))
 
 
 def test_heads_that_learn_masks_of_whole_images_are_refused():
     class Head(torch.nn.Module):
         _seg_data_to_instance_data = None
 
-    trainer = types.SimpleNamespace(model=torch.nn.Sequential(Head()))
     with pytest.raises(ValueError, match="^Head learns masks of whole images, .*: use `al.unit='image'` with it"):
-        al_patch.prepare_losses(trainer)
+        gather_labelled_pixels(torch.nn.Sequential(Head()))
+
+
+# --- what learns from images without any label -----------------------------------------------------------------------
+
+ENCNET = {'model.decode_head': dict(type='EncHead', in_channels=[8], in_index=[0], channels=8, num_classes=3,
+                                    num_codes=4, norm_cfg=dict(type='BN'), _delete_=True)}
+STDC = {'model.auxiliary_head': dict(type='STDCHead', in_channels=8, channels=8, num_convs=1, num_classes=2, in_index=0,
+                                     norm_cfg=dict(type='BN'), loss_decode=[CE, dict(type='DiceLoss')])}
+
+
+@MODELS.register_module()
+class Distilled(FCNHead):
+    """Wants its logits to be small, whatever the labels are."""
+
+    def loss_by_feat(self, seg_logits, batch_data_samples) -> dict:
+        return dict(super().loss_by_feat(seg_logits, batch_data_samples), loss_small=[(seg_logits**2).mean()] * 2)
+
+
+@pytest.mark.parametrize('changes, loss', [(ENCNET, 'decode.loss_se of EncHead'), (STDC, 'aux.loss_ce of ')],
+                         ids=['encnet', 'stdc'])
+def test_a_loss_that_learns_from_nothing_is_refused(make_cfg, train, changes, loss):
+    changes = {**tiny.NO_VAL, **changes}
+    with pytest.raises(ValueError, match=f'^{loss}.*learns from pixels without a label: it is .* where there is none'):
+        train(make_cfg(dict(unit='pixel'), changes=changes))
+    train(make_cfg(dict(rounds=0), work_dir=make_cfg().work_dir + '_image', changes=changes))
+
+
+def test_a_loss_that_does_not_depend_on_labels_is_left_alone(make_cfg, train):
+    cfg = make_cfg(dict(unit='pixel', rounds=0), changes={**tiny.NO_VAL, 'model.decode_head.type': 'Distilled'})
+    train(cfg)
+    assert 'decode.loss_small does not depend on labels, and is left alone' in tiny.log_of(f'{cfg.work_dir}/round_0')
+
+
+@pytest.mark.parametrize('loop', ['iters', 'epochs'])
+def test_looking_for_it_changes_nothing(make_cfg, train, monkeypatch, loop):
+    """Weights, running statistics and random numbers are after it as before, and the run is the same as without."""
+    def states(runner) -> list:
+        return [*map(torch.clone, runner.model.state_dict().values()), torch.get_rng_state(),
+                torch.tensor(np.random.get_state()[1].astype(int)), torch.tensor(random.getstate()[1])]
+
+    def look(runner):
+        before = states(runner)
+        check_void(runner)
+        looked.append(all(map(torch.equal, before, states(runner))) and runner.model.training)
+
+    looked, check_void, runs = [], al_patch.check_void, []
+    for function in (look, lambda runner: None):
+        monkeypatch.setattr(al_patch, 'check_void', function)
+        cfg = make_cfg(dict(unit='pixel', rounds=0), loop, work_dir=f'{make_cfg().work_dir}_{len(runs)}')
+        runner, rounds = train(cfg)
+        runs.append((runner.model.state_dict(), [entry['metrics'] for entry in rounds]))
+    assert looked == [True] and runs[0][1] == runs[1][1]
+    assert all(torch.equal(value, runs[1][0][key]) for key, value in runs[0][0].items())

@@ -1,0 +1,390 @@
+"""The query: what is chosen of all candidates, in any number of processes, and where a planted uncertainty is found."""
+import functools
+import math
+import types
+
+import cv2
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mmengine.config import ConfigDict
+
+import al_patch
+from al_patch import AL_SELECTORS, Candidates, Collector, Pool, Query, State, parse_settings, query, topk
+
+top_percent = AL_SELECTORS.get('top_percent')
+
+# --- the collector ---------------------------------------------------------------------------------------------------
+
+
+def some_candidates(images: int, rows: int, values: int = 500, seed: int = 0) -> list:
+    """Candidates of some images, with ties."""
+    rng = np.random.default_rng(seed)
+    return [Candidates(np.full(rows, i, np.int32), np.sort(rng.choice(10 * rows, rows, False)),
+                       rng.integers(0, values, rows) / 8, rng.integers(1, 10, rows).astype(np.int32))
+            for i in range(images)]
+
+
+def collected(parts: list, budget: int, in_pixels=False, per_image=False, select=topk) -> Collector:
+    """A collector that is given what it may still choose, as units do."""
+    collector = Collector(select, lambda name: budget, per_image, in_pixels, (0, 'test'))
+    for part in parts:
+        collector.add(f'image {part.image[0]}', part.rows(part.score >= collector.floor), part.rows(slice(0)))
+    return collector
+
+
+def same(a: Candidates, b: Candidates) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b))
+
+
+def best(parts: list, budget: int, in_pixels: bool) -> Candidates:
+    """The best of all, one by one."""
+    everything = Candidates.join(parts)
+    order = sorted(range(len(everything.id)), key=lambda r: (-everything.score[r], everything.image[r],
+                                                             everything.id[r]))
+    rows, cost = [], 0
+    for row in order:
+        cost += everything.pixels[row] if in_pixels else 1
+        if cost > budget and rows:
+            break
+        rows.append(row)
+    return everything.rows(np.sort(rows))
+
+
+@pytest.mark.parametrize('in_pixels', [False, True])
+@pytest.mark.parametrize('budget', [1, 50, 3000])
+def test_streaming_keeps_the_best_of_all(budget, in_pixels):
+    parts = some_candidates(6, 25_000)
+    collector = collected(parts, budget, in_pixels)
+    assert collector.floor > 0 and collector.rows < 100_000  # it did not keep everything
+    chosen = collector.result()
+    assert same(chosen, best(parts, budget, in_pixels))
+    spent = chosen.pixels.sum() if in_pixels else len(chosen.id)
+    assert budget - 9 < spent <= max(budget, 9) if in_pixels else spent == budget
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.integers(1, 5), st.integers(1, 30), st.integers(1, 600), st.booleans(), st.integers(0, 2**31))
+def test_the_budget_is_spent_exactly_as_far_as_there_are_units(images, rows, budget, in_pixels, seed):
+    parts = some_candidates(images, rows, 6, seed)
+    chosen = collected(parts, budget, in_pixels).result()
+    assert same(chosen, best(parts, budget, in_pixels))
+    assert in_pixels or len(chosen.id) == min(budget, images * rows)
+
+
+def test_a_budget_in_pixels_buys_one_unit_at_least():
+    assert collected([Candidates(*np.array([[0, 0], [4, 5], [1, 2], [900, 800]]))], 3, True).result().id.tolist() == [5]
+
+
+@pytest.mark.parametrize('select', [topk, top_percent])
+@pytest.mark.parametrize('in_pixels', [False, True])
+def test_a_budget_per_image_is_spent_in_each(select, in_pixels):
+    parts = some_candidates(4, 400)
+    collector = collected(parts, 20, in_pixels, True, select)
+    assert collector.rows <= 4 * 20
+    chosen = collector.result()
+    for i, part in enumerate(parts):
+        mine = chosen.rows(chosen.image == i)
+        assert 20 - 9 < mine.pixels.sum() <= 20 if in_pixels else len(mine.id) == 20
+        assert select is top_percent or same(mine, best([part], 20, in_pixels))
+        assert mine.score.min() >= np.sort(part.score)[-20]  # 5 % of 400
+
+
+def test_each_image_has_a_draw_of_its_own():
+    [part] = some_candidates(1, 400)
+    chosen = collected([part._replace(image=part.image + i) for i in range(4)], 5, False, True, top_percent).result()
+    assert len({tuple(chosen.id[chosen.image == i]) for i in range(4)}) == 4
+
+
+# --- any number of processes -----------------------------------------------------------------------------------------
+
+
+def as_ranks(monkeypatch, share: list) -> None:
+    """Let every collector gather what all of them have, in another order."""
+    gathered = [(Candidates.join(each.parts), Candidates.join(each.known), each.range) for each in share]
+    monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: gathered[::-1])
+
+
+@pytest.mark.parametrize('per_image', [False, True])
+@pytest.mark.parametrize('in_pixels', [False, True])
+@pytest.mark.parametrize('select', [topk, top_percent])
+@pytest.mark.parametrize('ranks', [2, 3])
+def test_the_choice_does_not_depend_on_who_saw_what(monkeypatch, select, in_pixels, per_image, ranks):
+    parts = some_candidates(7, 12_000, 100)
+    alone = collected(parts, 90, in_pixels, per_image, select)
+    expected = alone.result()
+    share = [collected(parts[rank::ranks], 90, in_pixels, per_image, select) for rank in range(ranks)]
+    as_ranks(monkeypatch, share)
+    for each in share:
+        assert same(each.result(), expected) and (select is topk or each.range == alone.range)
+    assert len(expected.id) == (90 * 7 if per_image else 90) or in_pixels
+
+
+def test_an_empty_share_is_no_harm(monkeypatch):
+    some, none = collected(some_candidates(2, 20), 5), collected([], 5)
+    expected = some.result()
+    as_ranks(monkeypatch, [none, some])
+    assert same(none.result(), expected) and len(expected.id) == 5
+    as_ranks(monkeypatch, [none])
+    assert len(none.result().id) == 0
+
+
+def candidates_with_vectors(images: int, rows: int) -> list:
+    """Of each image its candidates, and what is labelled of it."""
+    parts = []
+    for i in range(images):
+        n, rng = rows if i % 4 else 0, np.random.default_rng(i)
+        vectors, probs = (torch.from_numpy(rng.normal(size=(rows + 5, 4))).softmax(1).float().numpy() for _ in range(2))
+        everything = Candidates(np.full(rows + 5, i, np.int32), np.arange(rows + 5), rng.random(rows + 5),
+                                np.full(rows + 5, 3, np.int32), vectors, probs)
+        parts.append((everything.rows(slice(n)), everything.rows(slice(n, None))))
+    return parts
+
+
+def collected_with_vectors(parts: list, select) -> Collector:
+    collector = Collector(select, lambda name: 30, seed=(0, 'test'), progress=.5)
+    for i, (candidates, known) in enumerate(parts):
+        collector.add(f'image {i}', candidates, known)
+    return collector
+
+
+@pytest.mark.parametrize('ranks', [1, 2, 3])
+@pytest.mark.parametrize('name', [name for name in AL_SELECTORS.module_dict if name != 'topk'])
+def test_the_choice_of_every_selector_does_not_depend_on_the_number_of_processes(monkeypatch, name, ranks):
+    parts, select = candidates_with_vectors(9, 60), AL_SELECTORS.get(name)
+    if name == 'real':
+        select = functools.partial(select, clusters=5)
+    expected = collected_with_vectors(parts, select).result()
+    share = [collected_with_vectors(parts[rank::ranks], select) for rank in range(ranks)]
+    as_ranks(monkeypatch, share)
+    for each in share:
+        got = each.result()
+        assert np.array_equal(got.image, expected.image) and np.array_equal(got.id, expected.id)
+        assert np.array_equal(got.score, expected.score) and got.vector is None is got.probs
+    assert len(expected.id) == 30 and len(set(zip(expected.image, expected.id))) == 30
+
+
+@pytest.mark.parametrize('name', ['kcenter', 'barycentre'])
+def test_what_is_labelled_counts_wherever_it_was_seen(name):
+    parts, select = candidates_with_vectors(9, 60), AL_SELECTORS.get(name)
+    blind = [(candidates, known.rows(slice(0))) for candidates, known in parts]
+    chosen, other = (collected_with_vectors(each, select).result() for each in (parts, blind))
+    assert not np.array_equal(chosen.id, other.id)
+
+
+@pytest.mark.parametrize('picks', [[0, 0, 1], [0, 1], [0, 1, 2, 3]], ids=str)
+def test_a_selector_that_does_not_choose_as_many_as_asked_for_is_refused(picks):
+    with pytest.raises(ValueError, match='^`al.strategy.select` should choose 3 different candidates, but got '):
+        collected(some_candidates(1, 9), 3, select=lambda scores_N, budget, generator: torch.tensor(picks)).result()
+
+
+# --- a planted uncertainty is found at its place ---------------------------------------------------------------------
+
+TOP, LEFT, SIDE = 16, 32, 8  # the one bright square, in 32 x 48 pixels
+INSIDE = (TOP + SIDE // 2) * 48 + LEFT + SIDE // 2
+DARK, BRIGHT = -2., 127 / 64  # as the data preprocessor gives them
+
+
+def window(radius: int) -> dict:
+    return dict(type='region', size=[1, 1], window=radius)
+
+
+@pytest.fixture
+def planted(make_cfg, build, tmp_path, monkeypatch):
+    """A function from settings, steps of the test pipeline and changes of the config to a state before its query, and
+    the trainer. The one image is dark with a bright square, and a feature of the model is brightness. It is sure of
+    class 0 where the image is dark, and torn between the two others where it is bright."""
+
+    def plant(al, steps=(), **changes) -> tuple:
+        image = np.zeros((32, 48, 3), np.uint8)
+        image[TOP:TOP + SIDE, LEFT:LEFT + SIDE] = 255
+        (tmp_path / 'img' / 'train').mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / 'img' / 'train' / 'x.png'), image)
+        cfg = make_cfg(dict(al, budget=1), root=str(tmp_path), changes={'model.decode_head.num_convs': 0, **changes})
+        cfg.test_dataloader.dataset.pipeline[1:1] = steps
+        runner = build(cfg)
+        monkeypatch.setattr(runner.model.backbone, 'forward', lambda x: (
+            F.avg_pool2d(x[:, :1], 4, ceil_mode=True).repeat(1, 8, 1, 1), ))
+        layer = runner.model.decode_head.conv_seg
+        for parameter in layer.parameters():
+            torch.nn.init.zeros_(parameter)
+        layer.weight.data[0] = -5 / 8
+        torch.save(runner.model.state_dict(), tmp_path / 'planted.pth')
+        first = dict(asked={}, checkpoints=dict(last='planted.pth'))
+        state = State(dict(seed=0, config={}, rounds=[first]), str(tmp_path), parse_settings(cfg.al), runner,
+                      Pool(runner.cfg))
+        return state, runner
+
+    return plant
+
+
+@pytest.fixture
+def found(planted):
+    """A function from a unit, steps and changes to the state after the query, and the ids that are asked for."""
+
+    def choose(unit, **way) -> tuple:
+        state, trainer = planted(dict(unit=unit, strategy='entropy'), **way)
+        asked = query(state, trainer)
+        assert list(asked) == ['x']
+        return state, asked['x']
+
+    return choose
+
+
+WAYS = dict(
+    plain=dict(), larger=dict(steps=[dict(type='Resize', scale=(72, 80))]),
+    smaller=dict(steps=[dict(type='Resize', scale=(36, 24))]),
+    keep_ratio=dict(steps=[dict(type='Resize', scale=(100, 50), keep_ratio=True)]),
+    padded={'model.data_preprocessor.test_cfg': dict(size_divisor=40)},
+    padded_by_size={'model.data_preprocessor.test_cfg': dict(size=(64, 64))},
+    resized_and_padded={'steps': [dict(type='Resize', scale=(72, 48))],
+                        'model.data_preprocessor.test_cfg': dict(size_divisor=40)},
+    slide={'model.test_cfg': dict(mode='slide', crop_size=(32, 32), stride=(16, 16))},
+    flipped=dict(steps=[dict(type='RandomFlip', prob=1.)]),
+    flipped_vertically=dict(steps=[dict(type='RandomFlip', prob=1., direction='vertical')]))
+
+
+@pytest.mark.parametrize('way', WAYS)
+def test_the_cell_of_a_planted_uncertainty(found, way):
+    state, ids = found(dict(type='region', size=[SIDE, SIDE]), **WAYS[way])
+    assert ids.tolist() == [TOP // SIDE * 6 + LEFT // SIDE] and state.scores['x'] > .3
+    assert np.argwhere(state.units('x').mask(ids)).tolist() == [
+        [y, x] for y in range(TOP, TOP + SIDE) for x in range(LEFT, LEFT + SIDE)]
+
+
+@pytest.mark.parametrize('unit', [dict(type='pixel', radius=1), window(2)], ids=['pixel', 'window'])
+@pytest.mark.parametrize('way', WAYS)
+def test_the_pixels_of_a_planted_uncertainty(found, way, unit):
+    y, x = divmod(int(found(unit, **WAYS[way])[1][0]), 48)
+    assert TOP <= y < TOP + SIDE and LEFT <= x < LEFT + SIDE
+
+
+def test_the_image_of_a_planted_uncertainty_is_one_candidate(found):
+    state, ids = found('image')
+    dark = 22 * math.exp(-10)  # two classes with logits ten below the third's: -2 p ln p - (1 - 2 p) ln (1 - 2 p)
+    value = (4 * math.log(2) + 92 * dark) / 96  # 4 of the 96 pixels of the logits
+    assert ids is None and state.scores == dict(x=pytest.approx(value, rel=1e-3))
+
+
+# --- the vector of a place in the image ------------------------------------------------------------------------------
+
+VECTOR_WAYS = {key: WAYS[key] for key in ('plain', 'larger', 'padded', 'resized_and_padded', 'flipped')}
+VECTOR_WAYS['full_res'] = dict(full_res=True)
+PLACES = dict(cell=(dict(type='region', size=[SIDE, SIDE]), TOP // SIDE * 6 + LEFT // SIDE), window=(window(1), INSIDE),
+              pixel=('pixel', INSIDE))
+
+
+@pytest.fixture
+def candidates_of(planted):
+    """A function from unit, strategy and the like to all candidates of the one image."""
+
+    def collect(unit, strategy, full_res=None, amp=False, **way) -> Candidates:
+        state, runner = planted(dict(unit=unit, strategy=strategy, full_res=full_res), **way)
+        optim_wrapper = ConfigDict(type='AmpOptimWrapper' if amp else 'OptimWrapper')
+        this = Query(state, types.SimpleNamespace(model=runner.model, cfg=ConfigDict(optim_wrapper=optim_wrapper)))
+        with torch.no_grad():
+            [(candidates, known)] = [this.candidates(name, seen) for name, seen in this.look()]
+        assert not len(known.id)
+        return candidates
+
+    return collect
+
+
+@pytest.mark.parametrize('place', PLACES)
+@pytest.mark.parametrize('way', VECTOR_WAYS)
+def test_a_vector_is_that_of_its_place(candidates_of, way, place):
+    unit, bright = PLACES[place]
+    rows = candidates_of(unit, dict(type='coreset', shortlist=1536), **VECTOR_WAYS[way])
+    [row] = np.flatnonzero(rows.id == bright) if place != 'window' else \
+        [np.abs(np.divmod(rows.id, 48) - np.array(divmod(bright, 48))[:, None]).max(0).argmin()]  # drawn, and apart
+    y, x = np.divmod(rows.id, 48)
+    far = rows.id == 0 if place == 'cell' else (np.abs(y - TOP - 4) > 12) | (np.abs(x - LEFT - 4) > 12)
+    assert rows.vector.shape == (len(rows.id), 8) and rows.vector[far] == pytest.approx(DARK)
+    assert rows.vector[row].max() > 1.2 and rows.vector.max() <= BRIGHT + 1e-4
+    assert way not in ('plain', 'flipped') or rows.vector[row] == pytest.approx(BRIGHT, abs=.01)
+
+
+@pytest.mark.parametrize('way', ['plain', 'padded'])
+def test_the_vector_of_an_image_leaves_out_its_padding(candidates_of, way):
+    vector = candidates_of('image', 'coreset', **WAYS[way]).vector
+    assert vector.shape == (1, 8) and vector == pytest.approx(-2 + 64 / 32 / 48 * 255 / 64, abs=1e-3)
+
+
+@pytest.mark.parametrize('unit', ['image', 'region'])
+@pytest.mark.parametrize('strategy', ['coreset', 'badge', 'contextual_diversity', 'real', 'clasp_pe'])
+def test_mixed_precision_gives_single_precision_vectors(candidates_of, unit, strategy):
+    """As a round trained by AmpOptimWrapper, which itself needs a GPU."""
+    rows = candidates_of(unit, strategy, amp=True, **{'model.decode_head.num_convs': 1})
+    assert rows.vector.dtype == np.float32 and len(rows.vector) == len(rows.id) and np.isfinite(rows.vector).all()
+    assert rows.probs is None or rows.probs.dtype == np.float32
+
+
+@pytest.mark.parametrize('unit', ['image', 'pixel', 'region', window(1)], ids=str)
+def test_a_score_that_is_no_number_is_an_error_in_every_unit(planted, unit):
+    state, trainer = planted(dict(unit=unit, strategy='tiny:not_a_number'))
+    with pytest.raises(ValueError, match=r"^the score of image 'x' is not finite"):
+        query(state, trainer)
+
+
+# --- what is looked at -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('unit, initial', [('image', 5), (dict(type='region', size=[8, 8]), 20), ('pixel', 300)],
+                         ids=['image', 'region', 'pixel'])
+def test_a_random_subset_of_the_pool_offers_all_candidates_and_the_rest_only_what_is_labelled(
+        make_cfg, train, monkeypatch, unit, initial):
+    offered, add = {}, Collector.add
+
+    def note(self, name, candidates, known):
+        offered.setdefault(self.seed[2], {})[name] = len(candidates.id), len(known.id)
+        return add(self, name, candidates, known)
+
+    monkeypatch.setattr(Collector, 'add', note)
+    cfg = make_cfg(dict(unit=unit, initial=initial, budget=3, pool_size=3, strategy='coreset'), changes={
+        **tiny.NO_VAL, 'train_cfg.max_iters': 1})
+    rounds = train(cfg)[1]
+    free = {name for name, (n, _) in offered[1].items() if n}
+    labelled = {name for name, (_, n) in offered[1].items() if n}
+    assert len(free) == 3 and labelled == set(rounds[0]['asked']) and set(rounds[1]['asked']) <= free
+
+
+class SomePool:
+    """As many images of 50 x 100 pixels."""
+
+    def __init__(self, number: int):
+        self.names = [str(i) for i in range(number)]
+        self.sizes, self.pixels = dict.fromkeys(self.names, (50, 100)), 5000 * number
+
+    def __len__(self):
+        return len(self.names)
+
+
+def query_of(labelled: list, **al) -> Query:
+    """A query at pixels, after two rounds that asked for so many in each image."""
+    pool = SomePool(len(labelled))
+    asked = {name: [1, k] for name, k in zip(pool.names, labelled)}
+    rounds = [dict(asked={'0': asked.pop('0')}), dict(asked=asked)]
+    al = parse_settings({'unit': 'pixel', 'strategy': 'coreset', **al})
+    runner = types.SimpleNamespace(model=torch.nn.Linear(1, 1))
+    return Query(State(dict(seed=0, config={}, rounds=rounds), '', al, runner, pool), None)
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(st.integers(0, 5000), min_size=1, max_size=9), st.integers(1, 9000))
+def test_the_shortlists_of_all_images_together_hold_the_budget(labelled, budget):
+    """Also where most images have next to nothing left: an image's part is that of what is free."""
+    this = query_of(labelled, budget=budget)
+    assert this.free == {name: 5000 - k for name, k in zip(this.names, labelled)}
+    kept = [min(this.free[name], this.limit(name, this.state.units(name))) for name in this.names]
+    assert sum(kept) >= min(budget, sum(this.free.values()))
+
+
+def test_a_shortlist_that_cannot_hold_the_budget_is_refused():
+    this = query_of([0, 0], budget=100, strategy=dict(type='coreset', shortlist=49))
+    with pytest.raises(ValueError, match="^`al.strategy.shortlist` should be at least 50, an image's share of the "
+                                         "budget, but got 49"):
+        this.limit('0', this.state.units('0'))
