@@ -401,7 +401,7 @@ def hold_out(state: State) -> dict:
         raise ValueError(f'`al.initial` should be at least 2 images, of which `al.strategy.calibration` = {share} are '
                          f'held out, but got {len(names)}')
     order = torch.randperm(len(names), generator=state.generator('hold_out', len(state.rounds))).tolist()
-    return dict(held_out=[names[i] for i in sorted(order[:min(len(names) - 1, max(1, round(share * len(names))))])])
+    return dict(held_out=[names[i] for i in sorted(order[:min(len(names) - 1, number_of(share, len(names)))])])
 
 
 def accept_labels(state: State) -> None:
@@ -419,7 +419,7 @@ def accept_labels(state: State) -> None:
         new = state.asked_mask(name) if state.counts_pixels else np.ones(state.pool.sizes[name], bool)
         try:
             void = state.check_label(name, new)
-        except (ValueError, FileNotFoundError) as error:
+        except ValueError as error:
             return str(error)
         return void if void < new.sum() or name in may_be_void else 'it has no label where it was asked for; if all ' \
             'that is void, name the image in to_label/void.txt'
@@ -610,11 +610,6 @@ def train_round(state: State, trainer: Runner) -> None:
     load_weights(state, state.checkpoint(state.round, 'last'))
     state.phase = 'query'
     state.save()
-    write_curve(state)
-
-
-def write_curve(state: State) -> None:
-    """The table of rounds as ``learning_curve.csv``."""
     if is_main_process():
         table = rounds_table(state).get_csv_string(lineterminator='\n')
         write_atomically(osp.join(state.work_dir, 'learning_curve.csv'), table)
@@ -1079,8 +1074,7 @@ class Query:
         ids, values, pixels = map(np.concatenate, zip(*found))
         vectors = probs = None
         if maps and len(ids):
-            weights_NP = units.weights(ids, maps['probs_CHW'].shape[1:])
-            weights_NP = weights_NP if weights_NP is None else weights_NP.to(maps['probs_CHW'].device)
+            weights_NP = units.weights(ids, maps['probs_CHW'].shape[1:], maps['probs_CHW'].device)
             if strategy.embed:
                 vectors = call(strategy.embed, **maps, **self.thresholds, weights_NP=weights_NP).float().cpu().numpy()
             if strategy.asks_for('probs_NC'):
@@ -1373,9 +1367,8 @@ class Network:
         """
         logits, n = self.model.inference(inputs_NCHW, metas), len(metas)
         if not (isinstance(logits, torch.Tensor) and logits.ndim == 4 and len(logits) == n):
-            what = tuple(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
             raise ValueError(f'{type(self.model).__name__}.inference should return logits ({n}, classes, H, W), but '
-                             f'got {what}')
+                             f'got {tuple(getattr(logits, "shape", [])) or type(logits).__name__}')
         return logits
 
     def last_layer(self, features_NKHW: torch.Tensor, draws: list, at_once: int) -> Iterator[torch.Tensor]:
@@ -2047,7 +2040,7 @@ class Areas:
     def mask(self, ids: np.ndarray) -> np.ndarray:
         return self.rows(ids) >= 0
 
-    def weights(self, ids: np.ndarray, cells: tuple) -> torch.Tensor:
+    def weights(self, ids: np.ndarray, cells: tuple, device) -> torch.Tensor:
         """Sparse (N, P), P = h w, rows sum to 1."""
         rows_HW = self.rows(ids)
         (y, x), (h, w) = np.nonzero(rows_HW >= 0), rows_HW.shape
@@ -2056,7 +2049,7 @@ class Areas:
                                         (len(ids), cells[0] * cells[1])).tocsr().tocoo()
         share.data /= np.bincount(rows, minlength=len(ids))[share.row]
         weights = torch.sparse_coo_tensor(np.stack([share.row, share.col]), share.data, share.shape)
-        return weights._coalesced_(True)  # it is; torch < 2.1 cannot be told above
+        return weights._coalesced_(True).to(device)  # it is; torch < 2.1 cannot be told above
 
 
 class Whole(Areas):
@@ -2073,7 +2066,7 @@ class Whole(Areas):
         value, n = float(scores if scores.ndim == 1 else reduce_map(scores, reduce)), int(not taken)
         return np.zeros(n, np.int64), np.full(n, value), np.ones(n, np.int32)
 
-    def weights(self, ids: np.ndarray, cells: tuple) -> None:
+    def weights(self, ids: np.ndarray, cells: tuple, device) -> None:
         return None
 
 
@@ -2644,6 +2637,10 @@ class Strategy:
         return any(name in parameters_of(function) for function in (self.score, self.embed, self.select) if function)
 
     @property
+    def compares_passes(self) -> bool:
+        return any(map(self.asks_for, set(STATISTICS) - {'probs_NCHW'}))
+
+    @property
     def needs_maps(self) -> bool:
         return self.embed is not None or self.asks_for('probs_NC')
 
@@ -2674,10 +2671,8 @@ def resolve_strategy(setting: str | dict) -> Strategy:
         ValueError: An unknown name, listing those there are, an unknown option, or functions that do not fit.
     """
     name, given = split_setting(setting)
-    is_preset = name in AL_STRATEGIES.module_dict
-    preset = AL_STRATEGIES.module_dict[name]() if is_preset else dict(score=name)
-    if ':' not in name and not is_preset:
-        lookup({**AL_STRATEGIES.module_dict, **AL_SCORES.module_dict}, name, 'al.strategy')
+    lookup({**AL_STRATEGIES.module_dict, **AL_SCORES.module_dict}, name, 'al.strategy')
+    preset = AL_STRATEGIES.module_dict.get(name, lambda: dict(score=name))()
     options = {'embed': None, 'select': 'topk', **preset, **given}
     record = {'type': name, **{part: options.pop(part) for part in PARTS}}
     functions = {part: None if part == 'embed' and not record[part] else lookup(
@@ -2693,7 +2688,7 @@ def resolve_strategy(setting: str | dict) -> Strategy:
             record.update(filled[part])
     strategy = Strategy(name, **functions, record=record, **filled['any'])
     if strategy.mc is None:
-        strategy.mc = 20 if any(map(strategy.asks_for, set(STATISTICS) - {'probs_NCHW'})) else 1
+        strategy.mc = 20 if strategy.compares_passes else 1
     record.update(filled['any'], mc=strategy.mc)
     strategy.record = json.loads(json.dumps(record, default=repr))
     check_strategy(strategy)
@@ -2711,14 +2706,14 @@ def check_strategy(strategy: Strategy) -> None:
     """Refuse functions that do not fit together."""
     score, embed, select = (function and getattr(function, 'func', function).__name__
                             for function in (strategy.score, strategy.embed, strategy.select))
-    takes_vectors, passes = strategy.asks_for('vectors_ND'), ('entropies_NHW', 'votes_NCHW', 'squares_NCHW')
+    takes_vectors = strategy.asks_for('vectors_ND')
     for is_wrong, key, should_be, value in (
             (takes_vectors and not embed, 'embed', f'one of {", ".join(AL_EMBEDDINGS.module_dict)} for the selector '
              f'{select}', None),
             (embed and not takes_vectors, 'embed', f'None for the selector {select}, which takes no vectors', embed),
             (strategy.asks_for('scores_HW') and strategy.score is random_scores, 'score',
              f'a score map for the embedding {embed}', 'random'),
-            (strategy.mc == 1 and any(map(strategy.asks_for, passes)), 'mc',
+            (strategy.mc == 1 and strategy.compares_passes, 'mc',
              f'above 1 for {score}, which compares dropout passes', 1),
             (strategy.asks_for('thresholds_C') != bool(strategy.calibration), 'calibration', 'a share of the labelled '
              'images for what asks for thresholds_C, and 0 for all else', strategy.calibration)):
@@ -2800,12 +2795,9 @@ def lookup(table: dict, name: str, key: str) -> Callable:
     module, _, attribute_name = name.partition(':')
     try:
         function = getattr(importlib.import_module(module), attribute_name)
-        if callable(function):
-            inspect.signature(function)  # its options are read from there; some builtins have none
+        inspect.signature(function)  # its options are read from there; some builtins have none
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f'`{key}` should be importable, but got {name!r}: {error}') from error
-    if not callable(function):
-        raise ValueError(f'`{key}` should name a function, but {name!r} is a {type(function).__name__}')
+        raise ValueError(f'`{key}` should name a function that can be imported, but got {name!r}: {error}') from error
     return function
 
 
@@ -2909,7 +2901,7 @@ def reading(path: str, errors: type = Exception):
     try:
         yield
     except errors as error:
-        why = f'{type(error).__name__}: {error}'
+        why = 'there is no such file' if isinstance(error, FileNotFoundError) else f'{type(error).__name__}: {error}'
         if isinstance(error, pickle.UnpicklingError):  # torch's own text, of many lines, tells to drop the protection
             what = ', '.join(re.findall(r'GLOBAL ([\w.]+)', why)) or 'what no checkpoint has'
             why = f'beside weights and training state it holds {what}: reading that could run any code'
