@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import functools
+import gc
 import glob
 import importlib
 import io
@@ -42,6 +43,7 @@ al_patch, mmcv, mmengine, ndimage, np, prettytable, torch = map(Lazy, (
     'al_patch', 'mmcv', 'mmengine', 'scipy.ndimage', 'numpy', 'prettytable', 'torch'))
 colors, figures, patches = map(Lazy, ('matplotlib.colors', 'matplotlib.figure', 'matplotlib.patches'))
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,6 +69,7 @@ def main(argv: list | None = None) -> None:
     except (OSError, ValueError) as error:
         raise SystemExit(f'al_report.py {args.command}: {error}') from error
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The hook
 # ---------------------------------------------------------------------------------------------------------------------
@@ -84,7 +87,8 @@ def hook() -> mmengine.hooks.Hook:
 
         def before_val_epoch(self, runner) -> None:
             """Have mmseg's IoUMetric, and those like it, keep the IoU of every class: they return means only."""
-            for metric in runner.val_loop.evaluator.metrics if runner.cfg.get('al') is None else ():  # a round has none
+            is_round, evaluator = runner.cfg.get('al') is None, getattr(runner.val_loop, 'evaluator', None)
+            for metric in getattr(evaluator, 'metrics', ()) if is_round else ():
                 compute = getattr(metric, 'total_area_to_metrics', None)
                 if compute and 'total_area_to_metrics' not in vars(metric):
                     metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
@@ -115,7 +119,6 @@ def keep_class_iou(runner, metric, compute: Callable, *args, **kwargs) -> dict:
     except Exception as error:
         runner.logger.warning(f'keep_class_iou failed, the run goes on: {type(error).__name__}: {error}')
     return computed
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,6 +258,7 @@ class Asked(NamedTuple):
             numbers['% of units in a tenth of images'] = 100 * most / self.units_N.sum()
         return numbers
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures: a few images of each query
 # ---------------------------------------------------------------------------------------------------------------------
@@ -373,6 +377,7 @@ def tint(image_HW3: np.ndarray, masks: dict, strength: float) -> np.ndarray:
     for colour, mask_HW in masks.items():
         result[mask_HW] = (1 - strength) * image_HW3[mask_HW] + strength * 255 * np.array(colors.to_rgb(colour))
     return result.clip(0, 255).astype(np.uint8)
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Compare runs
@@ -522,6 +527,7 @@ def main_metric(rounds: list[dict], stop: dict | None) -> str | None:
     have = list(rounds[0].get('metrics', ()))
     return next((metric for metric in ((stop or {}).get('metric'), 'mIoU', *have) if metric in have), None)
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Where a run stands
 # ---------------------------------------------------------------------------------------------------------------------
@@ -592,6 +598,7 @@ def read_run(work_dir: str) -> dict:
 
 STATE_FILE = 'al_state.json'
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files, classes
 # ---------------------------------------------------------------------------------------------------------------------
@@ -648,5 +655,6 @@ def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
 
 
 if __name__ == '__main__':
-    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')  # idle BLAS threads take a tenth of a second of CPU time
+    gc.disable()  # it looks at all of matplotlib again and again; idle BLAS threads cost even more CPU time
+    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
     main()

@@ -14,7 +14,7 @@ from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 
 import al_patch
-from al_patch import STATE_FILE, Pool, mask_path, png_path, read_state, write_atomically, write_png
+from al_patch import STATE_FILE, Pool, State, png_path, read_state, write_atomically, write_png
 
 SHORT = {**tiny.NO_VAL, 'train_cfg.max_iters': 1}
 # round 0: the first four images; round 1: the last two of the pool
@@ -60,7 +60,7 @@ def out_of_range(path: str) -> None:
 
 
 DAMAGES = [('img', cut, 'cannot be used'), ('img', empty, 'cannot be used'), ('img', garbage, 'cannot be used'),
-           ('ann', cut, 'cannot be used'), ('ann', empty, 'cannot be used'), ('ann', os.remove, 'No such file'),
+           ('ann', cut, 'cannot be used'), ('ann', empty, 'cannot be used'), ('ann', os.remove, 'there is no such file'),
            ('ann', smaller, r'its size should be that of its image, \(32, 48\), but is \(31, 48\)'),
            ('ann', out_of_range, 'labels should be below 3, .*, or 255 for none, but got 3, 7')]
 
@@ -117,15 +117,16 @@ def test_labels_in_range_pass(make_cfg, reduce_zero_label):
         pool.check_label('a/00', 2 - reduce_zero_label)
 
 
-def test_a_label_by_hand_that_is_no_class_is_not_accepted(make_cfg, own_data):
+def test_only_labels_that_were_asked_for_are_looked_at(make_state, own_data):
     out_of_range(file_of(own_data, 'ann', 'a/00'))
-    pool, mask = Pool(make_cfg(root=str(own_data))), np.zeros(tiny.SHAPE, bool)
+    state, mask = make_state(root=str(own_data)), np.zeros(tiny.SHAPE, bool)
     mask[0, :2] = True
-    why, void = al_patch.check_label(pool, 'a/00', mask, False, 3)
-    assert why == 'labels should be below 3, the number of classes, or 255 for none, but got 7' and void == 1
+    with pytest.raises(ValueError, match=f'^{file_of(own_data, "ann", "a/00")} cannot be used .*labels should be below '
+                                         '3, the number of classes, or 255 for none, but got 7'):
+        state.check_label('a/00', mask)
     mask[0, 1] = False
     mask[1] = True
-    assert al_patch.check_label(pool, 'a/00', mask, False, 3) == (None, 1)
+    assert state.check_label('a/00', mask) == 1  # void pixel
 
 
 @pytest.mark.parametrize('unit', ['image', 'pixel'])
@@ -169,7 +170,7 @@ def test_one_image(make_cfg, train):
     changes = {**SHORT, 'train_dataloader.dataset.indices': 1}
     with pytest.raises(ValueError, match='`al.budget` should be at most the 0 images'):
         train(make_cfg(dict(initial=1, budget=1), changes=changes))
-    assert [entry['asked'] for entry in train(make_cfg(dict(initial=1, rounds=0), changes=changes))[1]] == [['a/00']]
+    assert [entry['asked'] for entry in train(make_cfg(dict(initial=1, rounds=0), changes=changes))[1]] == [{'a/00': None}]
     cfg = make_cfg(dict(unit='pixel', initial=3), changes=changes, work_dir=make_cfg().work_dir + '_pixels')
     assert [entry['asked'] for entry in train(cfg)[1]] == [{'a/00': [3, 3]}, {'a/00': [2, 2]}]
 
@@ -254,10 +255,14 @@ def test_overrides_that_do_not_fit_are_refused_before_training(make_cfg, train):
 # --- nothing is written outside work_dir -----------------------------------------------------------------------------
 
 
+def in_work_dir(path) -> State:
+    return State(dict(seed=0, config={}), str(path))
+
+
 @pytest.mark.parametrize('name', ['../x', '/etc/x', 'a/../../x', '../', 'a/../../labelled/../../x'])
 def test_a_name_cannot_lead_out(tmp_path, name):
     with pytest.raises(ValueError, match='an image name should stay below its directory, but got '):
-        mask_path(str(tmp_path), 0, name)
+        in_work_dir(tmp_path).mask_path(0, name)
 
 
 @pytest.mark.parametrize('link', ['round_1', 'round_1/labelled', 'round_1/labelled/a', 'round_1/labelled/a/x.png'])
@@ -267,14 +272,14 @@ def test_a_link_cannot_lead_out(tmp_path, link):
     link.parent.mkdir(parents=True)
     link.symlink_to(outside / 'x.png' if link.suffix else outside)
     with pytest.raises(ValueError, match=f'a symbolic link leads to {outside}'):
-        mask_path(str(tmp_path / 'work'), 1, 'a/x')
+        in_work_dir(tmp_path / 'work').mask_path(1, 'a/x')
     assert not os.listdir(outside)
 
 
 def test_links_that_stay_inside_and_a_linked_work_dir_are_followed(tmp_path):
     (tmp_path / 'disk').mkdir()
     (tmp_path / 'work').symlink_to(tmp_path / 'disk')
-    write_png(mask_path(str(tmp_path / 'work'), 0, 'x'), np.ones((2, 2), bool))
+    write_png(in_work_dir(tmp_path / 'work').mask_path(0, 'x'), np.ones((2, 2), bool))
     assert osp.isfile(tmp_path / 'disk' / 'round_0' / 'labelled' / 'x.png')
     assert png_path(str(tmp_path), 'x') == str(tmp_path / 'x.png')
 

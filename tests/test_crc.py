@@ -7,18 +7,20 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from mmengine.dataset import pseudo_collate
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS
 
 import al_patch
-from al_patch import calibrate, generator, hold_out, labelled, read_state
+from al_patch import State, calibrate, generator, hold_out, parse_settings, read_state, resolve_strategy
 
 # --- what is held out ------------------------------------------------------------------------------------------------
 
 
-def state_of(asked: list, strategy='crc', seed=0) -> dict:
-    return dict(settings=dict(strategy=strategy), seed=seed, rounds=[dict(asked=names) for names in asked])
+def state_of(asked: list, strategy='crc', seed=0) -> State:
+    rounds = [dict(asked=dict.fromkeys(names)) for names in asked]
+    return State(dict(seed=seed, config={}, rounds=rounds), '', parse_settings(dict(strategy=strategy)))
 
 
 @pytest.mark.parametrize('images, share, number', [(10, .2, 2), (10, .5, 5), (2, .2, 1), (2, .9, 1), (100, .01, 1),
@@ -26,7 +28,7 @@ def state_of(asked: list, strategy='crc', seed=0) -> dict:
 def test_a_share_of_the_labelled_images_is_held_out_but_never_all(images, share, number):
     state = state_of([[f'{i}' for i in range(images)]], dict(type='crc', calibration=share))
     held_out = hold_out(state)['held_out']
-    assert len(held_out) == len(set(held_out)) == number and set(held_out) < set(labelled(state))
+    assert len(held_out) == len(set(held_out)) == number and set(held_out) < set(state.labelled())
     assert held_out == sorted(held_out, key=int)
 
 
@@ -67,10 +69,10 @@ def test_a_round_does_not_train_on_what_it_holds_out(make_cfg, train, unit):
     _, rounds = train(cfg)
     path = osp.join(cfg.work_dir, al_patch.STATE_FILE)
     for k, entry in enumerate(rounds):
-        have = set(labelled(read_state(path), k))
+        have = set(State(read_state(path), cfg.work_dir).labelled(k))
         trained = NotesImages.seen[f'round_{k}']
         assert entry['held_out'] and set(entry['held_out']) < have and trained == have - set(entry['held_out'])
-        loader = Runner.build_dataloader({**cfg.train_dataloader, 'labelled': dict(state=path, round=k)}, seed=0)
+        loader = Runner.build_dataloader({**cfg.train_dataloader, 'al': dict(state=path, round=k)}, seed=0)
         data_set = loader.dataset
         paths = {data_set.get_data_info(i)['img_path'] for i in range(len(data_set))}
         assert len(paths) == len(have) - len(entry['held_out'])
@@ -89,21 +91,25 @@ def calibrated(monkeypatch):
     are labelled; and what was logged as a warning."""
     warnings = []
 
-    def thresholds(probs: list, labels: list, alpha: float, masks=None, batch=3) -> list:
-        names = [f'{i}' for i in range(len(probs))]
-        batches = [list(range(i, min(i + batch, len(names)))) for i in range(0, len(names), batch)]
-        monkeypatch.setattr(al_patch, 'query_dataloader', lambda *args, shared: ([None] * len(batches), batches))
-        drawn = iter(probs)
-        monkeypatch.setattr(al_patch, 'statistics', lambda network, data, seeds, *args: [
-            (None, None, [dict(probs_NCHW=next(drawn)[None])], None) for _ in seeds])
+    def thresholds(probs: list, labels: list, alpha: float, masks=None) -> list:
         masks = masks or [np.ones(label.shape, bool) for label in labels]
-        monkeypatch.setattr(al_patch, 'labelled_mask', lambda runner, pool, have, name: masks[int(name)])
-        logger = SimpleNamespace(info=lambda text: None, warning=warnings.append)
-        runner = SimpleNamespace(cfg=None, logger=logger)
-        network = SimpleNamespace(model=SimpleNamespace(align_corners=False))
-        state = dict(rounds=[dict(asked=names, held_out=names)])
-        pool = SimpleNamespace(load_label=lambda name: labels[int(name)])
-        return calibrate(runner, network, state, pool, alpha).tolist()
+
+        class Given:
+            """In place of the network."""
+
+            def __init__(self, trainer, strategy):
+                pass
+
+            def look(self, state, names, views, shared):
+                assert views == [al_patch.to_image] and not shared  # every rank looks at all of them
+                yield from ((name, SimpleNamespace(means=[dict(probs_NCHW=probs[int(name)][None])])) for name in names)
+
+        monkeypatch.setattr(al_patch, 'Network', Given)
+        state = SimpleNamespace(
+            entry=dict(held_out=[f'{i}' for i in range(len(probs))]), mask=lambda name: masks[int(name)],
+            pool=SimpleNamespace(load_label=lambda name: labels[int(name)]),
+            logger=SimpleNamespace(info=lambda text: None, warning=warnings.append))
+        return calibrate(state, None, resolve_strategy(dict(type='crc', alpha=alpha))).tolist()
 
     thresholds.warnings = warnings
     return thresholds
@@ -126,7 +132,7 @@ def literal_thresholds(probs: list, labels: list, alpha: float, masks=None) -> l
     """The highest of a thousand thresholds at which (n R + 1) / (n + 1) <= alpha, for n images that show the class."""
     masks = masks or [np.ones(label.shape, bool) for label in labels]
     thresholds, alpha = [], Fraction(str(alpha))
-    for c in range(CLASSES):
+    for c in range(len(probs[0])):
         shown = [p[c].numpy()[(label == c) & mask] for p, label, mask in zip(probs, labels, masks)]
         shown = [values for values in shown if len(values)]
         n, best = len(shown), 1
@@ -176,10 +182,20 @@ def test_only_labelled_pixels_count(calibrated):
     assert calibrated(probs, hidden, .3, masks) == got
 
 
-@pytest.mark.parametrize('batch', [1, 25])
-def test_thresholds_do_not_depend_on_the_batch_size(calibrated, batch):
-    probs, labels = some_images(25)
-    assert calibrated(probs, labels, .3, batch=batch) == calibrated(probs, labels, .3)
+@torch.no_grad()
+@pytest.mark.parametrize('batch', [1, 5])
+def test_a_network_is_calibrated_on_what_mmseg_makes_of_images(make_state, batch):
+    al = dict(strategy=dict(type='crc', calibration=.5, alpha=.4))
+    state = make_state(al, [tiny.NAMES], changes={'test_dataloader.batch_size': batch})
+    model, names = state.runner.model.eval(), state.entry['held_out']
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=.5)
+    got = calibrate(state, state.runner, state.strategy).tolist()
+    samples = [model.test_step(pseudo_collate([state.pool[name]]))[0] for name in names]
+    probs = [sample.seg_logits.data.softmax(0) for sample in samples]
+    labels = [state.pool.load_label(name) for name in names]
+    assert len(names) == 6 and got == pytest.approx(literal_thresholds(probs, labels, .4)) and max(got) > .001
 
 
 def test_too_few_images_are_a_warning(calibrated):
@@ -195,6 +211,6 @@ def test_the_rate_is_bounded_on_images_that_were_not_seen(calibrated):
     for seed in range(80):
         probs = torch.rand(21, CLASSES, generator=generator(seed))
         maps = [p.expand(CLASSES, CLASSES).T[..., None] for p in probs]
-        thresholds = calibrated(maps[:20], [label] * 20, .2, batch=20)
+        thresholds = calibrated(maps[:20], [label] * 20, .2)
         lost += [float(p < threshold) for p, threshold in zip(probs[20], thresholds)]
     assert .08 < np.mean(lost) <= .2

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from mmengine.dataset import BaseDataset
+from mmengine.config import Config, ConfigDict
+from mmengine.dataset import BaseDataset, ConcatDataset
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 
@@ -107,10 +108,10 @@ def filtered(tmp_path):
 
     def build(dataset: dict, names: list):
         path = tmp_path / 'al_state.json'
-        mmengine.dump(dict(schema=1, rounds=[dict(asked=names)]), str(path))
+        mmengine.dump(dict(schema=2, seed=0, config={}, rounds=[dict(asked=dict.fromkeys(names))]), str(path))
         return Runner.build_dataloader(dict(
             batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset,
-            labelled=dict(state=str(path), round=0))).dataset
+            al=dict(state=str(path), round=0))).dataset
 
     return build
 
@@ -137,8 +138,124 @@ def test_every_data_set_class(filtered, tmp_path, gdal, dsdl, name):
         expected = i + 1 - bool(dataset.reduce_zero_label)
         assert (sample['data_samples'].gt_sem_seg.data == expected).all()
         assert (pool.load_label(names[i]) == expected).all()
-        if len(pool.classes) > 4:
-            assert pool.check_label(names[i], len(pool.classes)).shape == tiny.SHAPE
+        if len(dataset.metainfo['classes']) > 4:
+            assert pool.check_label(names[i], len(dataset.metainfo['classes'])).shape == tiny.SHAPE
+
+
+# --- shapes of a training set's config -------------------------------------------------------------------------------
+
+LABELLED = ['a/01', 'a/03', 'b/08', 'b/10']
+
+
+@DATASETS.register_module()
+class OneFolder(SHIPPED['BaseSegDataset']):
+    """Leaves out, by mmengine's `filter_cfg`, all but one folder."""
+
+    def filter_data(self) -> list:
+        return [info for info in self.data_list if f'/{self.filter_cfg["folder"]}/' in info['img_path']]
+
+
+@DATASETS.register_module()
+class WithoutIndices(SHIPPED['BaseSegDataset']):
+    """Knows few of its parent's parameters."""
+
+    def __init__(self, data_root: str, data_prefix: dict, pipeline: list, img_suffix: str, seg_map_suffix: str):
+        super().__init__(data_root=data_root, data_prefix=data_prefix, pipeline=pipeline, img_suffix=img_suffix,
+                         seg_map_suffix=seg_map_suffix)
+
+
+@DATASETS.register_module()
+class Fold(ConcatDataset):
+    """A wrapper that adds arguments to its leaf's config: two thirds of its images."""
+
+    def __init__(self, dataset: dict, fold: int):
+        super().__init__([DATASETS.build({**dataset, 'indices': [i for i in range(12) if i % 3 != fold]})])
+
+
+def balanced(leaf: dict) -> dict:
+    return dict(type='ClassBalancedDataset', oversample_thr=.5, dataset=leaf)
+
+
+def mixed(leaf: dict) -> dict:
+    return dict(type='MultiImageMixDataset', pipeline=[], dataset=leaf)
+
+
+SHAPES = {  # what a shape makes of the leaf's config, and the labelled images that are in it, in its order
+    'a leaf': (lambda leaf: leaf, LABELLED),
+    'indices=4': (lambda leaf: dict(leaf, indices=4), ['a/01', 'a/03']),
+    'indices=-3': (lambda leaf: dict(leaf, indices=-3), ['b/10']),
+    'indices, a list': (lambda leaf: dict(leaf, indices=[10, 2, 1]), ['b/10', 'a/01']),
+    'filter_cfg': (lambda leaf: dict(leaf, type='OneFolder', filter_cfg=dict(folder='b')), ['b/08', 'b/10']),
+    'lazy leaf': (lambda leaf: dict(leaf, lazy_init=True), LABELLED),
+    'lazy wrappers': (lambda leaf: dict(type='ConcatDataset', lazy_init=True, datasets=[
+        dict(type='RepeatDataset', times=2, dataset=dict(leaf, lazy_init=True), lazy_init=True)]), LABELLED * 2),
+    'serialize_data=False': (lambda leaf: dict(leaf, serialize_data=False), LABELLED),
+    'no parameter indices': (lambda leaf: dict(leaf, type='WithoutIndices'), LABELLED),
+    'RepeatDataset': (lambda leaf: dict(type='RepeatDataset', times=3, dataset=leaf), LABELLED * 3),
+    'ConcatDataset': (lambda leaf: dict(type='ConcatDataset', datasets=[
+        dict(leaf, indices=[4, 5]), dict(leaf, indices=-3), dict(leaf, indices=4)]), ['b/10', 'a/01', 'a/03']),
+    # class 1 is in one image of four: it is repeated sqrt(.5 / .25) times, rounded up
+    'ClassBalancedDataset': (balanced, ['a/01', 'a/03', 'b/08', 'b/08', 'b/10']),
+    'MultiImageMixDataset': (mixed, LABELLED),
+    'one image in two leaves': (lambda leaf: dict(type='ConcatDataset', datasets=[
+        dict(leaf, indices=4), dict(leaf, indices=[10, 3])]), ['a/01', 'a/03', 'b/10', 'a/03']),
+    'one dict twice': (lambda leaf: dict(type='ConcatDataset', datasets=[leaf] * 2), LABELLED * 2),
+    'a class as type': (lambda leaf: dict(leaf, type=SHIPPED['BaseSegDataset']), LABELLED),
+    '_scope_': (lambda leaf: dict(leaf, _scope_='mmseg'), LABELLED),
+    'a scope in the name': (lambda leaf: dict(leaf, type='mmseg.BaseSegDataset'), LABELLED),
+    'ConfigDict': (lambda leaf: ConfigDict(mixed(balanced(leaf))), ['a/01', 'a/03', 'b/08', 'b/08', 'b/10']),
+    'Config': (lambda leaf: Config(dict(dataset=leaf)).dataset, LABELLED),
+    'a wrapper that adds arguments': (lambda leaf: dict(type='Fold', fold=1, dataset=leaf), ['a/03', 'b/08'])}
+
+
+@pytest.fixture
+def leaf(make_cfg) -> dict:
+    """The tiny training set's config."""
+    return make_cfg().train_dataloader.dataset.to_dict()
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_every_shape_of_a_config(filtered, leaf, monkeypatch, shape):
+    asked = []
+
+    def get_cat_ids(self, i: int) -> list:
+        asked.append(al_patch.image_name(self, self.get_data_info(i)))
+        return [int(asked[-1] == 'b/08')]
+
+    monkeypatch.setattr(SHIPPED['BaseSegDataset'], 'get_cat_ids', get_cat_ids, raising=False)
+    del leaf['metainfo']
+    make, expected = SHAPES[shape]
+    dataset = filtered(make(leaf), [*LABELLED, 'elsewhere'])
+    names = ['/'.join(sample['data_samples'].img_path.split('/')[-2:])[:-4] for sample in (
+        dataset[i] for i in range(len(dataset)))]
+    assert names == expected and set(asked) <= set(LABELLED)
+
+
+@pytest.mark.parametrize('serialize', [False, True])
+@pytest.mark.parametrize('wrap', [lambda leaf: leaf, lambda leaf: dict(type='RepeatDataset', times=2, dataset=leaf)])
+def test_a_class_that_reads_all_of_it_anew_is_refused(filtered, leaf, monkeypatch, wrap, serialize):
+    """mmengine calls `full_init` again, after the data set was filtered: it would train on every label."""
+
+    class Anew(SHIPPED['BaseSegDataset']):
+
+        def full_init(self):
+            self.data_list, self.serialize_data, self._fully_initialized = self.load_data_list(), serialize, True
+            if serialize:
+                self.data_bytes, self.data_address = self._serialize_data()
+
+    with pytest.raises(ValueError, match=r'^Anew.full_init should do nothing the second time, .* brought back images'):
+        filtered(wrap(dict(leaf, type=Anew)), LABELLED)
+
+
+def test_a_full_init_of_its_own_that_runs_once_is_filtered(filtered, leaf):
+
+    class Once(SHIPPED['BaseSegDataset']):
+
+        def full_init(self):
+            if not self._fully_initialized:
+                self.data_list, self.serialize_data, self._fully_initialized = self.load_data_list(), False, True
+
+    assert len(filtered(dict(leaf, type=Once), LABELLED)) == 4
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -195,10 +312,9 @@ def test_reduce_zero_label(make_cfg, train, unit):
                                                 for name in names)))
     assert (new == np.where(old == 0, 255, old.astype(int) - 1)).all()
     if unit != 'image':
-        assert rounds[0]['labelled']['% void'] == 0 and rounds[1]['void_pixels'] == sum(
+        assert rounds[0]['void_pixels'] == (old == 0).sum() and rounds[1]['void_pixels'] == sum(
             (cv2.imread(f'{root}/ann/train/{name}.png', 0)[al_patch.read_mask(
-                al_patch.mask_path(make_cfg().work_dir, 1, name))] == 0).sum() for name in rounds[1]['asked']
-            if name not in names)
+                f'{cfg.work_dir}/round_1/labelled/{name}.png')] == 0).sum() for name in rounds[1]['asked'])
 
 
 def test_an_ann_file_is_all_there_is(make_cfg, train, tmp_path):

@@ -37,17 +37,17 @@ CORNERS = np.array([0, 17, 40, 100, 12 * 18, 13 * 18 - 1])
 UNITS = dict(  # units, ids (not in order: the labelled ones come after the free ones)
     grid=(Segments(grid(SHAPE, (4, 5))), np.array([0, 3, 15, 5, 14])),
     blobs=(Segments(blobs(SHAPE)), np.array([1, 13, 6, 0])),
-    window=(Peaks(SHAPE, 1, 2), CORNERS), large_window=(Peaks(SHAPE, 7, 14), CORNERS[[2, 5]]),
+    window=(Peaks(SHAPE, 1, 2), CORNERS), large_window=(Peaks(SHAPE, 7, 14), CORNERS[[5, 0]]),
     pixel=(Peaks(SHAPE, 0, 0), CORNERS))
 each_unit = pytest.mark.parametrize('unit', UNITS)
 each_map = pytest.mark.parametrize('cells', MAPS, ids=str)
 
 
-def literal_weights(unit: dict, ids, segments, cells: tuple) -> np.ndarray:
+def literal_weights(units, ids: np.ndarray, cells: tuple) -> np.ndarray:
     """Shares of the cells in each unit, pixel by pixel. (N, h, w)"""
     weights = np.zeros((len(ids), *cells))
     for weight_HW, i in zip(weights, ids):
-        pixels = np.argwhere(unit_mask(unit, np.array([i]), segments, SHAPE))
+        pixels = np.argwhere(units.mask(np.array([i])))
         for y, x in pixels:
             weight_HW[math.floor(y * cells[0] / SHAPE[0]), math.floor(x * cells[1] / SHAPE[1])] += 1 / len(pixels)
     return weights
@@ -64,8 +64,8 @@ def weights_of(name: str, cells: tuple) -> tuple:
     """The weights that an embedding gets and the literal ones; those of a whole image where there is no such unit."""
     if name == 'image':
         return None, np.full((1, *cells), 1 / math.prod(cells))
-    unit, ids, segments = UNITS[name]
-    return cell_weights(unit, ids, segments, SHAPE, cells), literal_weights(unit, ids, segments, cells)
+    units, ids = UNITS[name]
+    return units.weights(ids, cells, 'cpu'), literal_weights(units, ids, cells)
 
 
 each_candidate = pytest.mark.parametrize('name', [*UNITS, 'image'])
@@ -91,10 +91,10 @@ def test_weights_are_the_shares_of_the_cells_in_a_unit(unit, cells):
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 9), st.integers(1, 9), st.integers(0, 4),
        st.integers(0, 2**31))
 def test_a_constant_map_is_constant_in_every_unit(h, w, cell_h, cell_w, radius, seed):
-    ids = np.random.default_rng(seed).choice(h * w, min(5, h * w), False)
-    windows = parse_unit(dict(type='region', window=radius)) if radius else parse_unit('pixel')
-    for weights in (cell_weights(windows, ids, None, (h, w), (cell_h, cell_w)),
-                    cell_weights(UNITS['grid'][0], np.array([0]), grid((h, w), (4, 5)), (h, w), (cell_h, cell_w))):
+    windows, scores = Peaks((h, w), radius, 2 * radius), torch.rand(h, w, generator=generator(seed))
+    ids = windows.candidates(scores, np.zeros((h, w), bool), limit=5)[0]
+    for weights in (windows.weights(ids, (cell_h, cell_w), 'cpu'),
+                    Segments(grid((h, w), (4, 5))).weights(np.array([0]), (cell_h, cell_w), 'cpu')):
         assert pool_map(torch.full((2, cell_h, cell_w), 3.), weights).numpy() == pytest.approx(3)
 
 
@@ -108,7 +108,7 @@ def test_means_of_maps(name, cells):
     weights, slow = weights_of(name, cells)
     means = [[(weight * each).sum() for each in maps.double().numpy()] for weight in slow]
     assert pool_map(maps, weights).numpy() == pytest.approx(np.array(means), abs=1e-5)
-    assert torch.equal(features(maps, weights), pool_map(maps, weights))
+    assert torch.equal(mean_features(maps, weights), pool_map(maps, weights))
 
 
 @each_candidate
@@ -129,13 +129,14 @@ def test_the_gradient_of_a_candidate(unit, cells):
     for y, x in np.ndindex(*cells):
         p = probs[:, y, x].double().numpy()
         means += slow[:, y, x, None] * (p - np.eye(4)[p.argmax()])
-    assert gradient(probs, weights).numpy() == pytest.approx(means, abs=1e-5)
+    assert mean_gradient(probs, weights).numpy() == pytest.approx(means, abs=1e-5)
 
 
 def test_the_gradient_is_that_of_the_predicted_labels_cross_entropy():
     logits = torch.randn(5, 3, 4, generator=generator(0), requires_grad=True)
     F.cross_entropy(logits[None], logits.argmax(0)[None]).backward()
-    assert gradient(logits.detach().softmax(0), size=5)[0].tolist() == pytest.approx(logits.grad.sum((1, 2)).tolist())
+    got = mean_gradient(logits.detach().softmax(0), size=5)[0]
+    assert got.tolist() == pytest.approx(logits.grad.sum((1, 2)).tolist())
 
 
 @pytest.mark.parametrize('c, size, side', [(4, 400, 10), (19, 400, 5), (3, 12, 2), (150, 400, 2), (500, 400, 1)])
@@ -147,7 +148,7 @@ def test_the_gradient_of_an_image_is_a_square_grid_of_means(c, size, side, cells
     for i, j in np.ndindex(side, side):
         rows, cols = ([math.floor(k * n / side), math.ceil((k + 1) * n / side)] for k, n in zip((i, j), cells))
         slow[:, i, j] = (probs.double().numpy() - one_hot)[:, slice(*rows), slice(*cols)].mean((1, 2))
-    vectors = gradient(probs, size=size)
+    vectors = mean_gradient(probs, size=size)
     assert vectors.shape == (1, c * side**2) and vectors[0].numpy() == pytest.approx(slow.reshape(-1), abs=1e-5)
 
 
@@ -166,7 +167,7 @@ def literal_confusion(probs_CHW: np.ndarray, weight_HW: np.ndarray) -> np.ndarra
 def test_confusion_is_the_mean_softmax_by_predicted_class_weighted_by_entropy(name, cells):
     probs = some_probs(cells)
     weights, slow = weights_of(name, cells)
-    got = confusion(probs, weights).view(-1, 4, 4).numpy()
+    got = class_confusion(probs, weights).view(-1, 4, 4).numpy()
     assert got == pytest.approx(np.stack([literal_confusion(probs.double().numpy(), each) for each in slow]), abs=1e-5)
     assert (got[:, 2] == EPS).all() and (got > 0).all()  # the class that is predicted nowhere
     sums = got.sum(2)
@@ -176,7 +177,7 @@ def test_confusion_is_the_mean_softmax_by_predicted_class_weighted_by_entropy(na
 def test_confusion_by_hand():
     """Two pixels of class 0: one that is sure, and has no weight, and one that is not."""
     probs = torch.tensor([[1., 0, 0], [.6, .4, 0], [.2, .2, .6]]).T[:, None]
-    assert confusion(probs).view(3, 3).tolist() == [
+    assert class_confusion(probs).view(3, 3).tolist() == [
         pytest.approx([.6, .4, EPS]), [pytest.approx(EPS, rel=1e-6)] * 3, pytest.approx([.2, .2, .6])]
 
 
@@ -191,5 +192,5 @@ def test_cooccurrence_is_squared_and_normalised_by_row(name, cells):
         together += slow[:, y, x, None, None] * np.outer(member, member)
     squared = together**2
     expected = squared / np.where(squared.sum(2, keepdims=True) > 0, squared.sum(2, keepdims=True), 1)
-    got = cooccurrence(probs, torch.tensor(thresholds), weights).view(-1, 4, 4).numpy()
+    got = class_cooccurrence(probs, torch.tensor(thresholds), weights).view(-1, 4, 4).numpy()
     assert got == pytest.approx(expected, abs=1e-5) and not got[:, 2].any()  # a row of zeros where a class is absent

@@ -1,6 +1,8 @@
 """The patch: put in place by the import, undone without a trace, and idle without an `al` block."""
 import importlib.util
 import os.path as osp
+import subprocess
+import sys
 import types
 
 import mmcv.ops.psa_mask
@@ -8,7 +10,6 @@ import mmcv.utils.ext_loader
 import pytest
 import tiny
 from conftest import TARGETS, raw
-from mmengine.dataset import BaseDataset
 from mmengine.runner import Runner
 
 import al_patch
@@ -32,6 +33,16 @@ def test_the_import_patches_what_it_says_and_nothing_else():
     assert all(f'{owner.__name__}.{name}``' in al_patch.__doc__ for owner, name in TARGETS)
 
 
+def test_the_import_brings_in_no_companion_and_no_plots():
+    """Beside what mmengine and mmcv bring in by themselves."""
+    names = ['al_report', 'al_label', 'matplotlib', 'argparse']
+    code = ('import sys, mmcv.utils.ext_loader, mmengine.runner, mmengine.visualization; before = set(sys.modules); '
+            'import al_patch; print(sorted(set(sys.modules) - before))')
+    shown = subprocess.run([sys.executable, '-c', code], cwd=osp.dirname(al_patch.__file__), check=True, text=True,
+                           capture_output=True).stdout.splitlines()[-1]
+    assert "'al_patch'" in shown and not [name for name in names if f'{name!r}' in shown]
+
+
 def test_twice_is_once():
     before = raw()
     al_patch.apply_patch()
@@ -43,7 +54,6 @@ def test_removing_restores_the_very_objects(unpatched):
     assert all(vars(owner)[name] is unpatched[owner, name] for owner, name in TARGETS)
     assert isinstance(vars(Runner)['build_dataloader'], staticmethod)
     assert Runner.train.__module__ == 'mmengine.runner.runner' and not hasattr(Runner.train, '__wrapped__')
-    assert BaseDataset.full_init.__module__ == 'mmengine.dataset.base_dataset'
     al_patch.remove_patch()  # twice is once
     assert not al_patch.is_patched()
 

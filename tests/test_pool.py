@@ -1,10 +1,10 @@
 """The pool: names, leaves under wrappers, filtering there and only there, and no labels."""
 import copy
+import json
 
 import numpy as np
 import pytest
 import tiny
-from mmengine.dataset import BaseDataset
 from mmengine.runner import Runner
 from mmseg.registry import DATASETS
 
@@ -29,11 +29,11 @@ def filtered(tmp_path):
     """A function that builds a data set's dataloader where these names are labelled."""
 
     def build(dataset: dict, names: list) -> object:
-        path = tmp_path / 'al_state.json'
-        write_atomically(str(path), f'{{"schema": 1, "rounds": [{{"asked": {names}}}]}}'.replace("'", '"'))
+        path, state = tmp_path / 'al_state.json', dict(schema=2, seed=0, config={})
+        write_atomically(str(path), json.dumps(dict(state, rounds=[dict(asked=dict.fromkeys(names))])))
         return Runner.build_dataloader(dict(
             batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset,
-            labelled=dict(state=str(path), round=0)))
+            al=dict(state=str(path), round=0)))
 
     return build
 
@@ -89,22 +89,13 @@ def test_data_set_objects_are_refused(leaf):
         leaf_configs(dict(type='RepeatDataset', times=2, dataset=DATASETS.build(leaf())))
 
 
-def test_a_subset_is_read_without_labels(make_cfg, leaf):
+def test_images_are_read_by_name_or_position_without_labels(make_cfg, leaf):
     pool = pool_of(make_cfg, dict(type='ConcatDataset', datasets=[leaf(indices=3), leaf(seg_map_suffix='.gone')]))
-    subset = pool.subset(['a/01', 'a/05', 'b/10'])
-    assert shown(subset) == ['a/01', 'a/05', 'b/10']
-    assert all('gt_sem_seg' not in sample['data_samples'] for sample in subset)
-    assert subset[0]['inputs'].shape == (3, 32, 48)
-
-
-def test_a_subset_is_not_a_copy_by_mmengine(make_cfg, monkeypatch):
-    """`get_subset` copies with a memo by id() that outlives the objects: a later run would get parts of an earlier."""
-    pool = Pool(make_cfg())
-    [memo] = BaseDataset._copy_without_annotation.__defaults__
-    if memo is None:
-        pytest.skip('this mmengine copies with a memo of its own each time')
-    monkeypatch.setitem(memo, id(pool.leaves[0].pipeline), 'a part of an earlier run')
-    assert shown(pool.subset(['a/01', 'b/10'])) == ['a/01', 'b/10']
+    assert shown(pool) == tiny.NAMES and pool.pixels == 12 * 32 * 48
+    assert all('gt_sem_seg' not in pool[i]['data_samples'] for i in range(12))
+    assert pool['b/10']['data_samples'].img_path == pool[10]['data_samples'].img_path
+    assert pool['b/10']['inputs'].shape == (3, 32, 48) and pool.load_image('b/10').shape == (32, 48, 3)
+    assert pool.info('b/10')['seg_map_path'].endswith('b/10.gone')
 
 
 def test_the_query_pipeline_is_the_test_pipeline_without_label_loaders(make_cfg):
@@ -132,6 +123,8 @@ def test_wrappers_filter_at_their_leaves(filtered, leaf):
             type='ConcatDataset', datasets=[leaf(indices=range(6, 9)), leaf(indices=range(9, 12))])])))
     loader = filtered(nested, ['a/03', 'b/10', 'a/01'])  # nothing of the second leaf
     assert shown(loader.dataset) == ['a/01', 'a/03', 'b/10'] * 2
+    twice = leaf(indices=6)  # one config in two places
+    assert shown(filtered(dict(type='ConcatDataset', datasets=[twice, twice]), ['a/03']).dataset) == ['a/03'] * 2
 
 
 def test_class_balance_is_computed_over_what_is_labelled(filtered, leaf, monkeypatch):
@@ -156,37 +149,50 @@ def test_only_the_dataloader_with_the_key_is_filtered(filtered, leaf):
     assert len(DATASETS.build(leaf())) == 12 and len(loader.dataset) == 1
 
 
-def test_the_dataloaders_config_is_left_as_it_was(leaf, filtered, monkeypatch):
-    cfg = dict(dataset=leaf(), labelled=dict(state='x', round=0))
-    before = copy.deepcopy(cfg)
+def test_the_dataloaders_config_is_left_as_it_was(leaf, filtered):
+    nested = dict(type='RepeatDataset', times=2, dataset=leaf())
+    before = copy.deepcopy(nested)
+    filtered(nested, ['a/02'])
+    assert nested == before
+    cfg = dict(dataset=nested, al=dict(state='x', round=0))
     with pytest.raises(FileNotFoundError):
         Runner.build_dataloader(cfg)
-    assert cfg == before
+    assert cfg == dict(dataset=before, al=dict(state='x', round=0))
 
 
-def test_training_and_validation_sets_of_a_round(make_cfg, build):
-    runner = build(make_cfg({}))
-    state = dict(schema=1, phase='train', settings=al_patch.parse_settings({}).to_dict(), round=0, seed=0,
-                 rounds=[dict(asked=['b/09', 'a/01'])])
-    al_patch.save_state(state, runner.work_dir)
-    trainer = al_patch.build_round(runner, state, False)
+def test_training_and_validation_sets_of_a_round(make_state):
+    state = make_state({}, [['b/09', 'a/01']])
+    trainer = al_patch.build_round(state)
     assert shown(trainer.build_dataloader(trainer._train_dataloader).dataset) == ['a/01', 'b/09']
     assert len(trainer.build_dataloader(trainer._val_dataloader).dataset) == 4
     al_patch.close_round(trainer)
 
 
-def test_a_data_set_that_cannot_be_filtered_is_an_error(filtered, leaf, monkeypatch):
-    """A class whose own `full_init` never reaches mmengine's would train on every label."""
-    base = DATASETS.get('BaseSegDataset')
+def test_a_wrapper_may_add_arguments_to_its_leaf(filtered, leaf, monkeypatch):
+    class Fold(DATASETS.get('RepeatDataset')):
+        """Hands a part of its config on, as those do that make folds."""
 
-    class OwnInit(base):
+        def __init__(self, dataset, **kwargs):
+            super().__init__(dict(dataset, indices=[1, 2, 3]), **kwargs)
+
+    monkeypatch.setitem(DATASETS.module_dict, 'Fold', Fold)
+    loader = filtered(dict(type='Fold', times=1, dataset=leaf()), ['a/03', 'a/05'])
+    assert shown(loader.dataset) == ['a/03']
+
+
+@pytest.mark.parametrize('wrapper', [{}, dict(type='RepeatDataset', times=2)], ids=['leaf', 'wrapped'])
+def test_a_data_set_that_reads_everything_again_is_an_error(filtered, leaf, monkeypatch, wrapper):
+    """A class whose own `full_init` ignores that it has been called would train on every label."""
+
+    class OwnInit(DATASETS.get('BaseSegDataset')):
 
         def full_init(self):
             self.data_list, self._fully_initialized, self.serialize_data = self.load_data_list(), True, False
 
-    DATASETS.register_module(module=OwnInit, force=True)
-    with pytest.raises(ValueError, match='OwnInit'):
-        filtered(leaf(type='OwnInit'), ['a/02'])
+    monkeypatch.setitem(DATASETS.module_dict, 'OwnInit', OwnInit)
+    dataset = leaf(type='OwnInit')
+    with pytest.raises(ValueError, match='OwnInit.full_init should do nothing the second time'):
+        filtered({**wrapper, 'dataset': dataset} if wrapper else dataset, ['a/02'])
 
 
 def test_images_are_seen_through_the_labels_they_have(shared_data):

@@ -412,6 +412,21 @@ def test_where_all_is_labelled_losses_are_mmsegs(which):
     assert torch.equal(losses_of(ours, logits, label), losses_of(stock, logits, label))
 
 
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('n', [0, 20])
+def test_in_half_precision(dtype, n):
+    """A sum of logits would overflow."""
+    head, label = make_head(CE), some_labels(3, n)
+    gather_labelled_pixels(head)
+    logits = (900 + torch.randn(2, 3, 8, 8)).to(dtype).requires_grad_()
+    value = head.loss_decode(logits, label, ignore_index=255)
+    value.backward()
+    known = label != 255
+    expected = F.cross_entropy(logits.detach().movedim(1, -1)[known].float(), label[known]) if n else torch.tensor(0.)
+    torch.testing.assert_close(value.float(), expected, rtol=1e-2, atol=1e-2)
+    assert logits.grad.isfinite().all() and bool(logits.grad.any()) == bool(n)
+
+
 def test_every_heads_losses_are_gathered_once(make_cfg, build):
     """Those of auxiliary heads, too, and of a head with several; by the head's own `ignore_index`."""
     auxiliary = dict(type='FCNHead', in_channels=8, channels=8, num_convs=1, num_classes=3, in_index=0, ignore_index=7,

@@ -1,18 +1,21 @@
 """The state file: whole or not at all, readable or refused; what may change on resume; the initial images."""
 import json
 import os
+import os.path as osp
 
+import numpy as np
 import pytest
 import tiny
+from mmengine.hooks import Hook
 
 import al_patch
-from al_patch import Pool, check_resume, initial_names, labelled, parse_settings, read_state, write_atomically
+from al_patch import STATE_FILE, Pool, State, check_resume, initial_images, parse_settings, read_state, write_atomically
 
 
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / 'al_state.json'
-    path.write_text('{"schema": 1, "rounds": []}')
+    path.write_text('{"schema": 2, "rounds": []}')
     return str(path)
 
 
@@ -24,19 +27,19 @@ def fail(*args):
 def test_a_write_that_fails_leaves_the_old_state(path, monkeypatch, step):
     with monkeypatch.context() as patch, pytest.raises(OSError, match='disk full'):
         patch.setattr(step, fail)
-        write_atomically(path, '{"schema": 1, "rounds": [{}]}')
-    assert read_state(path) == dict(schema=1, rounds=[])
+        write_atomically(path, '{"schema": 2, "rounds": [{}]}')
+    assert read_state(path) == dict(schema=2, rounds=[])
 
 
 def test_a_write_that_is_cut_off_leaves_the_old_state_and_the_next_one_works(path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(OSError):
         patch.setattr(os, 'fsync', fail)
         write_atomically(path, '{"schema"')
-    write_atomically(path, '{"schema": 1, "rounds": [1]}')
-    assert read_state(path) == dict(schema=1, rounds=[1]) and os.listdir(os.path.dirname(path)) == ['al_state.json']
+    write_atomically(path, '{"schema": 2, "rounds": [1]}')
+    assert read_state(path) == dict(schema=2, rounds=[1]) and os.listdir(os.path.dirname(path)) == ['al_state.json']
 
 
-@pytest.mark.parametrize('text', ['', '{"schema": 1', '[]', '{}', 'null', '3', '\ud83d'])
+@pytest.mark.parametrize('text', ['', '{"schema": 2', '[]', '{}', 'null', '3', '{"schema": 1}', '\ud83d'])
 def test_a_damaged_state_is_named(path, text):
     with open(path, 'wb') as file:
         file.write(text.encode('utf-8', 'surrogatepass'))
@@ -45,21 +48,25 @@ def test_a_damaged_state_is_named(path, text):
 
 
 def test_a_newer_state_is_named(path):
-    write_atomically(path, '{"schema": 2}')
-    with pytest.raises(ValueError, match='al_state.json should have schema 1, but got 2'):
+    write_atomically(path, '{"schema": 3}')
+    with pytest.raises(ValueError, match='al_state.json should have schema 2 or less, but got 3'):
         read_state(path)
 
 
-def test_names_beyond_ascii_are_kept(path):
-    state = dict(schema=1, rounds=[dict(asked=['straße/日本', 'a b'])])
-    al_patch.save_state(state, os.path.dirname(path))
-    assert read_state(path) == state and 'straße/日本' in open(path, encoding='utf-8').read()
+def test_names_beyond_ascii_are_kept(make_state):
+    state, names = make_state(), {'straße/日本': None, 'a b': None}
+    state.rounds.append(dict(asked=names))
+    state.save()
+    path = osp.join(state.work_dir, STATE_FILE)
+    assert read_state(path)['rounds'] == [dict(asked=names)] and 'straße/日本' in open(path, encoding='utf-8').read()
 
 
 def test_labelled():
-    state = dict(rounds=[dict(asked=['c', 'a']), dict(asked=['b']), dict(asked=['d'])])
-    assert list(labelled(state)) == ['c', 'a', 'b', 'd']
-    assert [list(labelled(state, k)) for k in range(3)] == [['c', 'a'], ['c', 'a', 'b'], ['c', 'a', 'b', 'd']]
+    asked = [{'c': None, 'a': [1, 4]}, {'b': None}, {'a': [2, 9], 'd': [1, 1]}]
+    state = State(dict(seed=0, config={}, rounds=[dict(asked=names) for names in asked]), '/work')
+    assert list(state.labelled().items()) == [('c', None), ('a', 2), ('b', None), ('d', 2)]
+    assert [list(state.labelled(k)) for k in range(3)] == [['c', 'a'], ['c', 'a', 'b'], ['c', 'a', 'b', 'd']]
+    assert state.labelled(0)['a'] == 0 and state.mask_path(2, 'x/a') == '/work/round_2/labelled/x/a.png'
 
 
 @pytest.fixture
@@ -73,39 +80,52 @@ def test_seeds_differ_by_purpose_and_stay_the_same():
     assert all(0 <= seed < 2**48 for seed in seeds)
 
 
-@pytest.mark.parametrize('initial, n', [(1, 1), (5, 5), (12, 12), (.25, 3), (.01, 1), (1., 12)])
-def test_initial_as_an_amount(pool, initial, n):
-    names = initial_names(initial, pool, 0)
-    assert len(set(names)) == n and names == [name for name in pool.names if name in names]
-    assert names == initial_names(initial, pool, 0)
+@pytest.fixture
+def initial(pool):
+    """A function from `al.initial` and the seed to the names."""
+
+    def names(setting, seed=0) -> list:
+        state = State(dict(seed=seed, config={}), '', parse_settings(dict(initial=setting, rounds=0)), pool=pool)
+        assert set(initial_images(state).values()) == {None}
+        return list(initial_images(state))
+
+    return names
 
 
-def test_initial_depends_on_the_seed(pool):
-    assert len({tuple(initial_names(4, pool, seed)) for seed in range(5)}) > 1
+@pytest.mark.parametrize('setting, n', [(1, 1), (5, 5), (12, 12), (.25, 3), (.01, 1), (1., 12)])
+def test_initial_as_an_amount(initial, setting, n):
+    names = initial(setting)
+    assert len(set(names)) == n and names == [name for name in tiny.NAMES if name in names]
+    assert names == initial(setting)
 
 
-def test_initial_as_names_or_split_file(pool, tmp_path):
+def test_initial_depends_on_the_seed(initial):
+    assert len({tuple(initial(4, seed)) for seed in range(5)}) > 1
+
+
+def test_initial_as_names_or_split_file(initial, tmp_path):
     split = tmp_path / 'split.txt'
     split.write_text('b/08\n\n  a/02 \nb/08\n')
-    assert initial_names(str(split), pool, 0) == initial_names(['b/08', 'a/02'], pool, 1) == ['a/02', 'b/08']
+    assert initial(str(split)) == initial(['b/08', 'a/02'], 1) == ['a/02', 'b/08']
 
 
-@pytest.mark.parametrize('initial, match', [
+@pytest.mark.parametrize('setting, match', [
     (13, '`al.initial` should be at most the 12 images there are, but got 13'),
     ('no/such/file.txt', "`al.initial` should name a split file, but there is no file 'no/such/file.txt'"),
     (['a/02', 'a/2'], r"such as 'a/\d\d', but 1 of 2 are not in the data set: a/2"),
     ([' '], 'should hold names of training images')])
-def test_wrong_initials_are_refused(pool, initial, match):
+def test_wrong_initials_are_refused(initial, setting, match):
     with pytest.raises(ValueError, match=match):
-        initial_names(initial, pool, 0)
+        initial(setting)
 
 
 SETTINGS = dict(initial=4, budget=2, rounds=2)
 
 
 def state_with(settings=None, queries=1) -> dict:
-    rounds = [dict(asked=tiny.NAMES[:4]), *(dict(asked=tiny.NAMES[4 + 2 * k:6 + 2 * k]) for k in range(queries))]
-    return dict(schema=1, settings=parse_settings(settings or SETTINGS).to_dict(), images=12, rounds=rounds)
+    asked = [tiny.NAMES[:4], *(tiny.NAMES[4 + 2 * k:6 + 2 * k] for k in range(queries))]
+    return dict(settings=parse_settings(settings or SETTINGS).to_dict(),
+                rounds=[dict(asked=dict.fromkeys(names)) for names in asked])
 
 
 @pytest.mark.parametrize('changes', [
@@ -129,7 +149,7 @@ def test_a_run_may_not_be_rewritten(pool, changes, match):
 
 def test_labelled_images_must_still_be_there(pool):
     state = state_with()
-    state['rounds'][1]['asked'].append('c/99')
+    state['rounds'][1]['asked']['c/99'] = None
     with pytest.raises(ValueError, match='1 labelled images are not in the data set any more: c/99'):
         check_resume(state, parse_settings(SETTINGS), pool)
 
@@ -156,27 +176,101 @@ def test_a_budget_beyond_the_pool_is_refused_before_training(make_cfg, train, mo
         train(make_cfg(dict(budget=9)))
 
 
-def test_a_finished_run_is_extended(make_cfg, train):
-    short, changes = make_cfg({}, changes=tiny.NO_VAL), {**tiny.NO_VAL, 'resume': True}
+def state_on_disk(cfg) -> dict:
+    return json.load(open(osp.join(cfg.work_dir, STATE_FILE)))
+
+
+def test_a_finished_run_is_extended(make_cfg, train, build):
+    short, ended = make_cfg({}, changes=tiny.NO_VAL), []
     _, before = train(short)
-    _, after = train(make_cfg(dict(rounds=2), changes=changes))
+    ended.append(state_on_disk(short)['ended'])
+    runner = build(make_cfg(dict(rounds=2), changes={**tiny.NO_VAL, 'resume': True}))
+    runner.register_hook(type('', (Hook, ), dict(
+        after_al_ask=lambda self, *args: ended.append(state_on_disk(short)['ended'])))())
+    runner.train()
+    after = state_on_disk(short)['rounds']
     assert [len(entry['asked']) for entry in after] == [4, 2, 2]
     for old, new in zip(before, after):
         assert {key: new[key] for key in old} == old  # nothing is trained or asked again
+    assert ended == ['all 1 rounds of queries are done', None]
+    assert state_on_disk(short)['ended'] == 'all 2 rounds of queries are done'
 
 
-def test_a_changed_config_is_said(make_cfg, train, caplog):
+def test_a_changed_config_is_said(make_cfg, train):
     train(make_cfg(dict(rounds=0), changes=tiny.NO_VAL))
     cfg = make_cfg(dict(rounds=0), changes={**tiny.NO_VAL, 'resume': True, 'optim_wrapper.optimizer.lr': .2})
     train(cfg)
-    logs = [os.path.join(d, f) for d, _, files in os.walk(cfg.work_dir) for f in files if f.endswith('.log')]
-    assert any('The config has changed since the run began: optim_wrapper' in open(log).read() for log in logs)
+    assert 'The config has changed since the run began: optim_wrapper\n' in tiny.log_of(cfg.work_dir)
 
 
-def test_the_state_on_disk_is_json_with_the_settings_as_given(make_cfg, train):
-    cfg = make_cfg(dict(rounds=0, overrides={0: {'train_cfg.max_iters': 2}}), changes=tiny.NO_VAL)
+def test_the_state_on_disk_is_json_with_all_settings(make_cfg, train):
+    """Those of the `al` block and of the unit filled in; the strategy's in its shortest form, and resolved by round."""
+    cfg = make_cfg(dict(rounds=1, strategy=dict(type='power_entropy', beta=2, reduce='mean'), stop=dict(value=99),
+                        overrides={0: {'train_cfg.max_iters': 2}}))
     train(cfg)
-    state = json.load(open(os.path.join(cfg.work_dir, 'al_state.json')))
-    assert state['settings'] == {**al_patch.DEFAULTS, 'unit': {'type': 'image'}, 'initial': 4, 'budget': 2, 'rounds': 0,
-                                 'overrides': {'0': {'train_cfg.max_iters': 2}}}
-    assert (state['schema'], state['seed'], state['images']) == (1, 0, 12)
+    state = state_on_disk(cfg)
+    assert list(state) == ['schema', 'phase', 'round', 'seed', 'ended', 'settings', 'config', 'images', 'pixels',
+                           'rounds', 'pool']
+    defaults = {key: default for key, (default, _) in al_patch.block_settings().items()}
+    assert state['settings'] == {
+        **defaults, 'unit': {'type': 'image'}, 'initial': 4, 'budget': 2, 'rounds': 1,
+        'strategy': {'type': 'power_entropy', 'beta': 2}, 'stop': {'metric': 'mIoU', 'value': 99, 'patience': None},
+        'overrides': {'0': {'train_cfg.max_iters': 2}}}
+    assert (state['schema'], state['seed'], state['images'], state['pixels'], state['pool']) == (
+        2, 0, 12, None, tiny.NAMES)
+    assert (state['phase'], state['round'], state['ended']) == ('query', 1, 'all 1 rounds of queries are done')
+    first, second = state['rounds']
+    assert list(first) == ['asked', 'strategy', 'spent', 'metrics', 'train_seconds', 'checkpoints', 'query_seconds']
+    assert first['strategy']['type'] == 'random' and second['strategy'] == dict(
+        type='power_entropy', score='entropy', embed=None, select='power', beta=2, mc=1, shortlist=None, calibration=0.,
+        alpha=.05, reduce='mean')
+    assert set(second['asked'].values()) == {None} and second['spent'] == {'images': 6, '% of images': 50.}
+
+
+# --- what an older version has written -------------------------------------------------------------------------------
+
+with open(osp.join(osp.dirname(__file__), 'schema_1.json')) as file:
+    SCHEMA_1 = json.load(file)  # recorded in round 1, after the query and before the training
+
+
+@pytest.mark.parametrize('unit', ['image', 'region'])
+def test_schema_1_is_read_as_today(path, unit):
+    old = SCHEMA_1[unit]
+    write_atomically(path, json.dumps(old))
+    state = read_state(path)
+    assert (state['schema'], state['ended']) == (2, None)
+    assert {key: state[key] for key in old if key not in ('schema', 'rounds')} == {
+        key: value for key, value in old.items() if key not in ('schema', 'rounds')}
+    for then, now in zip(old['rounds'], state['rounds']):
+        assert now['asked'] == (dict.fromkeys(then['asked']) if unit == 'image' else then['asked'])
+        assert 'labelled' not in now and now.get('spent') == then.get('labelled')
+        assert all(now[key] == then[key] for key in set(then) - {'asked', 'labelled'})
+    assert list(State(state, '').labelled()) == list(dict.fromkeys(n for entry in old['rounds'] for n in entry['asked']))
+
+
+@pytest.mark.parametrize('unit', ['image', 'region'])
+def test_a_run_resumes_from_schema_1(make_cfg, train, unit):
+    old, settings = SCHEMA_1[unit], SCHEMA_1[unit]['settings']
+    cfg = make_cfg({key: settings[key] for key in ('unit', 'strategy', 'initial', 'budget', 'rounds', 'stop')},
+                   resume=True)
+    for k, images in enumerate(SCHEMA_1['cells'] if unit == 'region' else ()):
+        for name, cells in images.items():
+            mask = np.isin(np.arange(6), cells).reshape(2, 3).repeat(16, 0).repeat(16, 1)
+            al_patch.write_png(f'{cfg.work_dir}/round_{k}/labelled/{name}.png', mask)
+    os.makedirs(cfg.work_dir, exist_ok=True)
+    write_atomically(osp.join(cfg.work_dir, STATE_FILE), json.dumps(old))
+    _, rounds = train(cfg)
+    asked = [list(entry['asked']) for entry in rounds]
+    assert asked[:2] == [list(entry['asked']) for entry in old['rounds']] and len(rounds) == 3
+    assert [entry['metrics'] for entry in rounds[:1]] == [old['rounds'][0]['metrics']]
+    assert all('mIoU' in entry['metrics'] and osp.isfile(osp.join(cfg.work_dir, entry['checkpoints']['last']))
+               for entry in rounds[1:])
+    if unit == 'image':
+        assert len(set(sum(asked, []))) == 8
+        assert [entry['spent']['images'] for entry in rounds] == [4, 6, 8]
+    else:
+        assert [entry['spent']['regions'] for entry in rounds] == [9, 15, 21]
+        assert [entry['spent']['pixels'] for entry in rounds] == [9 * 256, 15 * 256, 21 * 256]
+    assert state_on_disk(cfg)['schema'] == 2
+    table = open(osp.join(cfg.work_dir, 'learning_curve.csv')).read().splitlines()
+    assert len(table) == 4

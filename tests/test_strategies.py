@@ -1,4 +1,5 @@
-"""Strategies: values computed by hand, the tables, and functions of the user's own."""
+"""Strategies: scores by hand and by definition, the registries, what a name stands for, and a query of each."""
+import ast
 import inspect
 import math
 import os.path as osp
@@ -6,23 +7,29 @@ import re
 
 import numpy as np
 import pytest
+import tiny
 import torch
+import torch.nn.functional as F
 
 import al_patch
 from al_patch import (
-    EMBEDS,
-    INPUTS,
-    PRESETS,
-    SCORES,
-    SELECTS,
-    STATISTICS,
+    AL_EMBEDDINGS,
+    AL_SCORES,
+    AL_SELECTORS,
+    AL_STRATEGIES,
+    OFFERED,
+    box_sum,
     conformal_risk,
     generator,
-    reduce_map,
+    impurity,
+    read_state,
     resolve_strategy,
-    topk,
+    ripu,
+    ripu_pixel,
+    window_pixels,
 )
 
+SCORES, EMBEDDINGS, SELECTORS = (registry.module_dict for registry in (AL_SCORES, AL_EMBEDDINGS, AL_SELECTORS))
 PROBS = torch.tensor([[.5, .3, .2], [1., 0., 0.], [.25, .25, .5]]).T[None, :, None]  # (1, 3, 1, 3): three pixels
 BY_HAND = dict(
     least_confidence=[.5, 0., .5],
@@ -33,14 +40,19 @@ BY_HAND = dict(
 
 @pytest.mark.parametrize('name', BY_HAND)
 def test_scores(name):
-    scores_NHW = al_patch.SCORES[name](PROBS)
+    scores_NHW = SCORES[name](PROBS)
     assert scores_NHW.shape == (1, 1, 3)
     assert scores_NHW.flatten().tolist() == pytest.approx(BY_HAND[name], abs=1e-6)
 
 
 @pytest.mark.parametrize('name, highest', dict(least_confidence=.75, margin=1., ratio=1., entropy=math.log(4)).items())
 def test_uniform_probabilities_score_highest(name, highest):
-    assert al_patch.SCORES[name](torch.full((1, 4, 2, 2), .25)).flatten().tolist() == pytest.approx([highest] * 4)
+    assert SCORES[name](torch.full((1, 4, 2, 2), .25)).flatten().tolist() == pytest.approx([highest] * 4)
+
+
+def test_random_is_seeded_by_purpose():
+    draw = [SCORES['random'](5, generator(*key)).tolist() for key in ((0, 'a'), (0, 'a'), (1, 'a'), (0, 'b'))]
+    assert draw[0] == draw[1] and len(set(map(tuple, draw))) == 3
 
 
 # --- scores of several dropout passes --------------------------------------------------------------------------------
@@ -48,7 +60,7 @@ def test_uniform_probabilities_score_highest(name, highest):
 
 def score_of(name: str, passes_TCHW: torch.Tensor) -> torch.Tensor:
     """A score of passes over one image, from what is averaged over them. (H, W)"""
-    means = {key: function(passes_TCHW).mean(0, keepdim=True) for key, function in STATISTICS.items()}
+    means = {key: function(passes_TCHW).mean(0, keepdim=True) for key, function in al_patch.STATISTICS.items()}
     return al_patch.call(SCORES[name], means['probs_NCHW'], **means)[0]
 
 
@@ -119,35 +131,95 @@ def test_a_class_of_one_pixel_counts_in_full_however_large_the_image():
     probs = torch.full((1, 3, 1500, 1500), 0.)
     probs[:, 0] = 1
     probs[:, :, 0, 0] = torch.tensor([.5, .5, 0])
-    thresholds = torch.full((3, ), .5)
-    shares = al_patch.cooccurrence(probs[0], thresholds).view(3, 3)
+    shares = EMBEDDINGS['cooccurrence'](probs[0], torch.full((3, ), .5)).view(3, 3)
     assert shares[1].tolist() == pytest.approx([.5, .5, 0])
 
 
-# --- from a map to a number, and to a choice -------------------------------------------------------------------------
+# --- RIPU ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('how, value', [('mean', 3.), ('max', 6.), (25, 5.5), (25., 5.5), (1, 6.), (50, 4.5)])
-def test_reduce(how, value):
-    assert float(reduce_map(torch.tensor([[0., 1, 2, 3], [3, 4, 5, 6]]), how)) == value
+def literal_ripu(p_CHW: np.ndarray, k: int) -> tuple:
+    """RIPU's RA and PA, (H, W) each."""
+    c, h, w = p_CHW.shape
+    ra, pa = np.zeros((2, h, w))
+    for y, x in np.ndindex(h, w):
+        window = p_CHW[:, max(0, y - k):y + k + 1, max(0, x - k):x + k + 1].reshape(c, -1).T
+        predicted = [int(p.argmax()) for p in window]
+        impurity = entropy_of(predicted.count(label) / len(predicted) for label in range(c))
+        ra[y, x] = impurity / math.log(c) * np.mean([entropy_of(p) for p in window]) / math.log(c)
+        pa[y, x] = impurity * entropy_of(p_CHW[:, y, x])
+    return ra, pa
 
 
-def test_topk_takes_the_highest_and_ties_go_by_pool_order():
-    scores_N = torch.tensor([1., 3, 2, 3, 2, 2])
-    assert topk(scores_N, 2, generator(0)).tolist() == [1, 3]
-    assert sorted(topk(scores_N, 4, generator(0)).tolist()) == [1, 2, 3, 4]
-    assert topk(torch.zeros(500), 3, generator(0)).tolist() == [0, 1, 2]
-    assert topk(scores_N, 6, generator(0)).sort().values.tolist() == list(range(6))
+def smooth_probs(c: int, h: int, w: int, n: int = 1) -> torch.Tensor:
+    """Random probabilities with some areas of one predicted class."""
+    logits = torch.randn(n, c, h, w, generator=generator('probs', c, h, w))
+    return (8 * F.avg_pool2d(logits, 3, 1, 1)).softmax(1)
 
 
-def test_random_is_seeded_by_purpose():
-    draw = [al_patch.random(5, generator(*key)).tolist() for key in ((0, 'a'), (0, 'a'), (1, 'a'), (0, 'b'))]
-    assert draw[0] == draw[1] and len(set(map(tuple, draw))) == 3
+@pytest.mark.parametrize('k', [1, 4])
+@pytest.mark.parametrize('c', [2, 5, 19])
+@pytest.mark.parametrize('h, w', [(9, 12), (3, 20)])  # windows of k = 4 are larger than the second
+def test_both_follow_their_definition_borders_included(c, k, h, w):
+    probs = smooth_probs(c, h, w)
+    ra, pa = literal_ripu(probs[0].double().numpy(), k)
+    assert ripu(probs, k)[0].numpy() == pytest.approx(ra, abs=2e-6)
+    assert ripu_pixel(probs, k)[0].numpy() == pytest.approx(pa, abs=1e-5)
+    assert len(np.unique(ra.round(6))) > 10  # it is not a map of zeros
 
 
-# --- the tables ------------------------------------------------------------------------------------------------------
+def test_ripu_by_hand():
+    """Two pixels of one class, one of the other: H(1/3, 2/3) / ln 2 times the mean of ln 2, 0 and 0 / ln 2."""
+    probs = torch.tensor([[.5, 1, 0], [.5, 0, 1]])[None, :, None]  # (1, 2, 1, 3); a tie goes to the first class
+    thirds = entropy_of([1 / 3, 2 / 3])
+    assert ripu(probs, 1).flatten().tolist() == pytest.approx([0, thirds / math.log(2) / 3, 0], abs=1e-6)
+    assert ripu_pixel(probs, 1).flatten().tolist() == pytest.approx([0, 0, 0], abs=1e-6)
+    assert ripu_pixel(probs, 2).flatten().tolist() == pytest.approx([thirds * math.log(2), 0, 0], abs=1e-6)
 
-OF_ITSELF = 'random', 'topk'  # what nobody has to be named for
+
+@pytest.mark.parametrize('score', [ripu, ripu_pixel])
+def test_every_image_of_a_batch_is_by_itself(score):
+    probs = smooth_probs(5, 8, 10, 3)
+    assert torch.equal(score(probs, 2), torch.cat([score(each[None], 2) for each in probs]))
+
+
+@pytest.mark.parametrize('k', [1, 4, 32])
+@pytest.mark.parametrize('score', [ripu, ripu_pixel])
+def test_a_pure_window_scores_exactly_nothing(score, k):
+    probs = torch.full((1, 19, 70, 90), .5 / 18)
+    probs[:, 7] = .5
+    assert not score(probs, k).any()
+    probs[:, :, :, 85:] = probs[:, :, :, 85:].roll(1, 1)  # another class, far to the right
+    scores = score(probs, k)[0]
+    assert not scores[:, :85 - k].any() and (scores[:, 85 - k:85] > 0).all()
+    assert (scores >= 0).all()
+
+
+def test_evenly_mixed_and_uncertain_is_the_highest():
+    """A checkerboard of two classes: 1 with uniform probabilities, but for the odd number of pixels in a window."""
+    probs = torch.full((1, 2, 6, 6), .5)
+    probs[:, 1] += 1e-6 * ((torch.arange(6)[:, None] + torch.arange(6)) % 2)
+    inner = ripu(probs, 1)[0, 1:-1, 1:-1]
+    assert inner.flatten().tolist() == pytest.approx([entropy_of([4 / 9, 5 / 9]) / math.log(2)] * 16, abs=1e-5)
+
+
+@pytest.mark.parametrize('k', [1, 3, 9])
+def test_sums_and_sizes_of_windows(k):
+    values = torch.rand(7, 11, generator=generator(k))
+    slow = [[values[max(0, y - k):y + k + 1, max(0, x - k):x + k + 1] for x in range(11)] for y in range(7)]
+    assert box_sum(values, k).tolist() == [[pytest.approx(float(v.sum()), rel=1e-5) for v in row] for row in slow]
+    assert window_pixels((7, 11), k).tolist() == [[v.numel() for v in row] for row in slow]
+    assert box_sum((values > .5).view(torch.uint8), k).tolist() == [[(v > .5).sum() for v in row] for row in slow]
+
+
+def test_more_classes_than_a_byte_holds():
+    pred = torch.tensor([[0, 256, 512, 511]])
+    assert impurity(pred, 600, 9).flatten().tolist() == pytest.approx([math.log(4)] * 4, abs=1e-6)
+
+
+# --- the registries --------------------------------------------------------------------------------------------------
+
+FUNCTIONS = {**SCORES, **EMBEDDINGS, **SELECTORS}
 README = osp.join(osp.dirname(osp.abspath(al_patch.__file__)), 'README.md')
 
 
@@ -155,41 +227,62 @@ def first_parameters(function) -> list:
     return list(inspect.signature(function).parameters)
 
 
-@pytest.mark.parametrize('table', [SCORES, EMBEDS, SELECTS], ids=['SCORES', 'EMBEDS', 'SELECTS'])
-def test_tables_hold_public_functions_by_their_names(table):
-    assert all(getattr(al_patch, name) is function for name, function in table.items())
+def is_a_strategy(name: str) -> bool:
+    """Whether a score's name alone is one: not where it needs an option."""
+    try:
+        return bool(resolve_strategy(name))
+    except ValueError:
+        return False
 
 
-def test_every_function_of_a_kind_is_in_its_table():
-    takes = {name: first_parameters(f) for name, f in vars(al_patch).items()
+STRATEGIES = [*filter(is_a_strategy, SCORES), *AL_STRATEGIES.module_dict]
+
+
+def test_every_public_function_of_a_kind_is_in_its_registry():
+    takes = {f: first_parameters(f) for name, f in vars(al_patch).items()
              if inspect.isfunction(f) and f.__module__ == 'al_patch' and not name.startswith('_')}
-    assert {n for n, p in takes.items() if p[:1] == ['probs_NCHW']} == set(SCORES) - {'random'}
-    assert {n for n, p in takes.items() if p[:3] == ['scores_N', 'budget', 'generator']} == set(SELECTS)
+    assert {f for f, p in takes.items() if p[:1] == ['probs_NCHW']} == {*SCORES.values()} - {SCORES['random']}
+    assert {f for f, p in takes.items() if p[:3] == ['scores_N', 'budget', 'generator']} == {*SELECTORS.values()}
     maps = {'probs_CHW', 'features_KHW'}
-    assert {n for n, p in takes.items() if maps & set(p) and 'weights_NP' in p} == set(EMBEDS)
+    assert {f for f, p in takes.items() if maps & set(p) and 'weights_NP' in p} == {*EMBEDDINGS.values()}
 
 
 @pytest.mark.parametrize('function, given', [
-    *((f, 1) for f in SCORES.values()), *((f, 0) for f in EMBEDS.values()), *((f, 3) for f in SELECTS.values())])
-def test_what_a_function_takes_is_offered_or_has_a_default(function, given):
-    for parameter in list(inspect.signature(function).parameters.values())[given:]:
-        assert parameter.name in INPUTS or parameter.default is not parameter.empty or function is al_patch.random
+    *((f, 1) for f in SCORES.values()), *((f, 0) for f in EMBEDDINGS.values()), *((f, 3) for f in SELECTORS.values())])
+def test_what_a_function_takes_is_offered_or_is_a_setting_with_default_and_rule(function, given):
+    for name, parameter in list(inspect.signature(function, eval_str=True).parameters.items())[given:]:
+        rules = getattr(parameter.annotation, '__metadata__', ())
+        assert name in OFFERED or parameter.default is not parameter.empty and any(
+            isinstance(rule, al_patch.Rule) and rule.holds(parameter.default) for rule in rules), name
 
 
-def test_every_input_is_asked_for_by_some_function():
-    taken = {name for table in (SCORES, EMBEDS, SELECTS) for f in table.values() for name in first_parameters(f)}
-    assert set(INPUTS) <= taken
+def test_what_is_offered_is_asked_for_by_some_function():
+    assert set(OFFERED) <= {name for function in FUNCTIONS.values() for name in first_parameters(function)}
 
 
-@pytest.mark.parametrize('name', {**SCORES, **EMBEDS, **SELECTS})
+@pytest.mark.parametrize('name', {*FUNCTIONS} - {'random', 'topk'})  # which nobody has to be named for
 def test_every_function_says_where_it_comes_from(name):
-    text = ' '.join({**SCORES, **EMBEDS, **SELECTS}[name].__doc__.split())
-    assert name in OF_ITSELF or re.search(r'\((?:[^()]*\b(?:19|20)\d\d|CRC-AL|ClaSP-PE)[^()]*\)', text)
+    text = ' '.join(FUNCTIONS[name].__doc__.split())
+    assert re.search(r'\((?:[^()]*\b(?:19|20)\d\d|CRC-AL|ClaSP-PE)[^()]*\)', text)
 
 
-def test_every_table_entry_is_in_a_preset():
-    for key, table in dict(score=SCORES, embed=EMBEDS, select=SELECTS).items():
-        assert {preset[key] for preset in PRESETS.values() if key in preset} | {'topk'} >= set(table)
+def test_every_function_is_part_of_a_strategy():
+    records = [resolve_strategy(name).record for name in STRATEGIES]
+    assert [{record[part] for record in records} - {None} for part in ('score', 'embed', 'select')] == [
+        {*SCORES}, {*EMBEDDINGS}, {*SELECTORS}]
+
+
+@pytest.mark.parametrize('name', STRATEGIES)
+def test_a_name_stands_for_its_functions_with_all_their_options(name):
+    strategy, parts = resolve_strategy(name), dict(embed=None, select='topk')
+    parts.update(AL_STRATEGIES.get(name)() if name in AL_STRATEGIES else dict(score=name))
+    assert {key: strategy.record[key] for key in parts} == parts and strategy.record['type'] == strategy.name == name
+    assert strategy.embed or parts['embed'] is None
+    for part, table in dict(score=SCORES, embed=EMBEDDINGS, select=SELECTORS).items():
+        bound = getattr(strategy, part)
+        assert getattr(bound, 'func', bound) is table.get(parts[part])
+        options = getattr(bound, 'keywords', {})
+        assert {key: strategy.record[key] for key in options} == options
 
 
 def readme_rows() -> dict:
@@ -200,73 +293,95 @@ def readme_rows() -> dict:
     return {name.strip('`'): [re.findall('`(.+?)`', part) for part in parts.split(' × ')] for name, parts, *_ in rows}
 
 
-def test_every_preset_has_a_row_in_the_readme_and_every_row_is_one():
-    assert sorted(readme_rows()) == sorted(PRESETS)
+def test_every_strategy_has_a_row_in_the_readme_and_every_row_is_one():
+    assert sorted(readme_rows()) == sorted(STRATEGIES)
 
 
-@pytest.mark.parametrize('name', PRESETS)
-def test_a_row_of_the_readme_says_what_the_preset_is(name):
-    preset, strategy, parts = PRESETS[name], resolve_strategy(name), readme_rows()[name]
-    score, embed, select = (code[:1] and code[0] for code in parts)
-    assert (score or 'random', embed or None, select) == (
-        preset['score'], preset.get('embed'), preset.get('select', 'topk'))
-    values = {}
-    for function in filter(None, (strategy.score, strategy.embed, strategy.select)):
-        values.update({key: p.default for key, p in inspect.signature(function).parameters.items()})
-    for option in [code for part in parts for code in part[1:]]:
-        key, value = option.split('=')
-        assert str(values.get(key, getattr(strategy, key, None))).removesuffix('.0') == value.strip("'"), option
-    options = {f'{key}={value!r}' for key, value in preset.items() if key not in ('score', 'embed', 'select')}
-    assert options <= {code for part in parts for code in part}
+@pytest.mark.parametrize('name', STRATEGIES)
+def test_a_row_of_the_readme_says_what_the_strategy_is(name):
+    record, parts = resolve_strategy(name).record, readme_rows()[name]
+    score, embed, select = (code[0] if code else None for code in parts)
+    assert [score or 'random', embed, select] == [record[part] for part in ('score', 'embed', 'select')]
+    shown = {key: ast.literal_eval(value) for part in parts for key, value in (code.split('=') for code in part[1:])}
+    assert shown.items() <= record.items()
+    own = {*(AL_STRATEGIES.get(name)() if name in AL_STRATEGIES else ())} - {'score', 'embed', 'select'}
+    assert own <= set(shown) and ('mc' in shown) == (record['mc'] > 1)
 
 
-@pytest.mark.parametrize('name', al_patch.PRESETS)
-def test_every_preset_resolves(name):
-    strategy = resolve_strategy(name)
-    preset = al_patch.PRESETS[name]
-    assert strategy.name == name and strategy.score is al_patch.SCORES[preset['score']]
-    assert strategy.embed is (preset.get('embed') and al_patch.EMBEDS[preset['embed']])
-    assert getattr(strategy.select, 'func', strategy.select) is al_patch.SELECTS[preset.get('select', 'topk')]
-    assert {key: getattr(strategy, key, None) or strategy.select.keywords[key] for key in preset
-            if key not in ('score', 'embed', 'select')} == {k: v for k, v in preset.items() if k not in (
-                'score', 'embed', 'select')}
-
-
-def test_an_unknown_name_lists_those_there_are():
-    with pytest.raises(ValueError, match='^`al.strategy` should be one of ' + ', '.join(al_patch.PRESETS)):
-        resolve_strategy('entrophy')
-    with pytest.raises(ValueError, match='^`al.strategy.select` should be one of ' + ', '.join(al_patch.SELECTS)):
-        resolve_strategy(dict(type='entropy', select='bottomk'))
+# --- parts and options of one's choice -------------------------------------------------------------------------------
 
 
 def test_a_score_of_ones_own_takes_its_options():
     strategy = resolve_strategy(dict(type='tiny:brightest', power=2, reduce='max'))
     assert strategy.score(PROBS).flatten().tolist() == pytest.approx([.04, 0., .25])
-    assert float(strategy.reduce(strategy.score(PROBS)[0])) == pytest.approx(.25) and strategy.select is topk
+    assert strategy.reduce == 'max' and strategy.select is SELECTORS['topk']
 
 
-def test_score_and_select_replace_the_presets():
-    strategy = resolve_strategy(dict(type='entropy', score='tiny:brightest', select='tiny:last_ones'))
-    assert strategy.score.__name__ == 'brightest'
+def test_score_and_select_replace_the_strategys():
+    strategy = resolve_strategy(dict(type='power_entropy', score='tiny:brightest', select='tiny:last_ones'))
+    assert strategy.score(PROBS).flatten().tolist() == PROBS[:, -1].flatten().tolist()
     assert strategy.select(torch.zeros(5), 2, generator(0)).tolist() == [3, 4]
 
 
-@pytest.mark.parametrize('strategy, match', [
-    (dict(type='entropy', power=2), "^`al.strategy` 'entropy' has no option power; it takes score, .*, reduce$"),
-    (dict(type='tiny:brightest', powr=2), 'has no option powr; .*'),
-    (dict(type='entropy', budget=2), 'has no option budget'),
-    (dict(type='entropy', reduce='median'), "^`al.strategy.reduce` should be 'mean', 'max' or .* 'median'"),
-    (dict(type='entropy', reduce=0), '^`al.strategy.reduce` should'),
-    (dict(type='entropy', reduce=101), '^`al.strategy.reduce` should'),
-    (dict(type='entropy', reduce=True), '^`al.strategy.reduce` should'),
-    ('tiny:darkest', "^`al.strategy.score` should be importable, but got 'tiny:darkest'"),
-    ('tinny:brightest', '^`al.strategy.score` should be importable'),
-    ('tiny:NAMES', "^`al.strategy.score` should name a function, but 'tiny:NAMES' is a list")])
-def test_wrong_options_are_refused(strategy, match):
-    with pytest.raises(ValueError, match=match):
-        resolve_strategy(strategy)
+@pytest.mark.parametrize('setting, part, options', [
+    (dict(type='pixelpick', percent=10), 'select', dict(percent=10)), (dict(type='ripu', k=4), 'score', dict(k=4)),
+    ('contextual_diversity', 'select', dict(distance='kl')),
+    (dict(type='coreset', embed='gradient', size=9), 'embed', dict(size=9)),
+    (dict(type='clasp_pe', betas=[1, 2]), 'select', dict(share=.66, betas=[1, 2]))])
+def test_an_option_is_handed_to_the_function_that_takes_it(setting, part, options):
+    assert getattr(resolve_strategy(setting), part).keywords == options
 
 
-def test_the_unknown_options_message_names_those_there_are():
-    with pytest.raises(ValueError, match='it takes score, embed, select, mc, .*, reduce, power$'):
-        resolve_strategy(dict(type='tiny:brightest', powr=2))
+@pytest.mark.parametrize('setting, mc', [
+    ('entropy', 1), ('bald', 20), ('variation_ratio', 20), ('mean_std', 20), ('powerbald', 20),
+    (dict(type='bald', mc=3), 3), (dict(type='entropy', mc=3), 3), (dict(type='bald', score='entropy'), 1)])
+def test_only_what_compares_passes_has_several_by_default(setting, mc):
+    assert resolve_strategy(setting).mc == mc
+
+
+# --- a query of each at every unit -----------------------------------------------------------------------------------
+
+UNITS = dict(
+    image=dict(unit='image', initial=4, budget=2),
+    region=dict(unit=dict(type='region', size=[8, 8]), initial=10, budget=7),
+    window=dict(unit=dict(type='region', window=1), initial=9, budget=5),
+    superpixel=dict(unit=dict(type='superpixel', n_segments=12, compactness=100.), initial=8, budget=6),
+    pixel=dict(unit='pixel', initial=20, budget=11))
+MEANINGLESS = {('contextual_diversity', 'pixel'), ('crc', 'pixel')}  # see test_settings.py
+
+
+@pytest.mark.parametrize('unit', UNITS)
+@pytest.mark.parametrize('name', STRATEGIES)
+def test_it_asks_for_what_the_budget_buys(make_state, name, unit):
+    if (name, unit) in MEANINGLESS:
+        return
+    state = make_state(dict(UNITS[unit], strategy=name), changes=tiny.NO_VAL)
+    al_patch.check_config(state.al, state.runner)
+    al_patch.add_round(state, al_patch.initial_images(state) or al_patch.query(state, None))
+    torch.save(state.runner.model.state_dict(), osp.join(state.work_dir, 'untrained.pth'))
+    state.entry['checkpoints'] = dict(last='untrained.pth')
+    al_patch.add_round(state, al_patch.query(state, state.runner))
+    content = read_state(osp.join(state.work_dir, al_patch.STATE_FILE))
+    first, second = content['rounds']
+    if unit == 'image':
+        assert list(second['asked'].values()) == [None] * 2 and not set(second['asked']) & set(first['asked'])
+    else:
+        assert sum(n for n, _ in second['asked'].values()) == UNITS[unit]['budget']
+        assert sum(int(state.mask(image).sum()) for image in state.labelled()) == first['pixels'] + second['pixels']
+    held_out = first.get('held_out', [])
+    assert bool(held_out) == (name == 'crc') and set(held_out) <= set(first['asked'])
+    assert content['settings']['strategy'] == name
+    assert first['strategy'] == resolve_strategy('random').record
+    assert second['strategy'] == resolve_strategy(name).record
+
+
+def test_a_run_records_its_strategy_with_all_options(make_cfg, train):
+    cfg = make_cfg(dict(strategy=dict(type='powerbald', mc=3, beta=2, alpha=.05)), changes={
+        **tiny.NO_VAL, 'train_cfg.max_iters': 1})
+    _, rounds = train(cfg)
+    options = dict(shortlist=None, calibration=0., alpha=.05, reduce='mean')
+    assert [entry['strategy'] for entry in rounds] == [
+        dict(options, type='random', score='random', embed=None, select='topk', mc=1),
+        dict(options, type='powerbald', score='bald', embed=None, select='power', beta=2, mc=3)]
+    content = read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE))
+    assert content['settings']['strategy'] == dict(type='powerbald', mc=3, beta=2)

@@ -137,40 +137,27 @@ EMA = [dict(type='EMAHook', momentum=.5), dict(type='WeightsSeen')]
 
 
 @pytest.mark.parametrize('buffers', [False, True])
-def test_ema_the_query_scores_with_what_validation_saw(make_cfg, train, monkeypatch, seen, buffers):
-    queried, collect = [], al_patch.collect
+def test_ema_query_and_report_look_with_what_validation_saw(make_cfg, train, monkeypatch, seen, buffers):
+    looked, look = [], al_patch.Network.look
 
-    def spy(runner, trainer, *args):
-        queried.append({key: value.clone() for key, value in trainer.model.state_dict().items()})
-        collect(runner, trainer, *args)
+    def spy(self, state, names, *args, **kwargs):
+        looked.append((state.round, {key: value.clone() for key, value in self.model.state_dict().items()}))
+        return look(self, state, names, *args, **kwargs)
 
-    monkeypatch.setattr(al_patch, 'collect', spy)
+    monkeypatch.setattr(al_patch.Network, 'look', spy)
     hooks = [{**EMA[0], 'update_buffers': buffers}, EMA[1]]
-    cfg, runner, rounds, last = run(make_cfg, train, 'ema', custom_hooks=hooks)
-    [first, final], [asked] = seen.seen, queried
-    assert same(asked, first)
+    cfg, runner, rounds, last = run(make_cfg, train, 'ema', dict(visualize=1), custom_hooks=hooks)
+    assert [k for k, _ in looked] == [0, 0, 0, 1]  # the report, the query, its picture, the last report
+    assert len(seen.seen) == 2 and all(same(weights, seen.seen[k]) for k, weights in looked)
     raw = torch.load(osp.join(cfg.work_dir, rounds[0]['checkpoints']['last']), weights_only=False)['ema_state_dict']
-    assert not same({'module.' + key: value for key, value in asked.items()}, raw, '.weight')
-    assert same(last, final)
-    assert same(runner.model.state_dict(), final)
+    assert not same({'module.' + key: value for key, value in looked[0][1].items()}, raw, '.weight')
+    assert same(last, seen.seen[1]) and same(runner.model.state_dict(), last)
 
 
 def test_ema_the_runner_tests_what_validation_saw(make_cfg, train, seen):
     _, runner, rounds, last = run(make_cfg, train, 'ema', dict(rounds=0), custom_hooks=EMA)
     assert {key: pytest.approx(value, abs=1e-3) for key, value in runner.test().items()} == rounds[0]['metrics']
     assert same(seen.seen[-1], last)
-
-
-def test_ema_the_report_looks_with_what_validation_saw(make_cfg, train, monkeypatch, seen):
-    looked, look = [], al_patch.predicted_classes
-
-    def spy(trainer, *args):
-        looked.append({key: value.clone() for key, value in trainer.model.state_dict().items()})
-        return look(trainer, *args)
-
-    monkeypatch.setattr(al_patch, 'predicted_classes', spy)
-    run(make_cfg, train, 'ema', dict(visualize=1), custom_hooks=EMA)
-    assert len(looked) == 2 and all(map(same, looked, seen.seen))
 
 
 def test_ema_processes_validate_the_averaged_statistics_of_rank_0(make_cfg, train, monkeypatch):

@@ -1,8 +1,8 @@
 """Whole runs below image level, in one process: budgets, masks, what is void, the end of the pool, and resuming."""
-import json
 import math
 import os.path as osp
 import shutil
+import types
 
 import cv2
 import numpy as np
@@ -10,11 +10,12 @@ import pytest
 import tiny
 
 import al_patch
-from al_patch import Collector, mask_path, read_mask, read_state
+from al_patch import Collector, Query, State, read_state
 
 SHORT = {**tiny.NO_VAL, 'train_cfg.max_iters': 2}
 CELL = dict(type='region', size=[8, 8])  # 24 of them in each of 12 images
 SUPERPIXEL = dict(type='superpixel', n_segments=12, compactness=100.)
+AREA = math.prod(tiny.SHAPE)
 RUNS = dict(
     grid=dict(unit=CELL, initial=10, budget=7),
     grid_at_the_border=dict(unit=dict(type='region', size=[9, 13]), initial=10, budget=7, strategy='margin'),
@@ -25,15 +26,16 @@ RUNS = dict(
     random=dict(unit=CELL, strategy='random', initial=8, budget=6))
 
 
-def state_of(cfg) -> dict:
-    return read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE))
+def state_of(cfg) -> State:
+    """What a run has left: enough to read its masks."""
+    pool = types.SimpleNamespace(sizes=dict.fromkeys(tiny.NAMES, tiny.SHAPE))
+    return State(read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE)), cfg.work_dir, pool=pool)
 
 
 def masks_until(cfg, k: int) -> dict:
     """Name -> mask, after round k."""
-    have = al_patch.labelled(state_of(cfg), k)
-    return {name: np.ones(tiny.SHAPE, bool) if where is None else read_mask(mask_path(cfg.work_dir, where, name))
-            for name, where in have.items()}
+    state = state_of(cfg)
+    return {name: state.mask(name, k) for name in state.labelled(k)}
 
 
 def pixels_of(masks: dict) -> int:
@@ -53,7 +55,10 @@ def test_a_run(make_cfg, train, name):
     al = RUNS[name]
     cfg = make_cfg(dict(al, rounds=2), changes=SHORT)
     _, rounds = train(cfg)
-    images, kind = 12 if al.get('per_image') else 1, al_patch.parse_unit(al['unit'])['type']
+    content = read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE))
+    unit = content['settings']['unit']
+    assert content['pixels'] == 12 * AREA and unit == al_patch.resolve_unit(al['unit']).setting
+    images = 12 if al.get('per_image') else 1
     assert units_of(rounds) == [al['initial'] * images, al['budget'] * images, al['budget'] * images]
     before = {}
     for k, entry in enumerate(rounds):
@@ -65,27 +70,16 @@ def test_a_run(make_cfg, train, name):
             assert not al.get('per_image') or units == 3
         assert entry['pixels'] == sum(pixels for _, pixels in entry['asked'].values())
         assert pixels_of(now) == sum(each['pixels'] for each in rounds[:k + 1])  # so nothing was asked for twice
-        labelled = entry['labelled']
-        assert labelled['pixels'] == pixels_of(now) and entry['void_pixels'] == 0 == labelled['% void']
-        assert labelled['% of pixels'] == round(100 * pixels_of(now) / (12 * 32 * 48), 3)
-        assert labelled['images'] == len(now) and labelled[f'{kind}s'] == sum(units_of(rounds)[:k + 1])
+        spent = entry['spent']
+        assert spent['pixels'] == pixels_of(now) and entry['void_pixels'] == 0 == spent['% void']
+        assert spent['% of pixels'] == round(100 * pixels_of(now) / (12 * AREA), 3)
+        assert spent['images'] == len(now)
+        assert spent[f'{unit["type"]}s'] == spent['clicks'] == sum(units_of(rounds)[:k + 1])
         before = now
-
-
-def test_chosen_cells_and_windows_are_whole(make_cfg, train):
-    cfg = make_cfg(dict(unit=CELL, initial=10, budget=7), changes=SHORT)
-    train(cfg)
-    cells = [mask.reshape(4, 8, 6, 8).transpose(0, 2, 1, 3).reshape(24, 64) for mask in masks_until(cfg, 1).values()]
-    assert sum(int(cell.all()) for image in cells for cell in image) == 17
-    assert all(cell.all() == cell.any() for image in cells for cell in image)
-
-
-def test_the_state_can_be_read_by_others(make_cfg, train):
-    cfg = make_cfg(dict(unit=SUPERPIXEL, initial=8, budget=6), changes=SHORT)
-    _, rounds = train(cfg)
-    state = json.loads(open(osp.join(cfg.work_dir, 'al_state.json')).read())
-    assert state['pixels'] == 12 * 32 * 48 and state['settings']['unit'] == SUPERPIXEL
-    assert all(type(n) is int for entry in state['rounds'] for pair in entry['asked'].values() for n in pair)
+    if name == 'grid':
+        cells = [mask.reshape(4, 8, 6, 8).transpose(0, 2, 1, 3).reshape(24, 64) for mask in before.values()]
+        assert sum(int(cell.all()) for image in cells for cell in image) == 24
+        assert all(cell.all() == cell.any() for image in cells for cell in image)
 
 
 def test_void_pixels_are_counted_and_stay_labelled(make_cfg, train, shared_data, tmp_path):
@@ -102,7 +96,7 @@ def test_void_pixels_are_counted_and_stay_labelled(make_cfg, train, shared_data,
         now = sum(int(mask[:, 20:].sum()) for mask in masks_until(cfg, k).values())
         assert entry['void_pixels'] == now - total > 0
         total = now
-        assert entry['labelled']['% void'] == round(100 * total / pixels_of(masks_until(cfg, k)), 1)
+        assert entry['spent']['% void'] == round(100 * total / pixels_of(masks_until(cfg, k)), 1)
     assert units_of(rounds) == [60, 20]
 
 
@@ -113,7 +107,7 @@ def test_void_pixels_are_counted_and_stay_labelled(make_cfg, train, shared_data,
 def test_a_pool_that_is_used_up_ends_the_run(make_cfg, train, al, last):
     _, rounds = train(make_cfg(dict(al, rounds=9), changes=SHORT))
     assert len(rounds) == 3 and units_of(rounds)[-1] in (last, last - 1)
-    assert rounds[-1]['labelled']['% of pixels'] == 100 and rounds[-1]['labelled']['images'] == 12
+    assert rounds[-1]['spent']['% of pixels'] == 100 and rounds[-1]['spent']['images'] == 12
 
 
 def test_a_run_ends_where_no_window_fits_any_more(make_cfg, train):
@@ -121,12 +115,12 @@ def test_a_run_ends_where_no_window_fits_any_more(make_cfg, train):
                    changes=SHORT)
     _, rounds = train(cfg)
     left = [~al_patch.dilate(mask, 4) for mask in masks_until(cfg, len(rounds) - 1).values()]
-    assert len(left) == 12 and not any(mask.any() for mask in left) and rounds[-1]['labelled']['% of pixels'] < 100
+    assert len(left) == 12 and not any(mask.any() for mask in left) and rounds[-1]['spent']['% of pixels'] < 100
 
 
 def test_a_pool_of_whole_images_that_is_used_up(make_cfg, train):
     _, rounds = train(make_cfg(dict(unit=CELL, initial=tiny.NAMES), changes=SHORT))
-    assert len(rounds) == 1 and rounds[0]['labelled']['% of pixels'] == 100
+    assert len(rounds) == 1 and rounds[0]['spent']['% of pixels'] == 100
 
 
 @pytest.mark.parametrize('al, most', [
@@ -135,7 +129,7 @@ def test_a_pool_of_whole_images_that_is_used_up(make_cfg, train):
     (dict(unit='pixel'), 1)])
 def test_a_fraction_is_spent_to_within_one_unit(make_cfg, train, al, most):
     _, rounds = train(make_cfg(dict(al, initial=.05, budget=[.05, .1], rounds=2), changes=SHORT))
-    total = 12 * 32 * 48
+    total = 12 * AREA
     for entry, share in zip(rounds, (.05, .05, .1)):
         if al.get('per_image'):
             assert {pixels for _, pixels in entry['asked'].values()} == {round(share * total / 12)}
@@ -146,11 +140,11 @@ def test_a_fraction_is_spent_to_within_one_unit(make_cfg, train, al, most):
 def test_whole_images_to_begin_with(make_cfg, train):
     cfg = make_cfg(dict(unit=CELL, initial=['b/08', 'a/01'], budget=9, rounds=2), changes=SHORT)
     _, rounds = train(cfg)
-    assert rounds[0]['asked'] == ['a/01', 'b/08'] and rounds[0]['pixels'] == 2 * 32 * 48
+    assert rounds[0]['asked'] == {'a/01': None, 'b/08': None} and rounds[0]['pixels'] == 2 * AREA
     assert units_of(rounds[1:]) == [9, 9] and not {'a/01', 'b/08'} & {*rounds[1]['asked'], *rounds[2]['asked']}
     masks = masks_until(cfg, 2)
-    assert masks['a/01'].all() and pixels_of(masks) == 2 * 32 * 48 + 18 * 64 == rounds[2]['labelled']['pixels']
-    assert not osp.exists(mask_path(cfg.work_dir, 0, 'a/01'))
+    assert masks['a/01'].all() and pixels_of(masks) == 2 * AREA + 18 * 64 == rounds[2]['spent']['pixels']
+    assert not osp.exists(state_of(cfg).mask_path(0, 'a/01'))
 
 
 @pytest.mark.parametrize('name, phase', [
@@ -161,37 +155,32 @@ def test_a_run_that_stops_goes_on_as_one_that_does_not(make_cfg, train, monkeypa
     whole = make_cfg(dict(al, rounds=2), changes=SHORT)
     _, expected = train(whole)
     cfg = make_cfg(dict(al, rounds=2), work_dir=whole.work_dir + '_stopped', changes=SHORT)
+    (owner, step), which = dict(train=((al_patch, 'train_round'), 2), query=((Collector, 'result'), 2),
+                                masks=((State, 'save'), 3))[phase]
     with monkeypatch.context() as patch:
-        real = dict(train=al_patch.train_round, query=Collector.result, masks=al_patch.save_state)[phase]
-        calls = []
+        real, calls = getattr(owner, step), []
 
         def stop(*args):
             calls.append(args)
-            if len(calls) == dict(train=2, query=2, masks=3)[phase]:
+            if len(calls) == which:
                 raise InterruptedError
             return real(*args)
 
-        patch.setattr(*dict(train=(al_patch, 'train_round'), query=(Collector, 'result'),
-                            masks=(al_patch, 'save_state'))[phase], stop)
+        patch.setattr(owner, step, stop)
         with pytest.raises(InterruptedError):
             train(cfg)
-    assert state_of(cfg)['phase'] == ('train' if phase == 'train' else 'query')
+    assert state_of(cfg).phase == ('train' if phase == 'train' else 'query')
     _, rounds = train(make_cfg(dict(al, rounds=2), work_dir=cfg.work_dir, changes={**SHORT, 'resume': True}))
     assert asked_of(rounds) == asked_of(expected)
     ours, theirs = masks_until(cfg, 2), masks_until(whole, 2)
     assert set(ours) == set(theirs) and all(np.array_equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_unit_cannot_change_on_resume(make_cfg, train):
+def test_neither_another_unit_nor_a_lost_mask_goes_unnoticed_on_resume(make_cfg, train):
     cfg = make_cfg(dict(unit=CELL, rounds=0), changes=SHORT)
     train(cfg)
     with pytest.raises(ValueError, match='^`al.unit` was .* when the run began and cannot change on resume'):
         train(make_cfg(dict(unit=dict(CELL, size=[8, 9]), rounds=0), changes={**SHORT, 'resume': True}))
-
-
-def test_a_mask_that_is_gone_is_named(make_cfg, train):
-    cfg = make_cfg(dict(unit=CELL, rounds=0), changes=SHORT)
-    train(cfg)
     shutil.rmtree(osp.join(cfg.work_dir, 'round_0', 'labelled'))
     with pytest.raises(ValueError, match=r'^the mask .*/round_0/labelled/[ab]/\d\d.png is missing or damaged'):
         train(make_cfg(dict(unit=CELL, rounds=1), changes={**SHORT, 'resume': True}))
@@ -199,19 +188,18 @@ def test_a_mask_that_is_gone_is_named(make_cfg, train):
 
 def test_ripu_asks_where_its_windows_score_highest(make_cfg, train, monkeypatch):
     """Round 1 of a run, from its score maps and a greedy choice over all images together."""
-    maps, predict = [], al_patch.predictions
+    maps, candidates = {}, Query.candidates
 
-    def noted(*args, **offered):
-        for map_HW, for_vectors in predict(*args, **offered):
-            maps.append(map_HW)
-            yield map_HW, for_vectors
+    def noted(self, name, seen):
+        maps[name] = self.maps(seen)[0] if seen else None
+        return candidates(self, name, seen)
 
-    monkeypatch.setattr(al_patch, 'predictions', noted)
+    monkeypatch.setattr(Query, 'candidates', noted)
     cfg = make_cfg(dict(RUNS['window'], rounds=1), changes=SHORT)
     _, rounds = train(cfg)
     first, left = masks_until(cfg, 0), []
-    for name, map_HW in zip(tiny.NAMES, maps):
-        scores = map_HW.double().numpy().copy()
+    for name in tiny.NAMES:
+        scores = maps[name].double().numpy().copy()
         assert scores.shape == tiny.SHAPE
         for y, x in np.argwhere(first.get(name, np.zeros(tiny.SHAPE, bool))):
             scores[max(0, y - 2):y + 3, max(0, x - 2):x + 3] = -math.inf

@@ -110,7 +110,7 @@ def test_a_whole_image_is_one_candidate_with_a_number_for_its_map(reduce, value)
     assert candidates(Whole(), scores, True, reduce) == [[], [], []]
     assert candidates(Whole(), torch.tensor([.25], dtype=torch.float64), False, reduce) == [[0], [.25], [1]]  # drawn
     assert [column.tolist() for column in Whole().known(scores, True, reduce, None, None)] == [[0], [value], [1]]
-    assert Whole().number == 1 and Whole().weights(np.zeros(1, np.int64), (2, 4)) is None
+    assert Whole().number == 1 and Whole().weights(np.zeros(1, np.int64), (2, 4), 'cpu') is None
 
 
 @pytest.mark.parametrize('reduce, values', [

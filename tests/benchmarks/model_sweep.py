@@ -12,6 +12,7 @@ import json
 import os.path as osp
 import subprocess
 import sys
+import types
 import warnings
 
 import numpy as np
@@ -34,25 +35,26 @@ def config_of(family: str):
     paths = sorted(glob.glob(osp.join(osp.dirname(mmseg.__file__), '.mim', 'configs', family, '*.py')))
     cfg = Config.fromfile(next((p for p in paths if PREFERRED.get(family, 'r50') in p), paths[0]))
     cfg.filename_used = osp.basename(cfg.filename)
-
-    def strip(node):
-        if isinstance(node, dict):
-            for key in ('pretrained', 'init_cfg'):
-                if key in node:
-                    node[key] = None
-            if node.get('type') == 'SyncBN':
-                node['type'] = 'BN'
-            node = list(node.values())
-        for child in node if isinstance(node, (list, tuple)) else ():
-            strip(child)
-
-    strip(cfg.model)
+    without_pretrained(cfg.model)
     if 'img_size' in cfg.model.get('backbone', ()):
         cfg.model.backbone.img_size = (SIZE, SIZE)
     if 'text_encoder' in cfg.model:
         cfg.model.text_encoder.templates = ['a photo of a {}.']  # of dozens, for each of 171 classes
     cfg.model.data_preprocessor.update(size=(SIZE, SIZE), size_divisor=None, test_cfg=None)
     return cfg
+
+
+def without_pretrained(node) -> None:
+    """Let a model's config begin with random weights, and run on a CPU."""
+    if isinstance(node, dict):
+        for key in ('pretrained', 'init_cfg'):
+            if key in node:
+                node[key] = None
+        if node.get('type') == 'SyncBN':
+            node['type'] = 'BN'
+        node = list(node.values())
+    for child in node if isinstance(node, (list, tuple)) else ():
+        without_pretrained(child)
 
 
 def attempt(function) -> str:
@@ -104,39 +106,52 @@ def sweep(family: str) -> dict:
         return dict(inputs=[torch.from_numpy(rng.integers(0, 255, (3, SIZE, SIZE), np.uint8)) for _ in range(2)],
                     data_samples=samples)
 
-    unit = al_patch.parse_unit(dict(type='region', size=[32, 32]))
-    segments = al_patch.grid((SIZE, SIZE), (32, 32))
+    class Trainer:
+        logger, cfg = MMLogger.get_current_instance(), ConfigDict(optim_wrapper=dict(type='OptimWrapper'))
 
-    def query(strategy, whole: bool, **test_cfg):
+    Trainer.model = model
+    views = dict(image=[al_patch.as_it_is], region=[al_patch.without_padding, al_patch.to_image])
+
+    def query(strategy, unit: str, **test_cfg):
         strategy, model.test_cfg = al_patch.resolve_strategy(strategy), ConfigDict(cfg.model.test_cfg, **test_cfg)
         al_patch.check_model(model, strategy)
-        network = al_patch.Network(model, strategy.mc)
+        units = al_patch.Whole() if unit == 'image' else al_patch.Segments(al_patch.grid((SIZE, SIZE), (32, 32)))
         with torch.no_grad():
-            for map_HW, maps in al_patch.predictions(network, batch(False), [0, 1], strategy, False, whole):
-                assert map_HW is None or torch.isfinite(map_HW).all()
-                assert whole or map_HW is None or map_HW.shape == (SIZE, SIZE)
-                if maps:
-                    share = al_patch.cell_weights(unit, np.arange(16), segments, (SIZE, SIZE),
-                                                  maps['probs_CHW'].shape[1:])
-                    vectors = al_patch.call(strategy.embed, **maps, weights_NP=None if whole else share)
-                    assert torch.isfinite(vectors).all() and len(vectors) == (1 if whole else 16)
-                    torch.testing.assert_close(maps['probs_CHW'].sum(0), torch.ones_like(maps['probs_CHW'][0]))
+            for seen in al_patch.Network(Trainer, strategy).see(batch(False), [0, 1], views[unit]):
+                probs_CHW, shape = seen.means[0]['probs_NCHW'][0], seen.means[-1]['probs_NCHW'].shape
+                torch.testing.assert_close(probs_CHW.sum(0), torch.ones_like(probs_CHW[0]))
+                assert unit == 'image' or shape[2:] == (SIZE, SIZE)
+                if strategy.score is not al_patch.random_scores:
+                    means = seen.means[-1]
+                    assert torch.isfinite(al_patch.call(strategy.score, means['probs_NCHW'], **means)).all()
+                if strategy.embed:
+                    share = units.weights(np.arange(units.number), seen.features.shape[1:])
+                    vectors = al_patch.call(strategy.embed, features_KHW=seen.features, weights_NP=share)
+                    assert torch.isfinite(vectors).all() and len(vectors) == units.number
 
     def train():
-        class Trainer:
-            logger = MMLogger.get_current_instance()
-        Trainer.model = model
-        al_patch.prepare_losses(Trainer)
+        al_patch.gather_labelled_pixels(model)
+        Trainer.train_dataloader = types.SimpleNamespace(dataset=Images())
         model.train()
+        al_patch.check_void(Trainer)
         data = model.data_preprocessor(batch(True), True)
         losses = model.loss(data['inputs'], data['data_samples'])
         total = sum(value.mean() for key, value in losses.items() if 'loss' in key)
         assert torch.isfinite(total), 'the loss is not finite'
         total.backward()
 
-    result.update(image=attempt(lambda: query('entropy', True)), region=attempt(lambda: query('entropy', False)),
-                  features=attempt(lambda: [query('coreset', whole, mode='whole') for whole in (True, False)]),
-                  mc=attempt(lambda: query(dict(type='bald', mc=2), True)), sparse=attempt(train))
+    class Images:
+        """The two images as a training set has them."""
+
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, i: int) -> dict:
+            return {key: values[i] for key, values in batch(True).items()}
+
+    result.update(image=attempt(lambda: query('entropy', 'image')), region=attempt(lambda: query('entropy', 'region')),
+                  features=attempt(lambda: [query('coreset', unit, mode='whole') for unit in views]),
+                  mc=attempt(lambda: query(dict(type='bald', mc=2), 'image')), sparse=attempt(train))
     return result
 
 
