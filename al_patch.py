@@ -88,8 +88,7 @@ __version__ = '0.1.0'
 
 
 def one_of(*values: str):
-    return rule(' or '.join(filter(None, (', '.join(map(repr, values[:-1])), repr(values[-1])))),
-                lambda value: value in values)
+    return rule(f'{", ".join(map(repr, values[:-1]))} or {values[-1]!r}', lambda value: value in values)
 
 
 def maybe(annotation):
@@ -454,8 +453,7 @@ def log_request(state: State) -> None:
 
 def why_stop(state: State) -> str | None:
     """The reason to end after the state's round, or None."""
-    reason = reached(state, **state.al.stop) if state.al.stop else None
-    if reason:
+    if state.al.stop and (reason := reached(state, **state.al.stop)):
         return reason
     if state.round >= state.al.rounds:
         return f'all {state.al.rounds} rounds of queries are done'
@@ -586,8 +584,8 @@ def round_config(state: State) -> Config:
 
 def resumable_checkpoint(directory: str) -> str | None:
     """The checkpoint that mmengine would resume from, if it is there and was written to its end."""
-    path = find_latest_checkpoint(directory) if osp.isdir(directory) else None
-    return path if path and osp.isfile(path) and zipfile.is_zipfile(path) else None
+    path = find_latest_checkpoint(directory)
+    return path if path and zipfile.is_zipfile(path) else None
 
 
 def train_round(state: State, trainer: Runner) -> None:
@@ -874,7 +872,7 @@ def gathered(forward: Callable, ignore_index: int) -> Callable:
 
 
 def check_loss(loss: torch.nn.Module, channels: int, device: torch.device) -> None:
-    """Try a loss on a column of pixels and on the same in reverse.
+    """Try a loss on a column of pixels and on the same in another order.
 
     Raises:
         ValueError: It looks at neighbours, which a pixel of a partly labelled image does not have.
@@ -883,7 +881,7 @@ def check_loss(loss: torch.nn.Module, channels: int, device: torch.device) -> No
     label, why = (torch.arange(12, device=device) % max(2, channels)).view(1, 12, 1), 'it looks at neighbours of pixels'
     try:
         values = [loss(pred[:, :, order], label[:, order], ignore_index=255).mean()
-                  for order in ([*range(12)], [*range(11, -1, -1)], [*range(0, 12, 2), *range(1, 12, 2)])]
+                  for order in ([*range(12)], [*range(0, 12, 2), *range(1, 12, 2)])]
         if torch.allclose(torch.stack(values), values[0], rtol=1e-3):
             return
     except Exception as error:
@@ -912,8 +910,8 @@ def check_void(trainer: Runner) -> None:
         return {key: sum(map(torch.sum, value)) if isinstance(value, list) else value.sum()
                 for key, value in model(**data, mode='loss').items() if 'loss' in key}
 
-    ignore_index = getattr(decode_head(model), 'ignore_index', 255)
-    void, some = losses(lambda label: torch.full_like(label, ignore_index)), losses(torch.zeros_like)
+    void = losses(lambda label: torch.full_like(label, getattr(decode_head(model), 'ignore_index', 255)))
+    some = losses(torch.zeros_like)
     for buffer, before in buffers:
         buffer.copy_(before)
     for key in [key for key, value in void.items() if value != 0]:
@@ -1276,10 +1274,10 @@ class Network:
         self.trainer, self.model = trainer, unwrap(trainer.model).eval()
         self.mc = strategy.mc if strategy else 1
         self.wanted = [name for name in STATISTICS if name == 'probs_NCHW' or strategy and strategy.asks_for(name)]
-        self.with_features = strategy is not None and strategy.asks_for('features_KHW')
+        self.with_features = bool(strategy and strategy.asks_for('features_KHW'))
         self.dropouts = dropouts_of(self.model) if self.mc > 1 else []
         dropping = {part for part in self.model.modules() if any(inner in self.dropouts for inner in part.modules())}
-        self.fixed = list(dict.fromkeys(fixed_parts(self.model, dropping))) if self.mc > 1 else []
+        self.fixed = list(dict.fromkeys(fixed_parts(self.model, dropping)))
 
     def look(self, state: State, names: list[str], views: list[Callable], shared: bool = True
              ) -> Iterator[tuple[str, Seen]]:
@@ -1897,18 +1895,13 @@ def image_name(dataset: BaseDataset, info: dict) -> str:
     prefix = (dataset.data_prefix or {}).get('img_path') or ''
     path = info['img_path']
     name = path[len(prefix):].lstrip('/') if prefix and path.startswith(prefix) else osp.basename(path)
-    suffix = getattr(dataset, 'img_suffix', None) or osp.splitext(name)[1]
-    return name[:-len(suffix)] if suffix and name.endswith(suffix) else name
+    return name.removesuffix(getattr(dataset, 'img_suffix', None) or osp.splitext(name)[1])
 
 
 def query_pipeline(cfg: dict) -> list:
     """The test pipeline without the transforms that load labels."""
-    for key in ('test_dataloader', 'val_dataloader'):
-        if cfg.get(key):
-            pipeline = leaf_configs(cfg[key]['dataset'])[0]['pipeline']
-            break
-    else:
-        pipeline = cfg.get('test_pipeline')
+    loader = scoring_loader(cfg)
+    pipeline = leaf_configs(loader['dataset'])[0]['pipeline'] if loader else cfg.get('test_pipeline')
     if not pipeline:
         raise ValueError('the pool is scored through the test pipeline, but the config has no `test_dataloader`, '
                          '`val_dataloader` or `test_pipeline`')
@@ -2181,24 +2174,25 @@ def peaks(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, limit: int | 
 # their first arguments they get what they name a parameter after, see OFFERED; every other parameter is an option of
 # `al.strategy`. A strategy is a function that returns its parts and options; a score's name alone is one, too.
 
-OFFERED = dict(
+OFFERED = (
     # a score gets the class probabilities (N, C, H, W), the mean over all passes, and on demand
-    entropies_NHW='mean entropy of the MC dropout passes, in nats',
-    votes_NCHW='share of the MC dropout passes that predict a class',
-    squares_NCHW='mean of the squared probabilities of the MC dropout passes',
-    thresholds_C='probability from which on a class belongs to the prediction set, calibrated on held-out images',
+    'entropies_NHW',  # mean entropy of the MC dropout passes, in nats
+    'votes_NCHW',  # share of the MC dropout passes that predict a class
+    'squares_NCHW',  # mean of the squared probabilities of the MC dropout passes
+    'thresholds_C',  # probability from which on a class belongs to the prediction set, calibrated on held-out images
     # an embedding gets what it names, at the resolution of the logits
-    probs_CHW='class probabilities',
-    features_KHW="penultimate features: the input of the decode head's last layer",
-    scores_HW='the score map',
-    weights_NP='sparse shares of the P = H W cells in each of N candidates, or None where the whole map is one',
+    'probs_CHW',  # class probabilities
+    'features_KHW',  # penultimate features: the input of the decode head's last layer
+    'scores_HW',  # the score map
+    'weights_NP',  # sparse shares of the P = H W cells in each of N candidates, or None where the whole map is one
     # a selector gets scores_N, budget and a seeded generator, and on demand
-    generator='random numbers for one purpose',
-    vectors_ND='the embedding of the candidates',
-    labelled_LD='the embedding of what is labelled',
-    labelled_scores_L='the scores of what is labelled',
-    probs_NC='mean class probabilities of the candidates',
-    progress='0 in the first query to 1 in the last')
+    'generator',  # random numbers for one purpose
+    'vectors_ND',  # the embedding of the candidates
+    'labelled_LD',  # the embedding of what is labelled
+    'labelled_scores_L',  # the scores of what is labelled
+    'probs_NC',  # mean class probabilities of the candidates
+    'progress',  # 0 in the first query to 1 in the last
+)
 
 
 def call(function: Callable, *args, **offered):
@@ -2697,7 +2691,7 @@ def resolve_strategy(setting: str | dict) -> Strategy:
 
 STATISTICS = dict(  # of a pass; their mean over the passes is kept, and never each of them
     probs_NCHW=lambda probs_NCHW: probs_NCHW,
-    entropies_NHW=lambda probs_NCHW: entropy(probs_NCHW),
+    entropies_NHW=entropy,
     votes_NCHW=lambda probs_NCHW: F.one_hot(probs_NCHW.argmax(1), probs_NCHW.shape[1]).movedim(3, 1).float(),
     squares_NCHW=lambda probs_NCHW: probs_NCHW**2)
 
@@ -2771,7 +2765,7 @@ PARTS = dict(score=(AL_SCORES, 1), embed=(AL_EMBEDDINGS, 0), select=(AL_SELECTOR
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def number_of(amount: int | float, total: int) -> int:
+def number_of(amount: float, total: int) -> int:
     """An int as it is; a fraction of ``total``, rounded, but at least one."""
     return amount if isinstance(amount, int) else max(1, round(amount * total))
 
@@ -2788,7 +2782,7 @@ def lookup(table: dict, name: str, key: str) -> Callable:
         ValueError: There is none; it names the setting ``key``.
     """
     if not isinstance(name, str) or ':' not in name:
-        if name not in table:
+        if name not in [*table]:
             raise ValueError(f"`{key}` should be one of {', '.join(table)}, or 'package.module:function', but got "
                              f'{name!r}')
         return table[name]
@@ -2838,13 +2832,13 @@ def check_settings(given: dict, known: dict[str, tuple], where: str) -> dict:
         if value is inspect.Parameter.empty:
             raise ValueError(f'`{where}.{key}` should be given: it has no default, and is none of {", ".join(OFFERED)}')
         filled[key] = list(value) if isinstance(value, tuple) else value
-        rules = [rule for rule in getattr(annotation, '__metadata__', ()) if isinstance(rule, Rule)]
-        if annotation in (int, float, bool, str):
-            is_a = functools.partial(lambda kind, v: type(v) in (kind, int if kind is float else kind), annotation)
-            rules = [Rule(f'of type {annotation.__name__}', is_a)]
-        for rule in rules if key in given else ():
-            if not rule.holds(filled[key]):
-                raise ValueError(f'`{where}.{key}` should be {rule.should_be}, but got {value!r}')
+        wrong = [rule.should_be for rule in getattr(annotation, '__metadata__', ())
+                 if isinstance(rule, Rule) and not rule.holds(filled[key])]
+        if annotation in (int, float, bool, str) and not (
+                type(value) is annotation or annotation is float and is_number(value)):
+            wrong = [f'of type {annotation.__name__}']
+        if wrong and key in given:
+            raise ValueError(f'`{where}.{key}` should be {wrong[0]}, but got {value!r}')
     return filled
 
 
