@@ -2,6 +2,7 @@
 import gc
 import itertools
 import os.path as osp
+import signal
 import sys
 
 import mmcv.utils.ext_loader
@@ -43,6 +44,14 @@ def nothing_stays(monkeypatch):
     assert all(now is then for now, then in zip(raw(), before)), 'a test has left the patch in another state'
     for owner in (MMLogger, MessageHub, DefaultScope, *everything_below(Visualizer)):
         owner._instance_dict.clear()
+
+
+@pytest.fixture
+def ctrl_c_counts():
+    """What a shell starts in the background ignores Ctrl-C, and hands that on to what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope='session', autouse=True)

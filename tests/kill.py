@@ -58,7 +58,7 @@ PHASES = {
     'selecting': [(al_patch.Collector, 'choose'), (al_patch.Collector, 'result')],
     'labelling': [(al_patch, 'add_round')],
     'writing a mask': [(al_patch, 'write_png')],
-    'writing the state': [(al_patch, 'save_state')]}
+    'writing the state': [(al_patch.State, 'save')]}
 AIMED_AT = ['checkpointing', 'selecting', 'labelling', 'writing a mask', 'writing the state']
 
 
@@ -152,10 +152,11 @@ def run_until(options: list, processes: int, log: str, rng=None, seconds: float 
     return phase
 
 
-def masks_of(work_dir: str, state: dict) -> dict:
+def masks_of(work_dir: str, content: dict) -> dict:
     """Every mask that the state refers to."""
-    return {name: al_patch.read_mask(al_patch.mask_path(work_dir, k, name)).tolist()
-            for name, k in al_patch.labelled(state).items() if k is not None}
+    state = al_patch.State(content, work_dir)
+    return {name: al_patch.read_mask(state.mask_path(k, name)).tolist()
+            for name, k in state.labelled().items() if k is not None}
 
 
 def outcome(work_dir: str) -> tuple:

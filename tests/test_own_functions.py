@@ -1,4 +1,7 @@
-"""Functions of the user's own: those in the README run as they stand there, and get all that they can ask for."""
+"""Functions of the user's own: registered or named by path, those of the README as they stand there, and what they get.
+"""
+import functools
+import inspect
 import os.path as osp
 import re
 import sys
@@ -9,6 +12,7 @@ import tiny
 import torch
 
 import al_patch
+from al_patch import AL_EMBEDDINGS, AL_SCORES, AL_SELECTORS, AL_STRATEGIES, parse_settings, resolve_strategy
 
 TEXT = open(osp.join(osp.dirname(osp.abspath(al_patch.__file__)), 'README.md')).read()
 BLOCKS = re.findall(r'^```python\n(.*?)^```', TEXT, re.S | re.M)
@@ -16,6 +20,116 @@ FUNCTIONS = [block for block in BLOCKS if 'def ' in block and 'my_strategies' in
 UNITS = dict(image=dict(unit='image', initial=4, budget=2),
              region=dict(unit=dict(type='region', size=[8, 8]), initial=10, budget=7))
 SHORT = {**tiny.NO_VAL, 'train_cfg.max_iters': 1, 'model.decode_head.num_classes': 5}
+REGISTRIES = dict(score=AL_SCORES, embed=AL_EMBEDDINGS, select=AL_SELECTORS, strategy=AL_STRATEGIES)
+
+
+@pytest.fixture(autouse=True)
+def registries(monkeypatch):
+    """What a test registers is gone after it."""
+    for registry in REGISTRIES.values():
+        monkeypatch.setattr(registry, '_module_dict', dict(registry.module_dict))
+
+
+# --- names of one's own ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_registered_is_a_name_in_a_config(make_cfg, train):
+
+    @AL_SCORES.register_module()
+    def class_1(probs_NCHW, power: float = 1.):
+        return probs_NCHW[:, 1]**power
+
+    @AL_EMBEDDINGS.register_module('shares')
+    def class_shares(probs_CHW, weights_NP):
+        return al_patch.pool_map(probs_CHW, weights_NP)
+
+    @AL_SELECTORS.register_module(name='steepest')
+    def select(scores_N, budget, generator, vectors_ND, sign: int = 1):
+        return (sign * scores_N * vectors_ND.std(1)).argsort(descending=True)[:budget]
+
+    @AL_STRATEGIES.register_module()
+    def mine():
+        return dict(score='class_1', embed='shares', select='steepest', power=2., reduce='max')
+
+    assert resolve_strategy('class_1').score.func is class_1 and class_1(torch.ones(1, 2, 1, 1)).shape == (1, 1, 1)
+    _, rounds = train(make_cfg(dict(strategy=dict(type='mine', sign=-1)), changes=SHORT))
+    expected = dict(type='mine', score='class_1', embed='shares', select='steepest', power=2., sign=-1, reduce='max',
+                    mc=1, shortlist=None, calibration=0., alpha=.05)
+    assert rounds[1]['strategy'] == expected and len(rounds[1]['asked']) == 2
+    assert parse_settings(dict(strategy=dict(type='mine', sign=-1, power=2))).strategy == dict(type='mine', sign=-1)
+    assert resolve_strategy(dict(type='mine', power=3., embed='gradient')).record['power'] == 3.
+
+
+@pytest.mark.parametrize('kind, options', [('score', {}), ('embed', dict(type='coreset')), ('select', {})])
+def test_a_registered_part_replaces_one_of_a_strategy(kind, options):
+    given = dict(score=['probs_NCHW'], embed=['features_KHW', 'weights_NP'],
+                 select=['scores_N', 'budget', 'generator'])[kind]
+    function = eval(f'lambda {", ".join(given)}: None')
+    REGISTRIES[kind].register_module('mine', module=function)
+    assert getattr(resolve_strategy({'type': 'entropy', **options, kind: 'mine'}), kind) is function
+
+
+def test_an_unknown_name_is_refused_with_those_of_ones_own_in_the_list():
+    AL_SCORES.register_module('mine', module=tiny.brightest)
+    AL_STRATEGIES.register_module('ours', module=lambda: dict(score='mine', select='power', power=3.))
+    with pytest.raises(ValueError, match='^`al.strategy` should be one of pixelpick, .*ours, .*entropy, .*, mine, or'):
+        parse_settings(dict(strategy='yours'))
+    with pytest.raises(ValueError, match="^`al.strategy.power` should be of type float, but got '2'"):
+        parse_settings(dict(strategy=dict(type='ours', power='2')))
+
+
+def place_of(function) -> str:
+    return f'{__file__}:{inspect.unwrap(function).__code__.co_firstlineno}'
+
+
+@pytest.mark.parametrize('registry', REGISTRIES.values(), ids=REGISTRIES)
+def test_a_name_that_is_taken_is_an_error_that_shows_both_places(registry):
+
+    def first():
+        pass
+
+    def second():
+        pass
+
+    registry.register_module('mine', module=first)
+    with pytest.raises(KeyError, match=f"'mine'.*{registry.name}.*{place_of(first)}.*{place_of(second)}"):
+        registry.register_module(name='mine')(second)
+    assert registry.module_dict['mine'] is first
+    assert registry.register_module('mine', force=True)(second) is second is registry.module_dict['mine']
+
+
+@pytest.mark.parametrize('kind, name', [('score', 'entropy'), ('embed', 'features'), ('select', 'topk'),
+                                        ('strategy', 'coreset')])
+def test_a_name_of_al_patch_is_taken_too(kind, name):
+
+    def mine():
+        pass
+
+    before = REGISTRIES[kind].module_dict[name]
+    with pytest.raises(KeyError, match=f"'{name}'.*{al_patch.__file__}.*{place_of(mine)}"):
+        REGISTRIES[kind].register_module(name)(mine)
+    assert REGISTRIES[kind].module_dict[name] is before
+
+
+def test_the_place_of_a_partial_is_that_of_its_function():
+    first, second = functools.partial(tiny.brightest, power=2.), functools.partial(tiny.brightest, power=3.)
+    AL_SCORES.register_module('mine', module=first)
+    with pytest.raises(KeyError, match=f"'mine'.*{tiny.__file__}:.*{tiny.__file__}:"):
+        AL_SCORES.register_module('mine', module=second)
+
+
+@pytest.mark.parametrize('preset, match', [
+    (dict(select='power'), '^`al.strategy.score` should be one of random, .*, but got None'),
+    (dict(score='entrophy'), "^`al.strategy.score` should be one of random, .*, but got 'entrophy'"),
+    (dict(score='entropy', beta=2.), '^`al.strategy.beta` is not a setting'),
+    (dict(score='entropy', select='power', beta=0), '^`al.strategy.beta` should be a number above 0, but got 0')])
+def test_a_registered_strategy_that_does_not_fit_is_refused_like_a_setting(preset, match):
+    AL_STRATEGIES.register_module('mine', module=lambda: preset)
+    with pytest.raises(ValueError, match=match):
+        parse_settings(dict(strategy='mine'))
+
+
+# --- the README ------------------------------------------------------------------------------------------------------
 
 
 def al_blocks(text: str) -> list:
@@ -59,7 +173,7 @@ def test_every_function_that_the_readme_shows_is_used_there():
 
 WANTED = dict(score=['entropies_NHW', 'votes_NCHW', 'squares_NCHW', 'thresholds_C'],
               embed=['probs_CHW', 'features_KHW', 'scores_HW', 'weights_NP', 'thresholds_C'],
-              select=['vectors_ND', 'labelled_LD', 'labelled_scores_L', 'probs_NC', 'progress'])
+              select=['generator', 'vectors_ND', 'labelled_LD', 'labelled_scores_L', 'probs_NC', 'progress'])
 
 
 @pytest.fixture
@@ -110,5 +224,5 @@ def test_a_function_gets_what_its_parameters_are_named_after(make_cfg, train, gr
         assert n + len(select['labelled_LD']) == 24 * 12 and len(select['labelled_LD']) == 17
 
 
-def test_set_of_inputs_is_what_this_file_asks_for():
-    assert set(al_patch.INPUTS) == {name for names in WANTED.values() for name in names}
+def test_what_is_offered_is_what_this_file_asks_for():
+    assert set(al_patch.OFFERED) == {name for names in WANTED.values() for name in names}

@@ -1,7 +1,10 @@
 """The real scripts in processes of their own, with tiny budgets."""
 import os
 import os.path as osp
+import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -70,23 +73,55 @@ def test_without_resume_a_run_is_refused_and_left_alone(whole):
     assert (work_dir / STATE_FILE).read_text() == before
 
 
-def test_a_run_that_is_killed_in_training_ends_as_one_that_is_not(whole, tmp_path, shared_data):
-    """Killed in round 1, after three of four iterations, with a checkpoint of the second."""
-    hook = dict(type='DieOnce', round=1, after=3, marker=str(tmp_path / 'died'))
-    more = f'custom_hooks = [{hook}]\n'
+@pytest.mark.parametrize('number, code', [(None, 9), (int(signal.SIGINT), 130)], ids=['kill', 'ctrl_c'])
+def test_a_run_that_is_stopped_ends_as_one_that_is_not(whole, tmp_path, shared_data, ctrl_c_counts, number, code):
+    """Stopped in round 1, after three of four iterations, with a checkpoint of the second: the log says how to go on."""
+    hook = dict(type='DieOnce', round=1, after=3, marker=str(tmp_path / 'died'), number=number)
+    more, work_dir = f'custom_hooks = [{hook}]\n', tmp_path / 'a work dir'
     config = write_config(tmp_path, shared_data, 'dict(initial=4, budget=2, rounds=1)', more=more)
-    assert launch(config, 0, tmp_path / 'work', check=False).returncode == 9
-    assert read_state(tmp_path / 'work' / STATE_FILE)['phase'] == 'train'
-    done = launch(config, 0, tmp_path / 'work', '--resume')
+    done = launch(config, 0, work_dir, check=False)
+    assert done.returncode == code and 'Traceback' not in done.stderr
+    assert read_state(work_dir / STATE_FILE)['phase'] == 'train'
+    commands = re.findall('Round (.) of 1 .* after a stop, go on with: (.*)', tiny.log_of(work_dir))
+    [(_, command), again] = commands
+    assert commands == [('0', command), ('1', command)] and shlex.split(command)[-3:] == [
+        '--work-dir', str(work_dir), '--resume']
+    done = shell('bash', '-c', command)
     assert 'resumed epoch: 0, iter: 2' in done.stdout + done.stderr
+    assert result(work_dir) == result(whole[1])
+
+
+def test_al_patch_alone(whole, tmp_path, shared_data):
+    """Without its companions it trains and chooses the same; their settings are no error."""
+    for name in ('al_patch.py', 'al_train.py'):
+        shutil.copy(osp.join(ROOT, name), tmp_path)
+    config = write_config(tmp_path, shared_data, 'dict(initial=4, budget=2, rounds=1, visualize=3)')
+    shell(sys.executable, str(tmp_path / 'al_train.py'), str(config), '--work-dir', str(tmp_path / 'work'))
     assert result(tmp_path / 'work') == result(whole[1])
+    log = tiny.log_of(tmp_path / 'work')
+    assert len(re.findall('.*Not beside al_patch.py: al_report.py, al_label.py.*', log)) == 1
+    assert re.search(r'Active learning has ended: all 1 rounds .*\n\+-+\+.*\n\| +round \| +images \|', log)
+    rows = [line.split(',') for line in (tmp_path / 'work' / 'learning_curve.csv').read_text().splitlines()]
+    assert [row[:3] for row in rows] == [['round', 'images', '% of images'], ['0', '4', '33.33'], ['1', '6', '50.0']]
+    assert rows[0][3:] == ['aAcc', 'mIoU', 'mAcc', 'train s', 'query s']
+    assert {path.name for path in (tmp_path / 'work').iterdir() if path.is_file()} - {'al.lock'} == {
+        STATE_FILE, 'learning_curve.csv', config.name}
+    assert not [*tmp_path.glob('work/**/*.png')]
 
 
 def test_two_processes_train_and_ask_exactly(tmp_path, shared_data):
-    config = write_config(tmp_path, shared_data, "dict(initial=4, budget=3, rounds=1, strategy='margin')", sync=True)
+    """And tell hooks on each of them; one that fails on one rank stops nothing."""
+    hook = dict(type='NotesPoints', folder=str(tmp_path), fails_on=1)
+    config = write_config(tmp_path, shared_data, "dict(initial=4, budget=3, rounds=1, strategy='margin')", sync=True,
+                          more=f'custom_hooks = [{hook}]\n')
     launch(config, 2, tmp_path / 'work')
     (first, _), (second, metrics) = result(tmp_path / 'work')
     assert (len(first), len(second), len({*first, *second})) == (4, 3, 7) and 'mIoU' in metrics
+    told = [(tmp_path / f'rank_{rank}.txt').read_text().splitlines() for rank in range(2)]
+    assert told[0] == told[1] == ['ask 0 None', 'train 0 round_0', ' '.join(['query 0 round_0', *second]),
+                                  'ask 1 round_0', 'train 1 round_1']
+    assert re.search('NotesPoints.after_al_train failed, the run goes on:\n(.*\n)+?TypeError: of rank 1\n',
+                     tiny.log_of(tmp_path / 'work'))
 
 
 @pytest.mark.parametrize('unit', ['image', dict(type='region', window=2)], ids=['image', 'window'])

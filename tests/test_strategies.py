@@ -29,7 +29,8 @@ from al_patch import (
     window_pixels,
 )
 
-SCORES, EMBEDDINGS, SELECTORS = (registry.module_dict for registry in (AL_SCORES, AL_EMBEDDINGS, AL_SELECTORS))
+SCORES, EMBEDDINGS, SELECTORS, PRESETS = (registry.module_dict for registry in (
+    AL_SCORES, AL_EMBEDDINGS, AL_SELECTORS, AL_STRATEGIES))
 PROBS = torch.tensor([[.5, .3, .2], [1., 0., 0.], [.25, .25, .5]]).T[None, :, None]  # (1, 3, 1, 3): three pixels
 BY_HAND = dict(
     least_confidence=[.5, 0., .5],
@@ -235,7 +236,7 @@ def is_a_strategy(name: str) -> bool:
         return False
 
 
-STRATEGIES = [*filter(is_a_strategy, SCORES), *AL_STRATEGIES.module_dict]
+STRATEGIES = [*filter(is_a_strategy, SCORES), *PRESETS]
 
 
 def test_every_public_function_of_a_kind_is_in_its_registry():
@@ -275,7 +276,7 @@ def test_every_function_is_part_of_a_strategy():
 @pytest.mark.parametrize('name', STRATEGIES)
 def test_a_name_stands_for_its_functions_with_all_their_options(name):
     strategy, parts = resolve_strategy(name), dict(embed=None, select='topk')
-    parts.update(AL_STRATEGIES.get(name)() if name in AL_STRATEGIES else dict(score=name))
+    parts.update(PRESETS[name]() if name in PRESETS else dict(score=name))
     assert {key: strategy.record[key] for key in parts} == parts and strategy.record['type'] == strategy.name == name
     assert strategy.embed or parts['embed'] is None
     for part, table in dict(score=SCORES, embed=EMBEDDINGS, select=SELECTORS).items():
@@ -304,7 +305,7 @@ def test_a_row_of_the_readme_says_what_the_strategy_is(name):
     assert [score or 'random', embed, select] == [record[part] for part in ('score', 'embed', 'select')]
     shown = {key: ast.literal_eval(value) for part in parts for key, value in (code.split('=') for code in part[1:])}
     assert shown.items() <= record.items()
-    own = {*(AL_STRATEGIES.get(name)() if name in AL_STRATEGIES else ())} - {'score', 'embed', 'select'}
+    own = {*(PRESETS[name]() if name in PRESETS else ())} - {'score', 'embed', 'select'}
     assert own <= set(shown) and ('mc' in shown) == (record['mc'] > 1)
 
 

@@ -118,6 +118,29 @@ class DieOnce(Hook):
             os.kill(os.getpid(), self.number)
 
 
+@HOOKS.register_module()
+class NotesPoints(Hook):
+    """Notes, in a file of each rank, which points of active learning it is called at; after a training it may fail."""
+
+    def __init__(self, folder: str, fails_on: Optional[int] = None):
+        self.folder, self.fails_on = folder, fails_on
+
+    def note(self, point: str, state, *args) -> None:
+        with open(osp.join(self.folder, f'rank_{state.runner.rank}.txt'), 'a') as file:
+            print(point, state.round, *args, file=file)
+
+    def after_al_train(self, state, trainer):
+        self.note('train', state, osp.basename(trainer.work_dir))
+        if state.runner.rank == self.fails_on:
+            raise TypeError(f'of rank {self.fails_on}')
+
+    def after_al_query(self, state, trainer, asked):
+        self.note('query', state, osp.basename(trainer.work_dir), *asked)
+
+    def after_al_ask(self, state, trainer):
+        self.note('ask', state, trainer and osp.basename(trainer.work_dir))
+
+
 def entropy_or_stop(probs_NCHW: torch.Tensor) -> torch.Tensor:
     """A score that a test can make fail, to stop a run between a training and its query."""
     if os.environ.get('TINY_STOP'):
