@@ -226,6 +226,7 @@ def start_or_resume(runner: Runner) -> State:
     check_resume(content, al, pool)
     state = State(content, runner.work_dir, al, runner, pool)
     state.companions, state.is_resumed = companions, True
+    state.entry.setdefault('spent', state.spent())  # schema 1 had it after training alone
     changed = [key for key, digest in config_digest(runner.cfg).items() if state.config.get(key) != digest]
     if changed:
         runner.logger.warning(f'The config has changed since the run began: {", ".join(changed)}')
@@ -616,10 +617,10 @@ def train_round(state: State, trainer: Runner) -> None:
 def rounds_table(state: State) -> PrettyTable:
     """The run so far, one row a round."""
     metrics = list(dict.fromkeys(key for entry in state.rounds for key in entry.get('metrics', {})))
-    table = PrettyTable(['round', *state.spent(), *metrics, 'train s', 'query s'], align='r', none_format='-')
+    table = PrettyTable(['round', *state.spent(), *metrics, 'train s', 'query s'], align='r')
     for k, entry in enumerate(state.rounds):
-        table.add_row([k, *entry['spent'].values(), *(entry.get('metrics', {}).get(key) for key in metrics),
-                       entry.get('train_seconds'), entry.get('query_seconds')])
+        table.add_row([k, *entry['spent'].values(), *(entry.get('metrics', {}).get(key, '') for key in metrics),
+                       entry.get('train_seconds', ''), entry.get('query_seconds', '')])
     return table
 
 
@@ -914,7 +915,7 @@ def check_void(trainer: Runner) -> None:
     some = losses(torch.zeros_like)
     for buffer, before in buffers:
         buffer.copy_(before)
-    for key in [key for key, value in void.items() if value != 0]:
+    for key in filter(void.get, void):
         if void[key] != some[key]:
             raise ValueError(f'{key} of {type(decode_head(model)).__name__} learns from pixels without a label: it is '
                              f"{float(void[key]):.3g} where there is none at all; use `al.unit='image'`, or leave that "
@@ -2989,9 +2990,9 @@ def on_all_ranks(function: Callable, names: list[str]) -> dict:
             mine[name] = function(name)
         except Exception as error:
             errors.append(str(error))
-            odd = odd or (None if isinstance(error, ValueError) else error)
+            odd = odd if isinstance(error, ValueError) else error
     shares = all_gather_object((mine, errors))
-    errors = [error for share in shares for error in share[1]]
+    errors = sum((share[1] for share in shares), [])
     if odd:
         raise odd
     if errors:
