@@ -13,7 +13,6 @@ from mmengine.model import BaseModel
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 
-import al_patch
 from al_patch import STATE_FILE, Pool, State, png_path, read_state, write_atomically, write_png
 
 SHORT = {**tiny.NO_VAL, 'train_cfg.max_iters': 1}
@@ -60,7 +59,7 @@ def out_of_range(path: str) -> None:
 
 
 DAMAGES = [('img', cut, 'cannot be used'), ('img', empty, 'cannot be used'), ('img', garbage, 'cannot be used'),
-           ('ann', cut, 'cannot be used'), ('ann', empty, 'cannot be used'), ('ann', os.remove, 'there is no such file'),
+           ('ann', cut, 'cannot be used'), ('ann', empty, 'cannot be used'), ('ann', os.remove, 'no such file'),
            ('ann', smaller, r'its size should be that of its image, \(32, 48\), but is \(31, 48\)'),
            ('ann', out_of_range, 'labels should be below 3, .*, or 255 for none, but got 3, 7')]
 
@@ -170,7 +169,8 @@ def test_one_image(make_cfg, train):
     changes = {**SHORT, 'train_dataloader.dataset.indices': 1}
     with pytest.raises(ValueError, match='`al.budget` should be at most the 0 images'):
         train(make_cfg(dict(initial=1, budget=1), changes=changes))
-    assert [entry['asked'] for entry in train(make_cfg(dict(initial=1, rounds=0), changes=changes))[1]] == [{'a/00': None}]
+    _, rounds = train(make_cfg(dict(initial=1, rounds=0), changes=changes))
+    assert [entry['asked'] for entry in rounds] == [{'a/00': None}]
     cfg = make_cfg(dict(unit='pixel', initial=3), changes=changes, work_dir=make_cfg().work_dir + '_pixels')
     assert [entry['asked'] for entry in train(cfg)[1]] == [{'a/00': [3, 3]}, {'a/00': [2, 2]}]
 

@@ -456,6 +456,13 @@ def test_the_schedule_of_beta_can_be_set(monkeypatch):
     assert betas == pytest.approx([4, 4, 2, 2, 1, 1])
 
 
+@pytest.mark.parametrize('share', [0., 1.])
+def test_all_of_the_budget_can_go_by_score_or_by_class(share):
+    scores, some = uniform(60), uniform(60, 3, seed=1)
+    expected = literal_class_power(scores, some, 20, generator(5), 10, share)
+    assert class_balanced_power(scores, 20, generator(5), some, .5, share=share).tolist() == expected
+
+
 def test_every_class_gets_its_part_and_the_remainder_goes_to_any():
     """Candidate i is of class i % 4 alone; what the scores ask for is of class 0."""
     some = torch.eye(4)[torch.arange(400) % 4]

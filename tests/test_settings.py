@@ -84,6 +84,13 @@ def test_an_unknown_key_is_refused_with_the_nearest_or_all(block, key, hint):
         parse_settings(block)
 
 
+@pytest.mark.parametrize('strategy', [
+    *(dict(type='crc', tau=tau) for tau in (0, 1.)), *(dict(type='clasp_pe', share=share) for share in (0., 1)),
+    dict(type='pixelpick', percent=100), dict(type='entropy', reduce=100), dict(type='ripu', k=1)], ids=str)
+def test_a_range_holds_its_ends_where_they_have_a_meaning(strategy):
+    assert parse_settings(dict(strategy=strategy)).strategy in (strategy, strategy['type'])
+
+
 @pytest.mark.parametrize('block', [3, 'entropy', ['entropy'], None])
 def test_the_block_is_a_dict(block):
     with pytest.raises(ValueError, match='^`al` should be a dict, but got'):

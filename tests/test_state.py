@@ -24,19 +24,13 @@ def fail(*args):
 
 
 @pytest.mark.parametrize('step', ['os.replace', 'os.fsync'])
-def test_a_write_that_fails_leaves_the_old_state(path, monkeypatch, step):
+def test_a_write_that_fails_leaves_the_old_state_and_the_next_one_works(path, monkeypatch, step):
     with monkeypatch.context() as patch, pytest.raises(OSError, match='disk full'):
         patch.setattr(step, fail)
         write_atomically(path, '{"schema": 2, "rounds": [{}]}')
-    assert read_state(path) == dict(schema=2, rounds=[])
-
-
-def test_a_write_that_is_cut_off_leaves_the_old_state_and_the_next_one_works(path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(OSError):
-        patch.setattr(os, 'fsync', fail)
-        write_atomically(path, '{"schema"')
+    assert read_state(path) == dict(schema=2, rounds=[]) and os.listdir(osp.dirname(path)) == ['al_state.json']
     write_atomically(path, '{"schema": 2, "rounds": [1]}')
-    assert read_state(path) == dict(schema=2, rounds=[1]) and os.listdir(os.path.dirname(path)) == ['al_state.json']
+    assert read_state(path) == dict(schema=2, rounds=[1]) and os.listdir(osp.dirname(path)) == ['al_state.json']
 
 
 @pytest.mark.parametrize('text', ['', '{"schema": 2', '[]', '{}', 'null', '3', '{"schema": 1}', '\ud83d'])
@@ -163,7 +157,7 @@ def test_a_key_that_is_new_in_this_version_does_not_stop_a_resume(pool):
 def test_without_resume_a_run_is_not_overwritten(make_cfg, train):
     cfg = make_cfg(dict(rounds=0), changes=tiny.NO_VAL)
     train(cfg)
-    path = os.path.join(cfg.work_dir, 'al_state.json')
+    path = osp.join(cfg.work_dir, 'al_state.json')
     before = open(path).read()
     with pytest.raises(FileExistsError, match='al_state.json holds .* already: add --resume to go on'):
         train(cfg)
@@ -245,7 +239,8 @@ def test_schema_1_is_read_as_today(path, unit):
         assert now['asked'] == (dict.fromkeys(then['asked']) if unit == 'image' else then['asked'])
         assert 'labelled' not in now and now.get('spent') == then.get('labelled')
         assert all(now[key] == then[key] for key in set(then) - {'asked', 'labelled'})
-    assert list(State(state, '').labelled()) == list(dict.fromkeys(n for entry in old['rounds'] for n in entry['asked']))
+    names = dict.fromkeys(name for entry in old['rounds'] for name in entry['asked'])
+    assert list(State(state, '').labelled()) == list(names)
 
 
 @pytest.mark.parametrize('unit', ['image', 'region'])

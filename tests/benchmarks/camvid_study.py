@@ -1,4 +1,4 @@
-"""Does it pay? Strategies on CamVid, several seeds each, all through `dist_al_train.sh`, an `al` block and `report`.
+"""Does it pay? Strategies on CamVid, several seeds each, all through `dist_al_train.sh`, an `al` block and `compare`.
 
     python tests/benchmarks/camvid_study.py DATA OUT [--seeds 0 1 2] [--jobs 2] [--only image/ full]
     python tests/benchmarks/camvid_study.py DATA OUT --report
@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from prettytable import PrettyTable
 
 import al_patch
+import al_report
 
 HERE = osp.dirname(osp.abspath(__file__))
 ROOT = osp.dirname(osp.dirname(HERE))
@@ -44,8 +45,8 @@ RUNS = {  # in the order of their importance
     'superpixel/real': dict(SUPERPIXEL, strategy='real'), 'superpixel/entropy': dict(SUPERPIXEL, strategy='entropy'),
     **{f'pixel/{name}': dict(PIXEL, strategy=name) for name in ('real', 'entropy')},
 }
-COLOURS = dict(random='#555555', entropy=al_patch.COLOURS[0], real=al_patch.COLOURS[1],  # the same in all panels
-               margin=al_patch.COLOURS[2], pixelpick=al_patch.COLOURS[2])
+COLOURS = dict(random='#555555', entropy=al_report.COLOURS[0], real=al_report.COLOURS[1],  # the same in all panels
+               margin=al_report.COLOURS[2], pixelpick=al_report.COLOURS[2])
 RARE = ('Pole', 'SignSymbol', 'Fence', 'Pedestrian', 'Bicyclist')  # 0.3 to 1.2 % of the training pixels each
 
 
@@ -71,10 +72,8 @@ def environment(out: str) -> dict:
 
 
 def state_of(work_dir: str) -> dict | None:
-    path = osp.join(work_dir, 'al_state.json')
-    if osp.exists(path):
-        with open(path) as file:
-            return json.load(file)
+    path = osp.join(work_dir, al_patch.STATE_FILE)
+    return al_patch.read_state(path) if osp.exists(path) else None
 
 
 def is_finished(state: dict | None) -> bool:
@@ -145,7 +144,7 @@ def rows_of(name: str, seed: int, out: str) -> list[dict]:
     work_dir = osp.join(out, name, f'seed_{seed}')
     state, rows = state_of(work_dir), []
     for k, entry in enumerate(state['rounds']):
-        have = entry['labelled']
+        have = entry['spent']
         with open(osp.join(work_dir, f'round_{k}', 'class_iou.json')) as file:
             ious = json.load(file)
         last = k == len(state['rounds']) - 1
@@ -163,7 +162,7 @@ def summary(curves: dict[str, list[list[dict]]]) -> PrettyTable:
         return f'{np.mean(values):.1f}{spread}' if len(values) else '-'
 
     def area(rows: list[dict]) -> float:
-        return al_patch.area_under_curve(*(np.array([row[key] for row in rows]) for key in ('share', 'mIoU')))
+        return al_report.area_under_curve(*(np.array([row[key] for row in rows]) for key in ('share', 'mIoU')))
 
     def cells(table_SR) -> str:
         return ', '.join(map(cell, np.transpose(table_SR)))
@@ -210,21 +209,21 @@ def draw(curves: dict[str, list[list[dict]]], path: str) -> None:
     figure = Figure((10, 3.9 * height), dpi=120, layout='constrained')
     full = np.mean([rows[-1]['mIoU'] for rows in curves['full']]) if 'full' in curves else None
     for (title, names), axes in zip(panels.items(), figure.subplots(height, 2, sharey=True, squeeze=False).flat):
-        others = iter(al_patch.COLOURS[3:])
+        others = iter(al_report.COLOURS[3:])
         for i, name in enumerate(names):
-            strategy, marker = name.split('/')[1], al_patch.MARKERS[i % len(al_patch.MARKERS)]
+            strategy, marker = name.split('/')[1], al_report.MARKERS[i % len(al_report.MARKERS)]
             colour = COLOURS.get(strategy) or next(others)
             share_SR, values_SR = (np.array([[row[key] for row in rows] for rows in curves[name]])
                                    for key in ('share', 'mIoU'))
-            al_patch.draw_curve(axes, share_SR.mean(0), values_SR, colour, marker, strategy)
+            al_report.draw_curve(axes, share_SR.mean(0), values_SR, colour, marker, strategy)
         for level, text in ((1, 'full supervision'), (.95, '95% of it')) if full else ():
             axes.axhline(level * full, color='#555555', linestyle=':', alpha=level ** 12)
             axes.annotate(text, (0, level * full), xycoords=('axes fraction', 'data'), va='bottom', size=8,
                           color='#555555')
-        al_patch.tidy(axes, legend=False, title=title, ylabel='mIoU',
+        al_report.tidy(axes, legend=False, title=title, ylabel='mIoU',
                       xlabel='% of images labelled' if title.startswith('image') else '% of pixels labelled')
         axes.legend(frameon=False, loc='lower right')
-    al_patch.save_figure(figure, path)
+    al_report.save_figure(figure, path)
 
 
 def report(names: list[str], seeds: list[int], out: str, jobs: int) -> None:
@@ -240,7 +239,7 @@ def report(names: list[str], seeds: list[int], out: str, jobs: int) -> None:
     for unit in dict.fromkeys(name.split('/')[0] for name, _ in done if '/' in name):
         dirs = [osp.join(out, name, f'seed_{seed}') for name, seed in done if name.startswith(f'{unit}/')]
         print(f'\n{unit}')
-        subprocess.run([sys.executable, osp.join(ROOT, 'al_patch.py'), 'report', *dirs, *full,
+        subprocess.run([sys.executable, osp.join(ROOT, 'al_report.py'), 'compare', *dirs, *full,
                         '-o', osp.join(out, f'{unit}.png')], check=True)
     curves = {}
     for (name, _), rows in zip(done, runs):

@@ -125,7 +125,7 @@ def sweep(family: str) -> dict:
                     means = seen.means[-1]
                     assert torch.isfinite(al_patch.call(strategy.score, means['probs_NCHW'], **means)).all()
                 if strategy.embed:
-                    share = units.weights(np.arange(units.number), seen.features.shape[1:])
+                    share = units.weights(np.arange(units.number), seen.features.shape[1:], 'cpu')
                     vectors = al_patch.call(strategy.embed, features_KHW=seen.features, weights_NP=share)
                     assert torch.isfinite(vectors).all() and len(vectors) == units.number
 

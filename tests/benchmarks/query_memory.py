@@ -10,6 +10,7 @@ import os
 import time
 
 import numpy as np
+import torch
 from prettytable import PrettyTable
 
 import al_patch
@@ -29,22 +30,20 @@ def main() -> None:
     (h, w), n = args.size, args.images
     table = PrettyTable(['unit', 'images', 'seconds', 'chosen', '% of pixels',
                          *(f'MiB at {p} %' for p in range(0, 101, 25))])
-    for unit in (dict(type='region'), dict(type='region', window=4), dict(type='pixel')):
-        unit = al_patch.parse_unit(unit)
-        is_grid = unit['type'] == 'region' and not unit['window']
-        segments = al_patch.grid((h, w), tuple(unit['size'])) if is_grid else None
-        budget = round(args.budget * n * h * w)
-        collector = al_patch.Collector(al_patch.topk, lambda name, budget=budget: budget, True, False, (0, ))
+    budget, nothing = round(args.budget * n * h * w), al_patch.Candidates.join([])
+    for name, units in {'region': al_patch.Segments(al_patch.grid((h, w), (32, 32))),
+                        'windows of 9': al_patch.Peaks((h, w), radius=4, gap=8),
+                        'pixel': al_patch.Peaks((h, w), radius=0, gap=0)}.items():
+        collector = al_patch.Collector(al_patch.topk, lambda name: budget, in_pixels=True)
         rng, free, memory, begin = np.random.default_rng(0), np.zeros((h, w), bool), [], time.perf_counter()
         for i in range(n):
             if i % math.ceil(n / 4) == 0:
                 memory.append(resident_mib())
-            scores = rng.random((h, w), np.float32)
-            found = al_patch.unit_candidates(unit, segments, free, scores, 'mean', budget, collector.floor)
-            collector.add(str(i), al_patch.Candidates(np.full(len(found[0]), i, np.int32), *found))
+            found = units.candidates(torch.from_numpy(rng.random((h, w), np.float32)), free, 'mean', budget,
+                                     collector.floor)
+            collector.add(str(i), al_patch.Candidates(np.full(len(found[0]), i, np.int32), *found), nothing)
         chosen = collector.result()
         memory.append(resident_mib())
-        name = unit['type'] if not unit.get('window') else f'windows of {2 * unit["window"] + 1}'
         table.add_row([name, n, f'{time.perf_counter() - begin:.0f}', len(chosen.id),
                        f'{100 * chosen.pixels.sum() / (n * h * w):.4f}', *(f'{mib:.0f}' for mib in memory)])
         del collector, chosen

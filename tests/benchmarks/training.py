@@ -35,8 +35,8 @@ def seconds_per_iter(cfg: Config, name: str) -> float:
     cfg.experiment_name = name
     runner, clock = Runner.from_cfg(cfg), Clock()
     runner.register_hook(clock)
-    if 'labelled' in cfg.train_dataloader:
-        runner.register_hook(al_patch.RoundHook(0))
+    if 'al' in cfg.train_dataloader:
+        runner.register_hook(al_patch.RoundHook(0, False))
     runner.train()
     return clock.seconds
 
@@ -68,14 +68,14 @@ def main() -> None:
         al_patch.close_round = close_and_measure
         Runner.from_cfg(run_cfg).train()
         state_file = os.path.join(cfg.work_dir, al_patch.STATE_FILE)
+        rounds = al_patch.read_state(state_file)['rounds']
         cfg.pop('al')
         for key in ('val_dataloader', 'val_cfg', 'val_evaluator'):
             cfg[key] = None
-        names = al_patch.labelled(al_patch.read_state(state_file))
         plain, patched, times = cfg.copy(), cfg.copy(), ([], [])
         pool = al_patch.Pool(run_cfg)
-        plain.train_dataloader.dataset.indices = [pool.names.index(name) for name in names]
-        patched.train_dataloader.labelled = dict(state=state_file, round=4)
+        plain.train_dataloader.dataset.indices = [pool.names.index(name) for entry in rounds for name in entry['asked']]
+        patched.train_dataloader.al = dict(state=state_file, round=4)
         for i in range(args.repeat):
             times[0].append(seconds_per_iter(plain, f'plain_{i}'))
             times[1].append(seconds_per_iter(patched, f'patched_{i}'))
