@@ -2420,7 +2420,7 @@ def class_balance(scores_N: torch.Tensor, budget: int, generator: torch.Generato
 
 
 def class_balanced_power(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-                         progress: float, share: Fraction = 0.66, betas: PositivePair = (1., 100.)) -> torch.Tensor:
+                         progress: float, share: Part = 0.66, betas: PositivePair = (1., 100.)) -> torch.Tensor:
     """``share`` of the budget in equal parts for every class, by a draw as ``power_draw``'s from the class's column of
     ``class_scores``, the rest by one from the scores; beta grows geometrically over the queries (ClaSP-PE, nnActive).
     (K,) indices"""
@@ -2575,7 +2575,7 @@ def rows_of(points: tuple, rows) -> tuple:
 
 
 def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-               labelled_LD: torch.Tensor, labelled_scores_L: torch.Tensor, tau: Fraction = 0.5) -> torch.Tensor:
+               labelled_LD: torch.Tensor, labelled_scores_L: torch.Tensor, tau: Part = 0.5) -> torch.Tensor:
     """Greedy: the highest mean + least distance to what is labelled or chosen, where the distance from i to j is
     |v_i - v_j|^tau (s_j / (s_i + s_j))^(1 - tau) (CRC-AL). (K,) indices"""
     all_vectors, all_scores = torch.cat([labelled_LD, vectors_ND]), torch.cat([labelled_scores_L, scores_N]).double()
@@ -2608,7 +2608,8 @@ class Functions(Registry):
             return functools.partial(self.register_module, name, force)
         key = name or module.__name__
         if key in self.module_dict and not force:
-            places = [getattr(each, '__code__', None) for each in (self.module_dict[key], module)]
+            places = [getattr(getattr(each, 'func', each), '__code__', None)
+                      for each in (self.module_dict[key], module)]
             places = [f'{code.co_filename}:{code.co_firstlineno}' if code else __file__ for code in places]
             raise KeyError(f'{key!r} is a name in {self.name} already: {places[0]}; the second is {places[1]}')
         return super().register_module(name, force, module)
@@ -2646,12 +2647,15 @@ class Strategy:
     @property
     def setting(self) -> str | dict:
         """The shortest setting that gives this strategy."""
-        try:
-            alone = resolve_strategy(self.name).record
-        except ValueError:  # it needs an option
-            alone = {}
-        options = {key: value for key, value in self.record.items() if key not in alone or alone[key] != value}
-        return dict(options, type=self.name) if options else self.name
+        setting = dict(type=self.name)
+        for keys in (list(PARTS), list(self.record)):  # what a part's options are by default depends on the parts
+            try:
+                alone = resolve_strategy(setting).record
+            except ValueError:  # it needs an option
+                alone = {}
+            setting.update({key: self.record[key] for key in keys
+                            if key not in alone or alone[key] != self.record[key]})
+        return setting if len(setting) > 1 else self.name
 
 
 def resolve_strategy(setting: str | dict) -> Strategy:
@@ -2668,19 +2672,23 @@ def resolve_strategy(setting: str | dict) -> Strategy:
     name, given = split_setting(setting)
     lookup({**AL_STRATEGIES.module_dict, **AL_SCORES.module_dict}, name, 'al.strategy')
     preset = AL_STRATEGIES.module_dict.get(name, lambda: dict(score=name))()
-    options = {'embed': None, 'select': 'topk', **preset, **given}
+    options = {'score': None, 'embed': None, 'select': 'topk', **preset, **given}
     record = {'type': name, **{part: options.pop(part) for part in PARTS}}
-    functions = {part: None if part == 'embed' and not record[part] else lookup(
+    functions = {part: None if part == 'embed' and record[part] is None else lookup(
         registry.module_dict, record[part], f'al.strategy.{part}') for part, (registry, _) in PARTS.items()}
     known = {part: settings_of(functions[part], arguments) for part, (_, arguments) in PARTS.items() if functions[part]}
     known['any'] = settings_of(Strategy, 5)
-    check_settings(options, {key: value for table in known.values() for key, value in table.items()}, 'al.strategy')
+    takes = dict.fromkeys(PARTS, (None, Any)) | {key: how for each in known.values() for key, how in each.items()}
+    check_settings(options, takes, 'al.strategy')
     filled = {part: check_settings({key: options[key] for key in table if key in options}, table, 'al.strategy')
               for part, table in known.items()}
     for part in functions:
         if filled.get(part):
             functions[part] = functools.partial(functions[part], **filled[part])
-            record.update(filled[part])
+    for key, value in (item for table in filled.values() for item in table.items()):
+        if record.setdefault(key, value) != value:
+            raise ValueError(f'`al.strategy.{key}` should be given: it is an option of two parts, with defaults '
+                             f'{record[key]!r} and {value!r}')
     strategy = Strategy(name, **functions, record=record, **filled['any'])
     if strategy.mc is None:
         strategy.mc = 20 if strategy.compares_passes else 1
@@ -2806,7 +2814,7 @@ def settings_of(function: Callable, skip: int = 0) -> dict[str, tuple]:
     """The parameters of a function that settings may set, less the first ``skip``: name -> default and annotation."""
     try:
         parameters = inspect.signature(function, eval_str=True).parameters.values()
-    except NameError:  # an annotation that only a type checker can read
+    except Exception:  # an annotation that only a type checker can read
         parameters = inspect.signature(function).parameters.values()
     return {p.name: (p.default, p.annotation) for p in list(parameters)[skip:]
             if p.name not in OFFERED and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)}
@@ -2869,6 +2877,7 @@ Number = rule('a number', is_number)
 MaybeNumber = maybe(Number)
 Positive = rule('a number above 0', lambda v: is_number(v) and v > 0)
 Fraction = rule('a fraction in (0, 1)', lambda v: is_number(v) and 0 < v < 1)
+Part = rule('a fraction in [0, 1]', lambda v: is_number(v) and 0 <= v <= 1)
 Share = rule('a fraction in [0, 1)', lambda v: is_number(v) and 0 <= v < 1)
 Percent = rule('a percentage in (0, 100]', lambda v: is_number(v) and 0 < v <= 100)
 Reduce = rule("'mean', 'max' or a percentage in (0, 100]",
