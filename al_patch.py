@@ -263,12 +263,11 @@ def check_config(al: dict, runner: Runner) -> None:
             raise ValueError(f"`al.{key}='best'` needs validation (`val_cfg`) and `default_hooks.checkpoint.save_best`,"
                              " e.g. save_best='mIoU'")
     check_model(unwrap(runner.model), resolve_strategy(al.strategy))
-    if al['stop'] and cfg.get('val_cfg') is None:
+    if al.stop and cfg.get('val_cfg') is None:
         raise ValueError('`al.stop` needs a validation metric, but the config has no `val_cfg`')
-    late = [k for k in (al['overrides'] or {}) if int(k) > al['rounds']]
-    if late:
-        raise ValueError(f'`al.overrides` should name rounds from 0 to {al["rounds"]}, but got {", ".join(late)}')
-    for k, override in (al['overrides'] or {}).items():
+    for k, override in (al.overrides or {}).items():
+        if int(k) > al.rounds:
+            raise ValueError(f'`al.overrides` should name rounds from 0 to {al.rounds}, but got {k}')
         try:
             copy.deepcopy(cfg).merge_from_dict(override)
         except Exception as error:
@@ -1500,7 +1499,7 @@ def no_features(model: torch.nn.Module) -> str:
 def feature_head(model: torch.nn.Module) -> torch.nn.Module | None:
     """The head whose ``conv_seg`` gets the penultimate features: of a cascade, the last that has one."""
     heads = getattr(model, 'decode_head', None)
-    heads = list(heads) if isinstance(heads, torch.nn.ModuleList) else [heads]
+    heads = heads if isinstance(heads, torch.nn.ModuleList) else [heads]
     return next((head for head in reversed(heads) if hasattr(head, 'conv_seg')), None)
 
 
@@ -2027,8 +2026,7 @@ class Areas:
     """The units of an image. Of those that can be asked for together none overlaps another: ``rows(ids)`` is for each
     pixel the position in ``ids`` of the one that it belongs to, or -1, (H, W)."""
 
-    def known(self, scores: torch.Tensor, taken: bool | np.ndarray, reduce: str | float, limit, draw
-              ) -> tuple:
+    def known(self, scores, taken, reduce, limit, draw) -> tuple:
         return self.candidates(scores, np.logical_not(taken), reduce)
 
     def mask(self, ids: np.ndarray) -> np.ndarray:
@@ -2055,8 +2053,7 @@ class Whole(Areas):
         if al.per_image:
             raise ValueError('`al.per_image` should be False for whole images, but got True')
 
-    def candidates(self, scores: torch.Tensor, taken: bool, reduce: str | float = 'mean', limit=None,
-                   floor: float = -math.inf) -> tuple:
+    def candidates(self, scores, taken, reduce='mean', limit=None, floor=-math.inf) -> tuple:
         value, n = float(scores if scores.ndim == 1 else reduce_map(scores, reduce)), int(not taken)
         return np.zeros(n, np.int64), np.full(n, value), np.ones(n, np.int32)
 
@@ -2077,8 +2074,7 @@ class Segments(Areas):
             raise ValueError("`al.strategy.reduce` should be 'mean' or 'max' below image level, but got "
                              f'{strategy.reduce!r}')
 
-    def candidates(self, scores: torch.Tensor, taken: np.ndarray, reduce: str = 'mean', limit=None,
-                   floor: float = -math.inf) -> tuple:
+    def candidates(self, scores, taken, reduce='mean', limit=None, floor=-math.inf) -> tuple:
         flat, scores = self.labels.reshape(-1), scores.cpu().numpy()
         pixels = np.bincount(flat)
         ids = np.flatnonzero((pixels > 0) & (np.bincount(flat[taken.reshape(-1)], minlength=len(pixels)) == 0))
@@ -2108,15 +2104,13 @@ class Peaks(Areas):
             raise ValueError(f"`al.unit` should be 'image', 'region' or 'superpixel' for the embedding "
                              f"{strategy.embed.__name__}, which is a pixel's softmax over again, but got 'pixel'")
 
-    def candidates(self, scores: torch.Tensor, taken: np.ndarray, reduce='mean', limit: int | None = None,
-                   floor: float = -math.inf) -> tuple:
+    def candidates(self, scores, taken, reduce='mean', limit=None, floor=-math.inf) -> tuple:
         scores = scores.cpu().numpy().reshape(self.shape)
         ids = np.sort(peaks(scores, self.gap, dilate(taken, self.gap - self.radius), limit, floor))
         pixels = window_pixels(self.shape, self.radius).numpy().reshape(-1)[ids]
         return ids, scores.reshape(-1)[ids].astype(np.float64), pixels.astype(np.int32)
 
-    def known(self, scores: torch.Tensor, taken: np.ndarray, reduce, limit: int | None, draw: torch.Generator
-              ) -> tuple:
+    def known(self, scores, taken, reduce, limit, draw) -> tuple:
         """A random few: every labelled pixel would be one."""
         drawn = Peaks(self.shape, self.radius, 2 * self.radius)
         ids, _, pixels = drawn.candidates(random_scores(self.number, draw), ~taken, limit=limit)
@@ -2339,7 +2333,7 @@ def entropy(probs_NCHW: torch.Tensor) -> torch.Tensor:
 
 
 def class_cooccurrence(probs_CHW: torch.Tensor, thresholds_C: torch.Tensor,
-                 weights_NP: torch.Tensor | None = None) -> torch.Tensor:
+                       weights_NP: torch.Tensor | None = None) -> torch.Tensor:
     """How often two classes are in one prediction set {c: p_c >= threshold_c}, squared and normalised by row (CRC-AL).
     (N, C * C)"""
     sets_CHW = (probs_CHW >= thresholds_C[:, None, None]).to(probs_CHW)
@@ -2487,7 +2481,7 @@ def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
 
 
 def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-         probs_NC: torch.Tensor, clusters: Natural = 25) -> torch.Tensor:
+                          probs_NC: torch.Tensor, clusters: Natural = 25) -> torch.Tensor:
     """Representative pseudo-errors (REAL; Chen et al., ECML-PKDD 2023). In each k-means cluster, those whose predicted
     class is not the cluster's majority class m are pseudo-errors; the cluster gets budget in proportion to their sum of
     1 - p_m, and draws at random among them, or where they do not suffice takes its highest 1 - p_m. (K,) indices"""
@@ -2625,7 +2619,7 @@ class Strategy:
     record: dict                   # names of all parts, and all options, as the state keeps them
     mc: MaybeNatural = None        # passes with dropout; 1 is the one without; default: 20 for what compares passes
     shortlist: MaybeNatural = None  # the candidates of an image that are kept: its best so many
-    calibration: Share = 0.        # share of the labelled images that a round does not train on, for thresholds
+    calibration: Part = 0.        # share of the labelled images that a round does not train on, for thresholds
     alpha: Fraction = 0.05         # the rate of false negatives that the thresholds allow
     reduce: Reduce = 'mean'        # the score of an image or a segment: mean, max, or mean of its highest percent
 
@@ -2878,7 +2872,6 @@ MaybeNumber = maybe(Number)
 Positive = rule('a number above 0', lambda v: is_number(v) and v > 0)
 Fraction = rule('a fraction in (0, 1)', lambda v: is_number(v) and 0 < v < 1)
 Part = rule('a fraction in [0, 1]', lambda v: is_number(v) and 0 <= v <= 1)
-Share = rule('a fraction in [0, 1)', lambda v: is_number(v) and 0 <= v < 1)
 Percent = rule('a percentage in (0, 100]', lambda v: is_number(v) and 0 < v <= 100)
 Reduce = rule("'mean', 'max' or a percentage in (0, 100]",
               lambda v: v in ('mean', 'max') or is_number(v) and 0 < v <= 100)
