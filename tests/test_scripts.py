@@ -75,7 +75,7 @@ def test_without_resume_a_run_is_refused_and_left_alone(whole):
 
 @pytest.mark.parametrize('number, code', [(None, 9), (int(signal.SIGINT), 130)], ids=['kill', 'ctrl_c'])
 def test_a_run_that_is_stopped_ends_as_one_that_is_not(whole, tmp_path, shared_data, ctrl_c_counts, number, code):
-    """Stopped in round 1, after three of four iterations, with a checkpoint of the second. The log says how to go on."""
+    """Stopped in round 1 after three of four iterations, with a checkpoint of the second. The log says how to go on."""
     hook = dict(type='DieOnce', round=1, after=3, marker=str(tmp_path / 'died'), number=number)
     more, work_dir = f'custom_hooks = [{hook}]\n', tmp_path / 'a work dir'
     config = write_config(tmp_path, shared_data, 'dict(initial=4, budget=2, rounds=1)', more=more)
