@@ -363,8 +363,8 @@ def add_round(state: State, asked: dict) -> None:
     Raises:
         ValueError: A label that is on disk cannot be used; it names all the files. The state on disk is as it was.
     """
-    k, is_human, first = len(state.rounds), state.al.oracle == 'human', isinstance(state.al.initial, (str, list))
-    waits = is_human and not (k == 0 and first)  # images that `initial` names have their labels
+    k = len(state.rounds)  # images that `initial` names have their labels
+    waits = state.al.oracle == 'human' and (k > 0 or not isinstance(state.al.initial, (str, list)))
 
     def ask(name: str) -> tuple[list | None, int, int]:
         old = state.mask(name) if state.counts_pixels else None
@@ -1393,8 +1393,7 @@ def deal(state: State, names: list[str], shared: bool = True) -> list[list[int]]
 def query_dataloader(state: State, names: list[str], batches: list[list[int]]):
     """The test dataloader over batches of the pool's images."""
     loader = dict(scoring_loader(state.runner.cfg), dataset=state.pool, sampler=None)
-    position = {name: i for i, name in enumerate(state.pool.names)}
-    loader['batch_sampler'] = [[position[names[i]] for i in batch] for batch in batches]
+    loader['batch_sampler'] = [[names[i] for i in batch] for batch in batches]
     for key in ('batch_size', 'drop_last', 'num_batch_per_epoch'):
         loader.pop(key, None)
     return Runner.build_dataloader(loader, seed=0)
@@ -2619,7 +2618,7 @@ class Strategy:
     record: dict                   # names of all parts, and all options, as the state keeps them
     mc: MaybeNatural = None        # passes with dropout; 1 is the one without; default: 20 for what compares passes
     shortlist: MaybeNatural = None  # the candidates of an image that are kept: its best so many
-    calibration: Part = 0.        # share of the labelled images that a round does not train on, for thresholds
+    calibration: Share = 0.        # share of the labelled images that a round does not train on, for thresholds
     alpha: Fraction = 0.05         # the rate of false negatives that the thresholds allow
     reduce: Reduce = 'mean'        # the score of an image or a segment: mean, max, or mean of its highest percent
 
@@ -2872,6 +2871,7 @@ MaybeNumber = maybe(Number)
 Positive = rule('a number above 0', lambda v: is_number(v) and v > 0)
 Fraction = rule('a fraction in (0, 1)', lambda v: is_number(v) and 0 < v < 1)
 Part = rule('a fraction in [0, 1]', lambda v: is_number(v) and 0 <= v <= 1)
+Share = rule('a fraction in [0, 1)', lambda v: is_number(v) and 0 <= v < 1)
 Percent = rule('a percentage in (0, 100]', lambda v: is_number(v) and 0 < v <= 100)
 Reduce = rule("'mean', 'max' or a percentage in (0, 100]",
               lambda v: v in ('mean', 'max') or is_number(v) and 0 < v <= 100)
