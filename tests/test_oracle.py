@@ -174,7 +174,7 @@ def test_the_script_ends_with_code_0_and_says_how_to_go_on(tmp_path, blind, trut
     done = launch(config, 2, work_dir, PYTHONPATH=reach, FULL_ON_RANK='1')
     asked = read_state(work_dir / STATE_FILE)['rounds'][1]['asked']
     log = done.stdout + done.stderr
-    assert 'LabelHook.after_al_ask failed, the run goes on' in log and 'OSError: the disk is full' in log
+    assert 'LabelHook.after_al_ask failed in round' in log and 'OSError: the disk is full' in log
     assert f'Round 1 waits for labels in {len(asked)} images (9 regions, 576 pixels): see {work_dir}/round_1' in log
     assert f'the first at {label_file(blind, list(asked)[0])}' in log
     [command] = set(re.findall('Then go on with: (.*)', log))
@@ -232,7 +232,7 @@ def test_an_export_that_was_cut_off_is_made_good_on_resume(train, asks, function
     cfg, ask, expected = asks
     ask(function, error)
     assert (state_of(cfg)['phase'], state_of(cfg)['round']) == ('label', 1)
-    assert ('LabelHook.after_al_ask failed, the run goes on' in logs_of(cfg)) == isinstance(error, OSError)
+    assert ('LabelHook.after_al_ask failed in round' in logs_of(cfg)) == isinstance(error, OSError)
     assert not osp.exists(to_label(cfg.work_dir, 1, 'to_label.txt'))
     open(to_label(cfg.work_dir, 1, 'void.txt'), 'w').write('a/01\n')
     with pytest.raises(ValueError, match='label maps that round 1 needs are not there yet'):

@@ -120,7 +120,7 @@ def test_two_processes_train_and_ask_exactly(tmp_path, shared_data):
     told = [(tmp_path / f'rank_{rank}.txt').read_text().splitlines() for rank in range(2)]
     assert told[0] == told[1] == ['ask 0 None', 'train 0 round_0', ' '.join(['query 0 round_0', *second]),
                                   'ask 1 round_0', 'train 1 round_1']
-    assert re.search('NotesPoints.after_al_train failed, the run goes on:\n(.*\n)+?TypeError: of rank 1\n',
+    assert re.search('NotesPoints.after_al_train failed in round \\d, the run goes on:\n(.*\n)+?TypeError: of rank 1\n',
                      tiny.log_of(tmp_path / 'work'))
 
 
