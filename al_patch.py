@@ -509,7 +509,7 @@ def tell_hooks(state: State, point: str, *args) -> None:
         except Exception:
             failed = traceback.format_exc()
         for text in filter(None, all_gather_object(failed)):  # which waits for all ranks, too
-            state.logger.warning(f'{type(hook).__name__}.{point} failed, the run goes on:\n{text}')
+            state.logger.warning(f'{type(hook).__name__}.{point} failed in round {state.round}, the run goes on:\n{text}')
 
 
 def attach_companions(runner: Runner) -> list[Hook]:

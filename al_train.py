@@ -47,7 +47,7 @@ def main() -> None:
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     try:
         runner.train()
-    except KeyboardInterrupt:  # the log has just said how to go on: no traceback after that
+    except KeyboardInterrupt:  # the log said when the round started how to go on: no traceback
         raise SystemExit(130) from None
 
 
