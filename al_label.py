@@ -16,7 +16,6 @@ import json
 import os
 import os.path as osp
 import pathlib
-import shutil
 import zipfile
 from typing import TYPE_CHECKING
 from urllib.parse import quote
@@ -112,13 +111,7 @@ def export(state: State, trainer: Runner | None = None) -> None:
     """
     import al_patch
     folder = folder_of(state)
-
-    def make_folder(_) -> None:
-        if not state.is_resumed and osp.lexists(folder):  # an older run's: this round has just begun
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-
-    al_patch.on_all_ranks(make_folder, ['rank 0'])
+    folder.mkdir(parents=True, exist_ok=True)
     if state.counts_pixels:
         al_patch.on_all_ranks(lambda name: write_mask(state, name), list(state.entry['asked']))
     if state.round:  # before round 0 there is no model

@@ -305,7 +305,7 @@ def test_what_an_older_run_left_is_gone(train, human):
 
 @pytest.mark.parametrize('unit', ['image', 'region'])
 @pytest.mark.parametrize('wrong, why', [
-    ('missing', r'.*{name}\.png cannot be used \(FileNotFoundError: '), ('cut', r'.*{name}\.png cannot be used \('),
+    ('missing', r'.*{name}\.png cannot be used \(there is no such file'), ('cut', r'.*{name}\.png cannot be used \('),
     ('size', r'.*{name}\.png .*its size should be that of its image, \(32, 48\), but is \(48, 32\)'),
     ('colours', r'.*{name}\.png .*its size should be that of its image, \(32, 48\), but is \(32, 48, 3\)'),
     ('void', 'it has no label where it was asked for')])

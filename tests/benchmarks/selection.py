@@ -71,7 +71,8 @@ def main() -> None:
                            f'{seconds / limit:.1f}'])
     scores, draw = torch.rand(10**6, dtype=torch.float64), torch.Generator()
     for name in ('topk', 'power', 'softmax', 'softrank'):
-        seconds = statistics.median(timed(al_patch.AL_SELECTORS.get(name), scores, 1000, draw) for _ in range(args.repeat))
+        select = al_patch.AL_SELECTORS.get(name)
+        seconds = statistics.median(timed(select, scores, 1000, draw) for _ in range(args.repeat))
         slow = statistics.median(timed(torch.sort, scores) for _ in range(args.repeat))
         table.add_row([name, 10**6, 1000, f'{seconds:.3f}', f'{slow:.3f} (sort)', f'{seconds / slow:.2f}', '-'])
     print(table)
