@@ -80,7 +80,7 @@ from torch.utils.data import Dataset
 __version__ = '0.1.0'
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Settings: the `al` block
+# The `al` block: every key of it, its default, and what it may be
 # ---------------------------------------------------------------------------------------------------------------------
 #
 # A setting is a parameter: its default stands beside its name, what it may be in its annotation. So it is with the
@@ -146,7 +146,7 @@ StopSetting = maybe(rule("a dict of 'metric' with 'value' and / or 'patience', e
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The rounds
+# The rounds: start or resume, train, query, ask, and when to stop
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -538,7 +538,7 @@ def block_settings() -> dict[str, tuple]:
 COMPANIONS = dict(al_report=['visualize'], al_label=[])  # and their keys of the `al` block
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Training: one ordinary runner a round
+# Training: one ordinary runner a round, the weights that it starts from, and what comes of it
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -711,7 +711,7 @@ def close_round(trainer: Runner) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The labelled training set: what `build_dataloader` does under the key `al`
+# The labelled training set: only labelled images and pixels reach training, and its losses
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -924,7 +924,7 @@ def check_void(trainer: Runner) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Query: score the pool with the round's model, and choose
+# Query: one pass over the pool, its progress, what it may spend in all and in an image, and the choice
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1246,7 +1246,7 @@ def log_progress(state: State, begin: float, done: int, total: int) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The network: passes over images, and what they give
+# The network: which checkpoints score, how many passes they make over an image, and what these give
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1588,7 +1588,7 @@ def to_probs(logits_NCHW: torch.Tensor, are_scores: bool = False) -> torch.Tenso
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# State: what was asked for and what came of it, in `work_dir/al_state.json`
+# State: what was asked for, what it cost and what came of it; `al_state.json`, folders and paths of a run
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -1774,7 +1774,7 @@ def config_digest(cfg: dict) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The pool: all training images, by name, without their labels
+# The pool: all training images by name; where images and the labels that were asked for come from
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2763,7 +2763,7 @@ for registry, functions in (
 PARTS = dict(score=(AL_SCORES, 1), embed=(AL_EMBEDDINGS, 0), select=(AL_SELECTORS, 3))  # arguments that always come
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rules: what a setting may be
+# Checks of settings: one for all of them, and the rules that units' and strategies' options name
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -2880,7 +2880,7 @@ PositivePair = rule('a pair of numbers above 0', lambda v: is_list_of(v, lambda 
 Distance = one_of('euclidean', 'kl')
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files, seeds and ranks
+# Files, seeds and ranks: how masks and state are written and read, random numbers, shared work
 # ---------------------------------------------------------------------------------------------------------------------
 
 
