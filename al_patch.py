@@ -12,9 +12,9 @@ What is patched, and nothing else (see ``_PATCHES`` at the end; ``remove_patch()
 - ``mmcv.utils.ext_loader.load_ext``: only where mmcv has no compiled ops (mmcv-lite), so that a missing op fails when
   it is called, by name, and not when mmseg is imported.
 
-Read it from the top: the settings, ``run_rounds``, which is the whole journey, and then its rooms in the order in which
-an image passes through them: pool, state, labelled training set, training, query, network, units, strategies. Each
-uses what stands below it. At the end are the rules of settings, files and seeds, guards, and the patch.
+Read it from the top: the block, ``run_rounds``, which is the whole journey, and then its rooms, each of which uses what
+stands below it: training and the labelled set, query and network; then what all hand on, state and pool; units and
+strategies; and last the checks of settings, files and seeds, guards, and the patch.
 
 Two companions attach themselves where they lie beside this file: ``al_report.py`` draws and compares runs,
 ``al_label.py`` writes what people are to label.
@@ -243,6 +243,23 @@ def start_or_resume(runner: Runner) -> State:
     return state
 
 
+def attach_companions(runner: Runner) -> list[Hook]:
+    """The hooks of those companions that lie beside this file, registered; what is missing is said once, and its keys
+    of the ``al`` block have no effect."""
+    hooks, missing = [], []
+    sys.modules.setdefault('al_patch', sys.modules[__name__])  # a companion imports this very module
+    for name, keys in COMPANIONS.items():
+        if osp.isfile(osp.join(osp.dirname(__file__), f'{name}.py')):
+            hooks.append(importlib.import_module(f'{__package__}.{name}' if __package__ else name).hook())
+            runner.register_hook(hooks[-1])
+        else:
+            missing.append(f'{name}.py')
+            block_settings().update({key: (None, Any) for key in keys})
+    if missing:
+        runner.logger.info(f'Not beside al_patch.py: {", ".join(missing)}. The run does without figures, or exports')
+    return hooks
+
+
 def check_config(al: dict, runner: Runner) -> None:
     """Refuse, before anything expensive, what ``al`` asks of a config that cannot give it.
 
@@ -307,53 +324,6 @@ def initial_images(state: State) -> dict[str, None]:
     return dict.fromkeys(names)
 
 
-def check_resume(content: dict, al: dict, pool: Pool) -> None:
-    """Refuse to go on with settings under which the rounds so far would have been others."""
-    began = {**al, **parse_settings({k: v for k, v in content['settings'].items() if k in al})}
-    for key, value in began.items():
-        if key not in MAY_CHANGE_ON_RESUME and al[key] != value:
-            raise ValueError(f'`al.{key}` was {value!r} when the run began and cannot change on resume, but got '
-                             f'{al[key]!r}')
-    past = len(content['rounds']) - 1
-    before, now = (budgets(settings)[:past] for settings in (began, al))
-    if before != now:
-        raise ValueError(f'`al.rounds` and `al.budget` should leave the {past} queries that were made as they were '
-                         f'({before}), but got {now}')
-    gone = [name for entry in content['rounds'] for name in entry['asked'] if name not in pool.where]
-    if gone:
-        raise ValueError(f'{len(gone)} labelled images are not in the data set any more: {", ".join(gone[:5])}')
-
-
-MAY_CHANGE_ON_RESUME = ['rounds', 'budget', 'stop']  # they extend a run; a companion adds what only looks at one
-
-
-def parse_settings(block: dict) -> ConfigDict:
-    """Validate an ``al`` block and fill in the defaults. Equal settings come out equal, however they were written.
-
-    Raises:
-        ValueError: It names the key, what it should be and what was given.
-    """
-    if not isinstance(block, dict):
-        raise ValueError(f'`al` should be a dict, but got {block!r}')
-    try:  # exactly as the state file will hold it: lists, string keys
-        block = json.loads(json.dumps(block, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f'`al` should hold only finite numbers, strings, lists and dicts, but got {block!r} ({error})'
-                         ) from error
-    al = ConfigDict(check_settings(block, block_settings(), 'al'))
-    if isinstance(al.budget, list):
-        if block.get('rounds', len(al.budget)) != len(al.budget):
-            raise ValueError(f'`al.budget` should have one entry for each of the `al.rounds` = {al.rounds} rounds, '
-                             f'but got {len(al.budget)} entries')
-        al.rounds = len(al.budget)
-    if al.stop:
-        al.stop = check_settings(al.stop, settings_of(reached, 1), 'al.stop')
-    unit, strategy = resolve_unit(al.unit), resolve_strategy(al.strategy)
-    al.unit, al.strategy = unit.setting, strategy.setting
-    unit.kind.check(al, strategy)
-    return al
-
-
 def add_round(state: State, asked: dict) -> None:
     """Label what was asked for, or have a human do so: write the masks, then commit the state of the next round.
 
@@ -401,6 +371,97 @@ def hold_out(state: State) -> dict:
                          f'held out, but got {len(names)}')
     order = torch.randperm(len(names), generator=state.generator('hold_out', len(state.rounds))).tolist()
     return dict(held_out=[names[i] for i in sorted(order[:min(len(names) - 1, number_of(share, len(names)))])])
+
+
+def tell_hooks(state: State, point: str, *args) -> None:
+    """Call every hook of the caller's runner that has a method of this name: ``after_al_train(state, trainer)``,
+    ``after_al_query(state, trainer, asked)`` or ``after_al_ask(state, trainer)``, on all ranks. One that fails is
+    reported, and stops neither the run nor the others."""
+    for hook in [hook for hook in state.runner.hooks if hasattr(hook, point)]:
+        failed = None
+        try:
+            getattr(hook, point)(state, *args)
+        except Exception:
+            failed = traceback.format_exc()
+        for text in filter(None, all_gather_object(failed)):  # which waits for all ranks, too
+            state.logger.warning(f'{type(hook).__name__}.{point} failed in round {state.round}, the run goes on:\n'
+                                 f'{text}')
+
+
+def why_stop(state: State) -> str | None:
+    """The reason to end after the state's round, or None."""
+    if state.al.stop and (reason := reached(state, **state.al.stop)):
+        return reason
+    if state.round >= state.al.rounds:
+        return f'all {state.al.rounds} rounds of queries are done'
+    spent = state.spent()
+    if spent.get('pixels', spent['images']) == (state.pool.pixels if state.counts_pixels else len(state.pool)):
+        return f'the pool is empty after {state.round} rounds: everything is labelled'
+    return None
+
+
+def end_rounds(state: State, trainer: Runner, reason: str) -> None:
+    """Say why, and leave the last round's weights in the caller's runner."""
+    if state.is_resumed:  # then nothing has loaded them
+        load_weights(state, state.checkpoint(state.round, 'last'))
+    close_round(trainer)
+    state.ended = reason
+    state.save()
+    state.logger.info(f'Active learning has ended: {reason}\n{rounds_table(state)}')
+    state.runner._has_loaded = True  # `runner.test()` goes on with this model, not with `load_from`
+
+
+def check_resume(content: dict, al: dict, pool: Pool) -> None:
+    """Refuse to go on with settings under which the rounds so far would have been others."""
+    began = {**al, **parse_settings({k: v for k, v in content['settings'].items() if k in al})}
+    for key, value in began.items():
+        if key not in MAY_CHANGE_ON_RESUME and al[key] != value:
+            raise ValueError(f'`al.{key}` was {value!r} when the run began and cannot change on resume, but got '
+                             f'{al[key]!r}')
+    past = len(content['rounds']) - 1
+    before, now = (budgets(settings)[:past] for settings in (began, al))
+    if before != now:
+        raise ValueError(f'`al.rounds` and `al.budget` should leave the {past} queries that were made as they were '
+                         f'({before}), but got {now}')
+    gone = [name for entry in content['rounds'] for name in entry['asked'] if name not in pool.where]
+    if gone:
+        raise ValueError(f'{len(gone)} labelled images are not in the data set any more: {", ".join(gone[:5])}')
+
+
+def parse_settings(block: dict) -> ConfigDict:
+    """Validate an ``al`` block and fill in the defaults. Equal settings come out equal, however they were written.
+
+    Raises:
+        ValueError: It names the key, what it should be and what was given.
+    """
+    if not isinstance(block, dict):
+        raise ValueError(f'`al` should be a dict, but got {block!r}')
+    try:  # exactly as the state file will hold it: lists, string keys
+        block = json.loads(json.dumps(block, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f'`al` should hold only finite numbers, strings, lists and dicts, but got {block!r} ({error})'
+                         ) from error
+    al = ConfigDict(check_settings(block, block_settings(), 'al'))
+    if isinstance(al.budget, list):
+        if block.get('rounds', len(al.budget)) != len(al.budget):
+            raise ValueError(f'`al.budget` should have one entry for each of the `al.rounds` = {al.rounds} rounds, '
+                             f'but got {len(al.budget)} entries')
+        al.rounds = len(al.budget)
+    if al.stop:
+        al.stop = check_settings(al.stop, settings_of(reached, 1), 'al.stop')
+    unit, strategy = resolve_unit(al.unit), resolve_strategy(al.strategy)
+    al.unit, al.strategy = unit.setting, strategy.setting
+    unit.kind.check(al, strategy)
+    return al
+
+
+@functools.cache
+def block_settings() -> dict[str, tuple]:
+    """The keys of the ``al`` block, each with default and annotation. A companion adds its own."""
+    return settings_of(Block)
+
+
+MAY_CHANGE_ON_RESUME = ['rounds', 'budget', 'stop']  # they extend a run; a companion adds what only looks at one
 
 
 def accept_labels(state: State) -> None:
@@ -451,16 +512,10 @@ def log_request(state: State) -> None:
                       f'{resume_command()}')
 
 
-def why_stop(state: State) -> str | None:
-    """The reason to end after the state's round, or None."""
-    if state.al.stop and (reason := reached(state, **state.al.stop)):
-        return reason
-    if state.round >= state.al.rounds:
-        return f'all {state.al.rounds} rounds of queries are done'
-    spent = state.spent()
-    if spent.get('pixels', spent['images']) == (state.pool.pixels if state.counts_pixels else len(state.pool)):
-        return f'the pool is empty after {state.round} rounds: everything is labelled'
-    return None
+def resume_command() -> str:
+    """The command line that goes on with this run. The launcher hands its own on in ``AL_COMMAND``."""
+    command = os.environ.get('AL_COMMAND', '').strip() or shlex.join(['python', *sys.argv])
+    return command if '--resume' in shlex.split(command) else f'{command} --resume'
 
 
 def reached(state: State, metric: str = 'mIoU', value: MaybeNumber = None, patience: MaybeNatural = None
@@ -479,60 +534,6 @@ def reached(state: State, metric: str = 'mIoU', value: MaybeNumber = None, patie
     if patience is not None and len(history) - 1 - history.index(max(history)) >= patience:
         return f'{metric} has not risen above {max(history):.2f} for al.stop.patience = {patience} rounds'
     return None
-
-
-def end_rounds(state: State, trainer: Runner, reason: str) -> None:
-    """Say why, and leave the last round's weights in the caller's runner."""
-    if state.is_resumed:  # then nothing has loaded them
-        load_weights(state, state.checkpoint(state.round, 'last'))
-    close_round(trainer)
-    state.ended = reason
-    state.save()
-    state.logger.info(f'Active learning has ended: {reason}\n{rounds_table(state)}')
-    state.runner._has_loaded = True  # `runner.test()` goes on with this model, not with `load_from`
-
-
-def resume_command() -> str:
-    """The command line that goes on with this run. The launcher hands its own on in ``AL_COMMAND``."""
-    command = os.environ.get('AL_COMMAND', '').strip() or shlex.join(['python', *sys.argv])
-    return command if '--resume' in shlex.split(command) else f'{command} --resume'
-
-
-def tell_hooks(state: State, point: str, *args) -> None:
-    """Call every hook of the caller's runner that has a method of this name: ``after_al_train(state, trainer)``,
-    ``after_al_query(state, trainer, asked)`` or ``after_al_ask(state, trainer)``, on all ranks. One that fails is
-    reported, and stops neither the run nor the others."""
-    for hook in [hook for hook in state.runner.hooks if hasattr(hook, point)]:
-        failed = None
-        try:
-            getattr(hook, point)(state, *args)
-        except Exception:
-            failed = traceback.format_exc()
-        for text in filter(None, all_gather_object(failed)):  # which waits for all ranks, too
-            state.logger.warning(f'{type(hook).__name__}.{point} failed in round {state.round}, the run goes on:\n{text}')
-
-
-def attach_companions(runner: Runner) -> list[Hook]:
-    """The hooks of those companions that lie beside this file, registered; what is missing is said once, and its keys
-    of the ``al`` block have no effect."""
-    hooks, missing = [], []
-    sys.modules.setdefault('al_patch', sys.modules[__name__])  # a companion imports this very module
-    for name, keys in COMPANIONS.items():
-        if osp.isfile(osp.join(osp.dirname(__file__), f'{name}.py')):
-            hooks.append(importlib.import_module(f'{__package__}.{name}' if __package__ else name).hook())
-            runner.register_hook(hooks[-1])
-        else:
-            missing.append(f'{name}.py')
-            block_settings().update({key: (None, Any) for key in keys})
-    if missing:
-        runner.logger.info(f'Not beside al_patch.py: {", ".join(missing)}. The run does without figures, or exports')
-    return hooks
-
-
-@functools.cache
-def block_settings() -> dict[str, tuple]:
-    """The keys of the ``al`` block, each with default and annotation. A companion adds its own."""
-    return settings_of(Block)
 
 
 COMPANIONS = dict(al_report=['visualize'], al_label=[])  # and their keys of the `al` block
@@ -582,12 +583,6 @@ def round_config(state: State) -> Config:
     return cfg
 
 
-def resumable_checkpoint(directory: str) -> str | None:
-    """The checkpoint that mmengine would resume from, if it is there and was written to its end."""
-    path = find_latest_checkpoint(directory)
-    return path if path and zipfile.is_zipfile(path) else None
-
-
 def train_round(state: State, trainer: Runner) -> None:
     """Run the round's training, and note its metrics and checkpoints in the state. The model then has the weights of
     the last checkpoint, which were validated: EMAHook leaves others in memory."""
@@ -611,16 +606,6 @@ def train_round(state: State, trainer: Runner) -> None:
     if is_main_process():
         table = rounds_table(state).get_csv_string(lineterminator='\n')
         write_atomically(osp.join(state.work_dir, 'learning_curve.csv'), table)
-
-
-def rounds_table(state: State) -> PrettyTable:
-    """The run so far, one row a round."""
-    metrics = list(dict.fromkeys(key for entry in state.rounds for key in entry.get('metrics', {})))
-    table = PrettyTable(['round', *state.spent(), *metrics, 'train s', 'query s'], align='r')
-    for k, entry in enumerate(state.rounds):
-        table.add_row([k, *entry['spent'].values(), *(entry.get('metrics', {}).get(key, '') for key in metrics),
-                       entry.get('train_seconds', ''), entry.get('query_seconds', '')])
-    return table
 
 
 class RoundHook(Hook):
@@ -692,6 +677,16 @@ class RoundHook(Hook):
         self.validated_at = runner.iter
 
 
+def rounds_table(state: State) -> PrettyTable:
+    """The run so far, one row a round."""
+    metrics = list(dict.fromkeys(key for entry in state.rounds for key in entry.get('metrics', {})))
+    table = PrettyTable(['round', *state.spent(), *metrics, 'train s', 'query s'], align='r')
+    for k, entry in enumerate(state.rounds):
+        table.add_row([k, *entry['spent'].values(), *(entry.get('metrics', {}).get(key, '') for key in metrics),
+                       entry.get('train_seconds', ''), entry.get('query_seconds', '')])
+    return table
+
+
 def close_round(trainer: Runner) -> None:
     """Drop what mmengine keeps for every runner by name, so that memory does not grow with rounds; and end dataloader
     workers, for each of which the garbage collector would wait five seconds."""
@@ -710,9 +705,74 @@ def close_round(trainer: Runner) -> None:
         owner._instance_dict.pop(trainer.visualizer.instance_name, None)
 
 
+def resumable_checkpoint(directory: str) -> str | None:
+    """The checkpoint that mmengine would resume from, if it is there and was written to its end."""
+    path = find_latest_checkpoint(directory)
+    return path if path and zipfile.is_zipfile(path) else None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The labelled training set: only labelled images and pixels reach training, and its losses
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def gather_labelled_pixels(model: torch.nn.Module) -> None:
+    """Let every loss of a decode head see the labelled pixels alone, as one column (1, C, n, 1), so that its mean is
+    theirs, whatever it does with void; without any it is zero.
+
+    Raises:
+        ValueError: A head learns masks of whole images, or a loss looks at a pixel's neighbours; it names it.
+    """
+    for head in list(model.modules()):
+        if classifies_masks(head):
+            raise ValueError(f'{type(head).__name__} learns masks of whole images, for which pixels without a label '
+                             "are background: use `al.unit='image'` with it")
+        if not (hasattr(head, 'loss_decode') and hasattr(head, 'ignore_index')):
+            continue
+        for loss in head.loss_decode if isinstance(head.loss_decode, torch.nn.ModuleList) else [head.loss_decode]:
+            if not hasattr(loss.forward, 'gathers'):
+                check_loss(loss, head.out_channels, next(model.parameters()).device)
+                loss.forward = gathered(loss.forward, head.ignore_index)
+
+
+def check_loss(loss: torch.nn.Module, channels: int, device: torch.device) -> None:
+    """Try a loss on a column of pixels and on the same in another order.
+
+    Raises:
+        ValueError: It looks at neighbours, which a pixel of a partly labelled image does not have.
+    """
+    pred = torch.linspace(0, 9, 12 * channels, device=device).sin().view(1, channels, 12, 1)
+    label, why = (torch.arange(12, device=device) % max(2, channels)).view(1, 12, 1), 'it looks at neighbours of pixels'
+    try:
+        values = [loss(pred[:, :, order], label[:, order], ignore_index=255).mean()
+                  for order in ([*range(12)], [*range(0, 12, 2), *range(1, 12, 2)])]
+        if torch.allclose(torch.stack(values), values[0], rtol=1e-3):
+            return
+    except Exception as error:
+        why = f'it fails on single pixels ({type(error).__name__}: {error})'
+    raise ValueError(f"{type(loss).__name__} cannot train with partly labelled images: {why}; use a plain "
+                     "CrossEntropyLoss, or `al.unit='image'`")
+
+
+def gathered(forward: Callable, ignore_index: int) -> Callable:
+    """A loss's ``forward(pred_NCHW, label_NHW, weight=, ...)`` on the labelled pixels of a batch."""
+
+    @functools.wraps(forward)
+    def on_labelled(pred: torch.Tensor, label: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        known = label != ignore_index
+        if known.all() or pred.shape[2:] != label.shape[1:]:
+            return forward(pred, label, *args, **kwargs)
+        is_map = kwargs.get('reduction_override') == 'none'  # mmseg's OHEMPixelSampler ranks pixels by their losses
+        if not known.any():
+            return torch.zeros_like(label, dtype=pred.dtype) if is_map else pred.sum() * 0
+        maps = {key: value[known].view(1, -1, 1) for key, value in kwargs.items()
+                if isinstance(value, torch.Tensor) and value.shape == label.shape}
+        loss = forward(pred.movedim(1, -1)[known].T[None, ..., None], label[known].view(1, -1, 1), *args,
+                       **{**kwargs, **maps})
+        return torch.zeros_like(label, dtype=loss.dtype).masked_scatter(known, loss) if is_map else loss
+
+    on_labelled.gathers = True
+    return on_labelled
 
 
 def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs):
@@ -821,75 +881,6 @@ class SparseLabels(Compose):
         return np.where(mask, label_HW, np.array(self.ignore_index, label_HW.dtype))
 
 
-def keep_pixels(old_HW: np.ndarray, new_HW: np.ndarray, ignore_index: int) -> np.ndarray:
-    """Put back, into a label map that was resized by nearest neighbour, the labelled pixels that it skipped."""
-    rows, cols = np.divmod(np.flatnonzero(old_HW != ignore_index), old_HW.shape[1])
-    r, c = rows * new_HW.shape[0] // old_HW.shape[0], cols * new_HW.shape[1] // old_HW.shape[1]
-    lost = new_HW[r, c] == ignore_index
-    new_HW = new_HW.copy()
-    new_HW[r[lost], c[lost]] = old_HW[rows[lost], cols[lost]]
-    return new_HW
-
-
-def gather_labelled_pixels(model: torch.nn.Module) -> None:
-    """Let every loss of a decode head see the labelled pixels alone, as one column (1, C, n, 1), so that its mean is
-    theirs, whatever it does with void; without any it is zero.
-
-    Raises:
-        ValueError: A head learns masks of whole images, or a loss looks at a pixel's neighbours; it names it.
-    """
-    for head in list(model.modules()):
-        if classifies_masks(head):
-            raise ValueError(f'{type(head).__name__} learns masks of whole images, for which pixels without a label '
-                             "are background: use `al.unit='image'` with it")
-        if not (hasattr(head, 'loss_decode') and hasattr(head, 'ignore_index')):
-            continue
-        for loss in head.loss_decode if isinstance(head.loss_decode, torch.nn.ModuleList) else [head.loss_decode]:
-            if not hasattr(loss.forward, 'gathers'):
-                check_loss(loss, head.out_channels, next(model.parameters()).device)
-                loss.forward = gathered(loss.forward, head.ignore_index)
-
-
-def gathered(forward: Callable, ignore_index: int) -> Callable:
-    """A loss's ``forward(pred_NCHW, label_NHW, weight=, ...)`` on the labelled pixels of a batch."""
-
-    @functools.wraps(forward)
-    def on_labelled(pred: torch.Tensor, label: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        known = label != ignore_index
-        if known.all() or pred.shape[2:] != label.shape[1:]:
-            return forward(pred, label, *args, **kwargs)
-        is_map = kwargs.get('reduction_override') == 'none'  # mmseg's OHEMPixelSampler ranks pixels by their losses
-        if not known.any():
-            return torch.zeros_like(label, dtype=pred.dtype) if is_map else pred.sum() * 0
-        maps = {key: value[known].view(1, -1, 1) for key, value in kwargs.items()
-                if isinstance(value, torch.Tensor) and value.shape == label.shape}
-        loss = forward(pred.movedim(1, -1)[known].T[None, ..., None], label[known].view(1, -1, 1), *args,
-                       **{**kwargs, **maps})
-        return torch.zeros_like(label, dtype=loss.dtype).masked_scatter(known, loss) if is_map else loss
-
-    on_labelled.gathers = True
-    return on_labelled
-
-
-def check_loss(loss: torch.nn.Module, channels: int, device: torch.device) -> None:
-    """Try a loss on a column of pixels and on the same in another order.
-
-    Raises:
-        ValueError: It looks at neighbours, which a pixel of a partly labelled image does not have.
-    """
-    pred = torch.linspace(0, 9, 12 * channels, device=device).sin().view(1, channels, 12, 1)
-    label, why = (torch.arange(12, device=device) % max(2, channels)).view(1, 12, 1), 'it looks at neighbours of pixels'
-    try:
-        values = [loss(pred[:, :, order], label[:, order], ignore_index=255).mean()
-                  for order in ([*range(12)], [*range(0, 12, 2), *range(1, 12, 2)])]
-        if torch.allclose(torch.stack(values), values[0], rtol=1e-3):
-            return
-    except Exception as error:
-        why = f'it fails on single pixels ({type(error).__name__}: {error})'
-    raise ValueError(f"{type(loss).__name__} cannot train with partly labelled images: {why}; use a plain "
-                     "CrossEntropyLoss, or `al.unit='image'`")
-
-
 @torch.no_grad()
 def check_void(trainer: Runner) -> None:
     """Train on two images without any label, but for the step: what is then not zero learns from what nobody labelled,
@@ -921,6 +912,16 @@ def check_void(trainer: Runner) -> None:
                              'loss out of the config')
         trainer.logger.info(f'{key} does not depend on labels, and is left alone')
     trainer.logger.info('Partly labelled images: losses see labelled pixels only, and are zero where there are none')
+
+
+def keep_pixels(old_HW: np.ndarray, new_HW: np.ndarray, ignore_index: int) -> np.ndarray:
+    """Put back, into a label map that was resized by nearest neighbour, the labelled pixels that it skipped."""
+    rows, cols = np.divmod(np.flatnonzero(old_HW != ignore_index), old_HW.shape[1])
+    r, c = rows * new_HW.shape[0] // old_HW.shape[0], cols * new_HW.shape[1] // old_HW.shape[1]
+    lost = new_HW[r, c] == ignore_index
+    new_HW = new_HW.copy()
+    new_HW[r[lost], c[lost]] = old_HW[rows[lost], cols[lost]]
+    return new_HW
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1210,6 +1211,15 @@ class Candidates(NamedTuple):
         return self.rows(np.lexsort((self.id, self.image)))
 
 
+def log_progress(state: State, begin: float, done: int, total: int) -> None:
+    """A log line of the query now and then, in the form of mmengine's."""
+    interval = next((hook.interval for hook in state.runner.hooks if isinstance(hook, LoggerHook)), 50)
+    if done == total or done % interval == 0:
+        each = (time.time() - begin) / done
+        eta = time.strftime('%H:%M:%S', time.gmtime(each * (total - done)))
+        state.logger.info(f'Iter(query) [{done:{len(str(total))}d}/{total}]  eta: {eta}  time: {each:.4f}')
+
+
 def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor:
     """For each class the highest threshold (in thousandths) at which the expected rate of false negatives in an image
     is at most ``strategy.alpha``, by conformal risk control (Angelopoulos et al., ICLR 2024) on the labelled images
@@ -1236,18 +1246,26 @@ def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor
     return thresholds_C.to(probs_CHW.device)
 
 
-def log_progress(state: State, begin: float, done: int, total: int) -> None:
-    """A log line of the query now and then, in the form of mmengine's."""
-    interval = next((hook.interval for hook in state.runner.hooks if isinstance(hook, LoggerHook)), 50)
-    if done == total or done % interval == 0:
-        each = (time.time() - begin) / done
-        eta = time.strftime('%H:%M:%S', time.gmtime(each * (total - done)))
-        state.logger.info(f'Iter(query) [{done:{len(str(total))}d}/{total}]  eta: {eta}  time: {each:.4f}')
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The network: which checkpoints score, how many passes they make over an image, and what these give
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_model(model: torch.nn.Module, strategy: Strategy) -> None:
+    """Refuse a strategy that the model cannot serve.
+
+    Raises:
+        ValueError: It gives no logits, or has no dropout layer, or no penultimate features.
+    """
+    if strategy.needs_model and not hasattr(model, 'inference'):
+        raise ValueError('`model` should be a segmentor of mmseg, whose `inference` returns logits, for all that '
+                         f"`al.strategy` can be but 'random', but got {type(model).__name__}")
+    if strategy.mc > 1 and not dropouts_of(model):
+        raise ValueError(f'`al.strategy.mc` should be 1 for a {type(decode_head(model)).__name__} and a backbone '
+                         f'without dropout (or set `model.decode_head.dropout_ratio`), but got {strategy.mc}')
+    if strategy.asks_for('features_KHW') and (
+            feature_head(model) is None or model.test_cfg.get('mode', 'whole') != 'whole'):
+        raise ValueError(no_features(model))
 
 
 def load_weights(state: State, path: str) -> None:
@@ -1382,12 +1400,34 @@ class Network:
             yield (logits_NSCHW + conv.bias.view(-1, 1, 1)).transpose(0, 1)
 
 
+def feature_head(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The head whose ``conv_seg`` gets the penultimate features: of a cascade, the last that has one."""
+    heads = getattr(model, 'decode_head', None)
+    heads = heads if isinstance(heads, torch.nn.ModuleList) else [heads]
+    return next((head for head in reversed(heads) if hasattr(head, 'conv_seg')), None)
+
+
 def deal(state: State, names: list[str], shared: bool = True) -> list[list[int]]:
     """This rank's batches of the images, as positions in ``names``: dealt in turn, so that a batch holds the same
     images, and an image gets the same score, for any number of processes. All batches if not ``shared``."""
     rank, world_size = get_dist_info() if shared else (0, 1)
     size = scoring_loader(state.runner.cfg).get('batch_size', 1)
     return [list(range(i, min(i + size, len(names)))) for i in range(0, len(names), size)][rank::world_size]
+
+
+def classifies_masks(head: torch.nn.Module) -> bool:
+    """Whether a head ends in class scores of masks, a sum of softmax x sigmoid over its queries, and not in logits."""
+    names = {'MaskFormerHead', 'Mask2FormerHead', 'SideAdapterCLIPHead'}
+    return hasattr(head, '_seg_data_to_instance_data') or not names.isdisjoint(c.__name__ for c in type(head).__mro__)
+
+
+def fixed_parts(module: torch.nn.Module, dropping: set) -> Iterator[torch.nn.Module]:
+    """The largest modules below this one that are not in ``dropping``."""
+    for part in module.children():
+        if part in dropping or isinstance(part, (torch.nn.ModuleList, torch.nn.ModuleDict)):
+            yield from fixed_parts(part, dropping)
+        else:
+            yield part
 
 
 def query_dataloader(state: State, names: list[str], batches: list[list[int]]):
@@ -1404,13 +1444,50 @@ def scoring_loader(cfg: dict) -> dict:
     return next((cfg[key] for key in ('test_dataloader', 'val_dataloader') if cfg.get(key)), {})
 
 
-def fixed_parts(module: torch.nn.Module, dropping: set) -> Iterator[torch.nn.Module]:
-    """The largest modules below this one that are not in ``dropping``."""
-    for part in module.children():
-        if part in dropping or isinstance(part, (torch.nn.ModuleList, torch.nn.ModuleDict)):
-            yield from fixed_parts(part, dropping)
-        else:
-            yield part
+def precision(trainer: Runner):
+    """The context of the precision that a round trains in: mixed under an ``AmpOptimWrapper``, in its dtype."""
+    wrapper = trainer.cfg.optim_wrapper
+    kind, dtype = wrapper.get('type', 'OptimWrapper'), wrapper.get('dtype')
+    kind = OPTIM_WRAPPERS.get(kind) if isinstance(kind, str) else kind
+    if not (inspect.isclass(kind) and issubclass(kind, AmpOptimWrapper)):
+        return autocast(enabled=False, dtype=None)
+    return autocast(enabled=True, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
+
+
+def native_resolution(model: torch.nn.Module):
+    """Let the decode head return logits at its own resolution, where all it does after is to enlarge them."""
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
+    head = decode_head(model)
+    only_resizes = getattr(type(head), 'predict_by_feat', None) is BaseDecodeHead.predict_by_feat
+    if not only_resizes or model.test_cfg.get('mode', 'whole') != 'whole':
+        return contextlib.nullcontext()
+    return attribute(head, 'predict_by_feat', lambda seg_logits, batch_img_metas: seg_logits)
+
+
+@contextlib.contextmanager
+def attribute(owner, name: str, value):
+    """Set an object's own attribute for a while."""
+    had, before = name in vars(owner), vars(owner).get(name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before) if had else delattr(owner, name)
+
+
+def as_it_is(maps_HW: torch.Tensor, seen: Seen) -> torch.Tensor:
+    return maps_HW
+
+
+def to_probs(logits_NCHW: torch.Tensor, are_scores: bool = False) -> torch.Tensor:
+    """Softmax; for a binary head with one output, its sigmoid and the rest; for a head that classifies masks, whose
+    class scores are not negative, their shares."""
+    if are_scores:
+        return logits_NCHW.float() / logits_NCHW.float().sum(1, keepdim=True).clamp_min(1e-12)
+    if logits_NCHW.shape[1] > 1:
+        return logits_NCHW.float().softmax(1)
+    p = logits_NCHW.float().sigmoid()
+    return torch.cat([1 - p, p], 1)
 
 
 def remembering(module: torch.nn.Module, made: dict, untouched: list) -> Callable:
@@ -1462,71 +1539,10 @@ def drop(layer: torch.nn.Module, generators: list[torch.Generator], untouched: l
     return x * ((mask >= layer.p) / (1 - layer.p)).to(x.dtype)
 
 
-def precision(trainer: Runner):
-    """The context of the precision that a round trains in: mixed under an ``AmpOptimWrapper``, in its dtype."""
-    wrapper = trainer.cfg.optim_wrapper
-    kind, dtype = wrapper.get('type', 'OptimWrapper'), wrapper.get('dtype')
-    kind = OPTIM_WRAPPERS.get(kind) if isinstance(kind, str) else kind
-    if not (inspect.isclass(kind) and issubclass(kind, AmpOptimWrapper)):
-        return autocast(enabled=False, dtype=None)
-    return autocast(enabled=True, dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype)
-
-
-def check_model(model: torch.nn.Module, strategy: Strategy) -> None:
-    """Refuse a strategy that the model cannot serve.
-
-    Raises:
-        ValueError: It gives no logits, or has no dropout layer, or no penultimate features.
-    """
-    if strategy.needs_model and not hasattr(model, 'inference'):
-        raise ValueError('`model` should be a segmentor of mmseg, whose `inference` returns logits, for all that '
-                         f"`al.strategy` can be but 'random', but got {type(model).__name__}")
-    if strategy.mc > 1 and not dropouts_of(model):
-        raise ValueError(f'`al.strategy.mc` should be 1 for a {type(decode_head(model)).__name__} and a backbone '
-                         f'without dropout (or set `model.decode_head.dropout_ratio`), but got {strategy.mc}')
-    if strategy.asks_for('features_KHW') and (
-            feature_head(model) is None or model.test_cfg.get('mode', 'whole') != 'whole'):
-        raise ValueError(no_features(model))
-
-
 def no_features(model: torch.nn.Module) -> str:
     return ('`al.strategy.embed` should not need features here: they are the input of `conv_seg` of a BaseDecodeHead, '
             f'run on the whole image, but the model ends in {type(decode_head(model)).__name__} with '
             f'test_cfg.mode={model.test_cfg.get("mode", "whole")!r}')
-
-
-def feature_head(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The head whose ``conv_seg`` gets the penultimate features: of a cascade, the last that has one."""
-    heads = getattr(model, 'decode_head', None)
-    heads = heads if isinstance(heads, torch.nn.ModuleList) else [heads]
-    return next((head for head in reversed(heads) if hasattr(head, 'conv_seg')), None)
-
-
-def classifies_masks(head: torch.nn.Module) -> bool:
-    """Whether a head ends in class scores of masks, a sum of softmax x sigmoid over its queries, and not in logits."""
-    names = {'MaskFormerHead', 'Mask2FormerHead', 'SideAdapterCLIPHead'}
-    return hasattr(head, '_seg_data_to_instance_data') or not names.isdisjoint(c.__name__ for c in type(head).__mro__)
-
-
-def native_resolution(model: torch.nn.Module):
-    """Let the decode head return logits at its own resolution, where all it does after is to enlarge them."""
-    from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-    head = decode_head(model)
-    only_resizes = getattr(type(head), 'predict_by_feat', None) is BaseDecodeHead.predict_by_feat
-    if not only_resizes or model.test_cfg.get('mode', 'whole') != 'whole':
-        return contextlib.nullcontext()
-    return attribute(head, 'predict_by_feat', lambda seg_logits, batch_img_metas: seg_logits)
-
-
-@contextlib.contextmanager
-def attribute(owner, name: str, value):
-    """Set an object's own attribute for a while."""
-    had, before = name in vars(owner), vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before) if had else delattr(owner, name)
 
 
 def decode_head(model: torch.nn.Module) -> torch.nn.Module | None:
@@ -1552,10 +1568,6 @@ def to_image(maps_CHW: torch.Tensor, seen: Seen) -> torch.Tensor:
     return resize(without_padding(resize(maps_CHW, seen.input_hw), seen), seen.meta['ori_shape'][:2])
 
 
-def as_it_is(maps_HW: torch.Tensor, seen: Seen) -> torch.Tensor:
-    return maps_HW
-
-
 def without_padding(maps_HW: torch.Tensor, seen: Seen) -> torch.Tensor:
     """Maps (..., h, w) over a network's input, at their own resolution, less the padding and unflipped."""
     meta, (in_h, in_w), (h, w) = seen.meta, seen.input_hw, maps_HW.shape[-2:]
@@ -1576,20 +1588,17 @@ class Seen(NamedTuple):
     features: torch.Tensor | None  # (K, h, w), of the pass without dropout
 
 
-def to_probs(logits_NCHW: torch.Tensor, are_scores: bool = False) -> torch.Tensor:
-    """Softmax; for a binary head with one output, its sigmoid and the rest; for a head that classifies masks, whose
-    class scores are not negative, their shares."""
-    if are_scores:
-        return logits_NCHW.float() / logits_NCHW.float().sum(1, keepdim=True).clamp_min(1e-12)
-    if logits_NCHW.shape[1] > 1:
-        return logits_NCHW.float().softmax(1)
-    p = logits_NCHW.float().sigmoid()
-    return torch.cat([1 - p, p], 1)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # State: what was asked for, what it cost and what came of it; `al_state.json`, folders and paths of a run
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def config_digest(cfg: dict) -> dict:
+    """A short digest for each top-level config key that shapes training, to tell what changed between two starts."""
+    volatile = {'al', 'work_dir', 'resume', 'launcher', 'log_level', 'visualizer', 'vis_backends', 'env_cfg',
+                'experiment_name', 'model_wrapper_cfg', 'custom_imports', 'log_processor'}
+    return {key: hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+            for key, value in sorted(Config.to_dict(cfg).items()) if key not in volatile}
 
 
 class State:
@@ -1729,9 +1738,6 @@ class State:
                 '% void': round(100 * void / max(1, pixels), 1)}
 
 
-STATE_FILE = 'al_state.json'
-
-
 def read_state(path: str) -> dict:
     """What ``al_state.json`` holds, in today's schema.
 
@@ -1762,16 +1768,8 @@ def read_state(path: str) -> dict:
     return content
 
 
+STATE_FILE = 'al_state.json'
 SCHEMA = 2
-
-
-def config_digest(cfg: dict) -> dict:
-    """A short digest for each top-level config key that shapes training, to tell what changed between two starts."""
-    volatile = {'al', 'work_dir', 'resume', 'launcher', 'log_level', 'visualizer', 'vis_backends', 'env_cfg',
-                'experiment_name', 'model_wrapper_cfg', 'custom_imports', 'log_processor'}
-    return {key: hashlib.sha256(repr(value).encode()).hexdigest()[:12]
-            for key, value in sorted(Config.to_dict(cfg).items()) if key not in volatile}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pool: all training images by name; where images and the labels that were asked for come from
@@ -1889,14 +1887,6 @@ class Pool(Dataset):
         return sum(h * w for h, w in self.sizes.values())
 
 
-def image_name(dataset: BaseDataset, info: dict) -> str:
-    """An image's name as mmseg's split files spell it: its path below ``img_path``, without ``img_suffix``."""
-    prefix = (dataset.data_prefix or {}).get('img_path') or ''
-    path = info['img_path']
-    name = path[len(prefix):].lstrip('/') if prefix and path.startswith(prefix) else osp.basename(path)
-    return name.removesuffix(getattr(dataset, 'img_suffix', None) or osp.splitext(name)[1])
-
-
 def query_pipeline(cfg: dict) -> list:
     """The test pipeline without the transforms that load labels."""
     loader = scoring_loader(cfg)
@@ -1931,6 +1921,14 @@ def loads_labels(step: dict) -> bool:
     return re.match(r'Load\w*Ann', str(step['type']).rsplit('.')[-1]) is not None
 
 
+def image_name(dataset: BaseDataset, info: dict) -> str:
+    """An image's name as mmseg's split files spell it: its path below ``img_path``, without ``img_suffix``."""
+    prefix = (dataset.data_prefix or {}).get('img_path') or ''
+    path = info['img_path']
+    name = path[len(prefix):].lstrip('/') if prefix and path.startswith(prefix) else osp.basename(path)
+    return name.removesuffix(getattr(dataset, 'img_suffix', None) or osp.splitext(name)[1])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Units: how a score map becomes candidates, and a chosen candidate a mask
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1957,6 +1955,20 @@ def resolve_unit(setting: str | dict) -> Unit:
     return Unit(*function(**options), dict(options, type=name))
 
 
+def regions(size: Pair = (32, 32), window: MaybeNatural = None) -> tuple:
+    """Cells (h, w) of a fixed grid; or windows of (2 window + 1)^2 pixels anywhere, of which none overlaps another."""
+    if window:
+        return Peaks, lambda state, name: Peaks(state.pool.sizes[name], window, 2 * window)
+    return Segments, lambda state, name: Segments(grid(state.pool.sizes[name], tuple(size)))
+
+
+@functools.lru_cache(8)
+def grid(shape: tuple, size: tuple) -> np.ndarray:
+    """The cells of a grid, numbered in reading order; those at the right and lower border may be smaller. (H, W)"""
+    (h, w), (cell_h, cell_w) = shape, size
+    return (np.arange(h)[:, None] // cell_h * math.ceil(w / cell_w) + np.arange(w) // cell_w).astype(np.int32)
+
+
 class Unit(NamedTuple):
     """What a run asks for: the class of an image's units, a function (state, name) that gives them, and the setting,
     with all options."""
@@ -1968,13 +1980,6 @@ class Unit(NamedTuple):
 def whole_images() -> tuple:
     """Whole images."""
     return Whole, lambda state, name: Whole()
-
-
-def regions(size: Pair = (32, 32), window: MaybeNatural = None) -> tuple:
-    """Cells (h, w) of a fixed grid; or windows of (2 window + 1)^2 pixels anywhere, of which none overlaps another."""
-    if window:
-        return Peaks, lambda state, name: Peaks(state.pool.sizes[name], window, 2 * window)
-    return Segments, lambda state, name: Segments(grid(state.pool.sizes[name], tuple(size)))
 
 
 def superpixels(n_segments: SegmentCount = 1024, compactness: Number = 10.) -> tuple:
@@ -1997,13 +2002,6 @@ def single_pixels(radius: Count = 0) -> tuple:
 
 
 UNITS = dict(image=whole_images, region=regions, superpixel=superpixels, pixel=single_pixels)
-
-
-@functools.lru_cache(8)
-def grid(shape: tuple, size: tuple) -> np.ndarray:
-    """The cells of a grid, numbered in reading order; those at the right and lower border may be smaller. (H, W)"""
-    (h, w), (cell_h, cell_w) = shape, size
-    return (np.arange(h)[:, None] // cell_h * math.ceil(w / cell_w) + np.arange(w) // cell_w).astype(np.int32)
 
 
 def slic(image: np.ndarray, n_segments: int, compactness: float) -> np.ndarray:
@@ -2043,23 +2041,6 @@ class Areas:
         return weights._coalesced_(True).to(device)  # it is; torch < 2.1 cannot be told above
 
 
-class Whole(Areas):
-    """The whole image, scored at the logits' resolution."""
-    counts_pixels, full_res, is_dense, size, number = False, False, False, 1, 1
-
-    @staticmethod
-    def check(al: dict, strategy: Strategy) -> None:
-        if al.per_image:
-            raise ValueError('`al.per_image` should be False for whole images, but got True')
-
-    def candidates(self, scores, taken, reduce='mean', limit=None, floor=-math.inf) -> tuple:
-        value, n = float(scores if scores.ndim == 1 else reduce_map(scores, reduce)), int(not taken)
-        return np.zeros(n, np.int64), np.full(n, value), np.ones(n, np.int32)
-
-    def weights(self, ids: np.ndarray, cells: tuple, device) -> None:
-        return None
-
-
 class Segments(Areas):
     """Numbered areas, (H, W): cells of a grid, superpixels. A score is the ``mean`` or ``max`` of its pixels."""
     counts_pixels, full_res, is_dense, size = True, False, False, 1
@@ -2086,6 +2067,23 @@ class Segments(Areas):
         row_of = np.full(self.number, -1)
         row_of[ids] = np.arange(len(ids))
         return row_of[self.labels]
+
+
+class Whole(Areas):
+    """The whole image, scored at the logits' resolution."""
+    counts_pixels, full_res, is_dense, size, number = False, False, False, 1, 1
+
+    @staticmethod
+    def check(al: dict, strategy: Strategy) -> None:
+        if al.per_image:
+            raise ValueError('`al.per_image` should be False for whole images, but got True')
+
+    def candidates(self, scores, taken, reduce='mean', limit=None, floor=-math.inf) -> tuple:
+        value, n = float(scores if scores.ndim == 1 else reduce_map(scores, reduce)), int(not taken)
+        return np.zeros(n, np.int64), np.full(n, value), np.ones(n, np.int32)
+
+    def weights(self, ids: np.ndarray, cells: tuple, device) -> None:
+        return None
 
 
 class Peaks(Areas):
@@ -2168,6 +2166,82 @@ def peaks(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, limit: int | 
 # their first arguments they get what they name a parameter after, see OFFERED; every other parameter is an option of
 # `al.strategy`. A strategy is a function that returns its parts and options; a score's name alone is one, too.
 
+
+def call(function: Callable, *args, **offered):
+    """Call a function with some arguments, and what it names of what is offered."""
+    takes = list(parameters_of(function))[len(args):]
+    return function(*args, **{key: value for key, value in offered.items() if key in takes})
+
+
+def mean_features(features_KHW: torch.Tensor, weights_NP: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean penultimate features (CoreSet; Sener & Savarese, ICLR 2018). (N, K)"""
+    return pool_map(features_KHW, weights_NP)
+
+
+def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
+                          probs_NC: torch.Tensor, clusters: Natural = 25) -> torch.Tensor:
+    """Representative pseudo-errors (REAL; Chen et al., ECML-PKDD 2023). In each k-means cluster, those whose predicted
+    class is not the cluster's majority class m are pseudo-errors; the cluster gets budget in proportion to their sum of
+    1 - p_m, and draws at random among them, or where they do not suffice takes its highest 1 - p_m. (K,) indices"""
+    start = kmeanspp(scores_N, min(clusters, len(vectors_ND)), generator, vectors_ND).numpy()
+    vectors = vectors_ND.double().cpu().numpy()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # a cluster that falls empty keeps its centre, and gets no budget
+        _, cluster_N = scipy.cluster.vq.kmeans2(vectors, vectors[start], minit='matrix', iter=100)
+    pred_N, probs = probs_NC.argmax(1).cpu().numpy(), probs_NC.double().cpu().numpy()
+    votes_JC = np.zeros((len(start), probs.shape[1]), int)
+    np.add.at(votes_JC, (cluster_N, pred_N), 1)
+    majority_N = votes_JC.argmax(1)[cluster_N]
+    doubt_N, error_N = 1 - probs[np.arange(len(probs)), majority_N], pred_N != majority_N
+    value = np.bincount(cluster_N, doubt_N * error_N, len(start))
+    quota = np.floor(budget * value / max(value.sum(), 1e-12)).astype(int)
+    if value.any():
+        quota[np.argsort(-value, kind='stable')[:budget - quota.sum()]] += 1
+    picks = []
+    for j, k in enumerate(quota):
+        errors, members = np.flatnonzero((cluster_N == j) & error_N), np.flatnonzero(cluster_N == j)
+        picks += errors[torch.randperm(len(errors), generator=generator)[:k].numpy()].tolist() if len(errors) > k else \
+            members[np.argsort(-doubt_N[members], kind='stable')[:k]].tolist()
+    doubt_N[picks] = -1
+    return torch.tensor([*picks, *np.argsort(-doubt_N, kind='stable')[:budget - len(picks)].tolist()])
+
+
+def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator,
+             vectors_ND: torch.Tensor) -> torch.Tensor:
+    """The seeding of k-means++ (Arthur & Vassilvitskii, SODA 2007), as BADGE (Ash et al., ICLR 2020) uses it: the
+    largest norm first, then draws in proportion to the squared distance to the nearest one chosen. (K,) indices
+
+    Draws come in blocks from the distances before the block, and one is accepted with the probability by which its own
+    has fallen since: the same distribution, and one matrix product a block.
+    """
+    points = bilinear_form(vectors_ND - vectors_ND.mean(0), 'euclidean')
+    nearest_N = torch.full((len(vectors_ND), ), math.inf, device=vectors_ND.device)
+    picks = block = [int((vectors_ND**2).sum(1).argmax())]
+    while len(picks) < budget:
+        approach(nearest_N, points, rows_of(points, block))
+        nearest_N[picks] = 0
+        nearest_N.clamp_min_(0)
+        total_N = nearest_N.double().cumsum(0)
+        if not total_N[-1] > 0:  # only copies of what is chosen are left
+            rest = torch.ones(len(vectors_ND), dtype=torch.bool)
+            rest[picks] = False
+            rest = rest.nonzero()[:, 0]
+            return torch.cat([torch.tensor(picks), rest[torch.randperm(len(rest), generator=generator)]])[:budget]
+        draws, accept = torch.rand(2, 128, generator=generator, dtype=torch.float64)
+        rows = torch.searchsorted(total_N, (draws * total_N[-1].cpu()).to(total_N), right=True)
+        rows = rows.clamp_max(len(nearest_N) - 1)
+        left, right, norms = rows_of(points, rows)
+        between = (norms[:, None] + norms - left @ right.T).clamp_min(0).cpu().numpy()
+        now, rows, block = nearest_N[rows].cpu().numpy(), rows.tolist(), []
+        enough = accept.numpy() * now
+        for j, row in enumerate(rows):
+            if enough[j] < now[j] and row not in block and len(picks) + len(block) < budget:
+                block.append(row)
+                now = np.minimum(now, between[j])
+        picks = picks + block
+    return torch.tensor(picks)
+
+
 OFFERED = (
     # a score gets the class probabilities (N, C, H, W), the mean over all passes, and on demand
     'entropies_NHW',  # mean entropy of the MC dropout passes, in nats
@@ -2187,12 +2261,6 @@ OFFERED = (
     'probs_NC',  # mean class probabilities of the candidates
     'progress',  # 0 in the first query to 1 in the last
 )
-
-
-def call(function: Callable, *args, **offered):
-    """Call a function with some arguments, and what it names of what is offered."""
-    takes = list(parameters_of(function))[len(args):]
-    return function(*args, **{key: value for key, value in offered.items() if key in takes})
 
 
 def least_confidence(probs_NCHW: torch.Tensor) -> torch.Tensor:
@@ -2299,11 +2367,6 @@ def window_pixels(shape: tuple, k: int, device=None) -> torch.Tensor:
     rows, cols = (torch.minimum(i + k, i[-1]) - (i - k).clamp_min(0) + 1
                   for i in (torch.arange(n, device=device) for n in shape))
     return (rows[:, None] * cols).float()
-
-
-def mean_features(features_KHW: torch.Tensor, weights_NP: torch.Tensor | None = None) -> torch.Tensor:
-    """Mean penultimate features (CoreSet; Sener & Savarese, ICLR 2018). (N, K)"""
-    return pool_map(features_KHW, weights_NP)
 
 
 def mean_gradient(probs_CHW: torch.Tensor, weights_NP: torch.Tensor | None = None, size: Natural = 400) -> torch.Tensor:
@@ -2479,70 +2542,6 @@ def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
     return torch.tensor(picks)
 
 
-def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-                          probs_NC: torch.Tensor, clusters: Natural = 25) -> torch.Tensor:
-    """Representative pseudo-errors (REAL; Chen et al., ECML-PKDD 2023). In each k-means cluster, those whose predicted
-    class is not the cluster's majority class m are pseudo-errors; the cluster gets budget in proportion to their sum of
-    1 - p_m, and draws at random among them, or where they do not suffice takes its highest 1 - p_m. (K,) indices"""
-    start = kmeanspp(scores_N, min(clusters, len(vectors_ND)), generator, vectors_ND).numpy()
-    vectors = vectors_ND.double().cpu().numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # a cluster that falls empty keeps its centre, and gets no budget
-        _, cluster_N = scipy.cluster.vq.kmeans2(vectors, vectors[start], minit='matrix', iter=100)
-    pred_N, probs = probs_NC.argmax(1).cpu().numpy(), probs_NC.double().cpu().numpy()
-    votes_JC = np.zeros((len(start), probs.shape[1]), int)
-    np.add.at(votes_JC, (cluster_N, pred_N), 1)
-    majority_N = votes_JC.argmax(1)[cluster_N]
-    doubt_N, error_N = 1 - probs[np.arange(len(probs)), majority_N], pred_N != majority_N
-    value = np.bincount(cluster_N, doubt_N * error_N, len(start))
-    quota = np.floor(budget * value / max(value.sum(), 1e-12)).astype(int)
-    if value.any():
-        quota[np.argsort(-value, kind='stable')[:budget - quota.sum()]] += 1
-    picks = []
-    for j, k in enumerate(quota):
-        errors, members = np.flatnonzero((cluster_N == j) & error_N), np.flatnonzero(cluster_N == j)
-        picks += errors[torch.randperm(len(errors), generator=generator)[:k].numpy()].tolist() if len(errors) > k else \
-            members[np.argsort(-doubt_N[members], kind='stable')[:k]].tolist()
-    doubt_N[picks] = -1
-    return torch.tensor([*picks, *np.argsort(-doubt_N, kind='stable')[:budget - len(picks)].tolist()])
-
-
-def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator,
-             vectors_ND: torch.Tensor) -> torch.Tensor:
-    """The seeding of k-means++ (Arthur & Vassilvitskii, SODA 2007), as BADGE (Ash et al., ICLR 2020) uses it: the
-    largest norm first, then draws in proportion to the squared distance to the nearest one chosen. (K,) indices
-
-    Draws come in blocks from the distances before the block, and one is accepted with the probability by which its own
-    has fallen since: the same distribution, and one matrix product a block.
-    """
-    points = bilinear_form(vectors_ND - vectors_ND.mean(0), 'euclidean')
-    nearest_N = torch.full((len(vectors_ND), ), math.inf, device=vectors_ND.device)
-    picks = block = [int((vectors_ND**2).sum(1).argmax())]
-    while len(picks) < budget:
-        approach(nearest_N, points, rows_of(points, block))
-        nearest_N[picks] = 0
-        nearest_N.clamp_min_(0)
-        total_N = nearest_N.double().cumsum(0)
-        if not total_N[-1] > 0:  # only copies of what is chosen are left
-            rest = torch.ones(len(vectors_ND), dtype=torch.bool)
-            rest[picks] = False
-            rest = rest.nonzero()[:, 0]
-            return torch.cat([torch.tensor(picks), rest[torch.randperm(len(rest), generator=generator)]])[:budget]
-        draws, accept = torch.rand(2, 128, generator=generator, dtype=torch.float64)
-        rows = torch.searchsorted(total_N, (draws * total_N[-1].cpu()).to(total_N), right=True)
-        rows = rows.clamp_max(len(nearest_N) - 1)
-        left, right, norms = rows_of(points, rows)
-        between = (norms[:, None] + norms - left @ right.T).clamp_min(0).cpu().numpy()
-        now, rows, block = nearest_N[rows].cpu().numpy(), rows.tolist(), []
-        enough = accept.numpy() * now
-        for j, row in enumerate(rows):
-            if enough[j] < now[j] and row not in block and len(picks) + len(block) < budget:
-                block.append(row)
-                now = np.minimum(now, between[j])
-        picks = picks + block
-    return torch.tensor(picks)
-
-
 def bilinear_form(vectors_ND: torch.Tensor, distance: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Left and right factors and norms by which all distances are ``norms_i + norms_j - left_i . right_j``: squared
     Euclidean, or twice the symmetric Kullback-Leibler divergence (of vectors that are positive)."""
@@ -2550,6 +2549,10 @@ def bilinear_form(vectors_ND: torch.Tensor, distance: str) -> tuple[torch.Tensor
         logs_ND = vectors_ND.log()
         return torch.cat([vectors_ND, logs_ND], 1), torch.cat([logs_ND, vectors_ND], 1), (vectors_ND * logs_ND).sum(1)
     return vectors_ND * math.sqrt(2), vectors_ND * math.sqrt(2), (vectors_ND**2).sum(1)
+
+
+def rows_of(points: tuple, rows) -> tuple:
+    return tuple(part[rows] for part in points)
 
 
 def approach(nearest_N: torch.Tensor, points: tuple, centres: tuple) -> None:
@@ -2561,10 +2564,6 @@ def approach(nearest_N: torch.Tensor, points: tuple, centres: tuple) -> None:
             block = slice(first, first + 512)
             distances = torch.addmm(centre_norms[block], left[rows], right[block].T, alpha=-1).amin(1) + norms[rows]
             torch.minimum(near, distances, out=near)
-
-
-def rows_of(points: tuple, rows) -> tuple:
-    return tuple(part[rows] for part in points)
 
 
 def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
@@ -2606,6 +2605,65 @@ class Functions(Registry):
             places = [f'{code.co_filename}:{code.co_firstlineno}' if code else __file__ for code in places]
             raise KeyError(f'{key!r} is a name in {self.name} already: {places[0]}; the second is {places[1]}')
         return super().register_module(name, force, module)
+
+
+def resolve_strategy(setting: str | dict) -> Strategy:
+    """A strategy's settings as functions.
+
+    Args:
+        setting: A strategy's or a score's name, a score as ``'package.module:function'``, or a dict with ``type`` (one
+            of these) and options: ``score``, ``embed`` and ``select`` replace the strategy's; then those of any
+            strategy; any other is handed to the function that has a parameter of that name.
+
+    Raises:
+        ValueError: An unknown name, listing those there are, an unknown option, or functions that do not fit.
+    """
+    name, given = split_setting(setting)
+    lookup({**AL_STRATEGIES.module_dict, **AL_SCORES.module_dict}, name, 'al.strategy')
+    preset = AL_STRATEGIES.module_dict.get(name, lambda: dict(score=name))()
+    options = {'score': None, 'embed': None, 'select': 'topk', **preset, **given}
+    record = {'type': name, **{part: options.pop(part) for part in PARTS}}
+    functions = {part: None if part == 'embed' and record[part] is None else lookup(
+        registry.module_dict, record[part], f'al.strategy.{part}') for part, (registry, _) in PARTS.items()}
+    known = {part: settings_of(functions[part], arguments) for part, (_, arguments) in PARTS.items() if functions[part]}
+    known['any'] = settings_of(Strategy, 5)
+    takes = dict.fromkeys(PARTS, (None, Any)) | {key: how for each in known.values() for key, how in each.items()}
+    check_settings(options, takes, 'al.strategy')
+    filled = {part: check_settings({key: options[key] for key in table if key in options}, table, 'al.strategy')
+              for part, table in known.items()}
+    for part in functions:
+        if filled.get(part):
+            functions[part] = functools.partial(functions[part], **filled[part])
+    for key, value in (item for table in filled.values() for item in table.items()):
+        if record.setdefault(key, value) != value:
+            raise ValueError(f'`al.strategy.{key}` should be given: it is an option of two parts, with defaults '
+                             f'{record[key]!r} and {value!r}')
+    strategy = Strategy(name, **functions, record=record, **filled['any'])
+    if strategy.mc is None:
+        strategy.mc = 20 if strategy.compares_passes else 1
+    record.update(filled['any'], mc=strategy.mc)
+    strategy.record = json.loads(json.dumps(record, default=repr))
+    check_strategy(strategy)
+    return strategy
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Refuse functions that do not fit together."""
+    score, embed, select = (function and getattr(function, 'func', function).__name__
+                            for function in (strategy.score, strategy.embed, strategy.select))
+    takes_vectors = strategy.asks_for('vectors_ND')
+    for is_wrong, key, should_be, value in (
+            (takes_vectors and not embed, 'embed', f'one of {", ".join(AL_EMBEDDINGS.module_dict)} for the selector '
+             f'{select}', None),
+            (embed and not takes_vectors, 'embed', f'None for the selector {select}, which takes no vectors', embed),
+            (strategy.asks_for('scores_HW') and strategy.score is random_scores, 'score',
+             f'a score map for the embedding {embed}', 'random'),
+            (strategy.mc == 1 and strategy.compares_passes, 'mc',
+             f'above 1 for {score}, which compares dropout passes', 1),
+            (strategy.asks_for('thresholds_C') != bool(strategy.calibration), 'calibration', 'a share of the labelled '
+             'images for what asks for thresholds_C, and 0 for all else', strategy.calibration)):
+        if is_wrong:
+            raise ValueError(f'`al.strategy.{key}` should be {should_be}, but got {value}')
 
 
 @dataclasses.dataclass
@@ -2651,72 +2709,6 @@ class Strategy:
         return setting if len(setting) > 1 else self.name
 
 
-def resolve_strategy(setting: str | dict) -> Strategy:
-    """A strategy's settings as functions.
-
-    Args:
-        setting: A strategy's or a score's name, a score as ``'package.module:function'``, or a dict with ``type`` (one
-            of these) and options: ``score``, ``embed`` and ``select`` replace the strategy's; then those of any
-            strategy; any other is handed to the function that has a parameter of that name.
-
-    Raises:
-        ValueError: An unknown name, listing those there are, an unknown option, or functions that do not fit.
-    """
-    name, given = split_setting(setting)
-    lookup({**AL_STRATEGIES.module_dict, **AL_SCORES.module_dict}, name, 'al.strategy')
-    preset = AL_STRATEGIES.module_dict.get(name, lambda: dict(score=name))()
-    options = {'score': None, 'embed': None, 'select': 'topk', **preset, **given}
-    record = {'type': name, **{part: options.pop(part) for part in PARTS}}
-    functions = {part: None if part == 'embed' and record[part] is None else lookup(
-        registry.module_dict, record[part], f'al.strategy.{part}') for part, (registry, _) in PARTS.items()}
-    known = {part: settings_of(functions[part], arguments) for part, (_, arguments) in PARTS.items() if functions[part]}
-    known['any'] = settings_of(Strategy, 5)
-    takes = dict.fromkeys(PARTS, (None, Any)) | {key: how for each in known.values() for key, how in each.items()}
-    check_settings(options, takes, 'al.strategy')
-    filled = {part: check_settings({key: options[key] for key in table if key in options}, table, 'al.strategy')
-              for part, table in known.items()}
-    for part in functions:
-        if filled.get(part):
-            functions[part] = functools.partial(functions[part], **filled[part])
-    for key, value in (item for table in filled.values() for item in table.items()):
-        if record.setdefault(key, value) != value:
-            raise ValueError(f'`al.strategy.{key}` should be given: it is an option of two parts, with defaults '
-                             f'{record[key]!r} and {value!r}')
-    strategy = Strategy(name, **functions, record=record, **filled['any'])
-    if strategy.mc is None:
-        strategy.mc = 20 if strategy.compares_passes else 1
-    record.update(filled['any'], mc=strategy.mc)
-    strategy.record = json.loads(json.dumps(record, default=repr))
-    check_strategy(strategy)
-    return strategy
-
-
-STATISTICS = dict(  # of a pass; their mean over the passes is kept, and never each of them
-    probs_NCHW=lambda probs_NCHW: probs_NCHW,
-    entropies_NHW=entropy,
-    votes_NCHW=lambda probs_NCHW: F.one_hot(probs_NCHW.argmax(1), probs_NCHW.shape[1]).movedim(3, 1).float(),
-    squares_NCHW=lambda probs_NCHW: probs_NCHW**2)
-
-
-def check_strategy(strategy: Strategy) -> None:
-    """Refuse functions that do not fit together."""
-    score, embed, select = (function and getattr(function, 'func', function).__name__
-                            for function in (strategy.score, strategy.embed, strategy.select))
-    takes_vectors = strategy.asks_for('vectors_ND')
-    for is_wrong, key, should_be, value in (
-            (takes_vectors and not embed, 'embed', f'one of {", ".join(AL_EMBEDDINGS.module_dict)} for the selector '
-             f'{select}', None),
-            (embed and not takes_vectors, 'embed', f'None for the selector {select}, which takes no vectors', embed),
-            (strategy.asks_for('scores_HW') and strategy.score is random_scores, 'score',
-             f'a score map for the embedding {embed}', 'random'),
-            (strategy.mc == 1 and strategy.compares_passes, 'mc',
-             f'above 1 for {score}, which compares dropout passes', 1),
-            (strategy.asks_for('thresholds_C') != bool(strategy.calibration), 'calibration', 'a share of the labelled '
-             'images for what asks for thresholds_C, and 0 for all else', strategy.calibration)):
-        if is_wrong:
-            raise ValueError(f'`al.strategy.{key}` should be {should_be}, but got {value}')
-
-
 @functools.lru_cache(64)
 def parameters_of(function: Callable):
     """What a function takes, by name."""
@@ -2728,6 +2720,11 @@ def random_scores(n: int, generator: torch.Generator) -> torch.Tensor:
     return torch.rand(n, generator=generator, dtype=torch.float64)
 
 
+STATISTICS = dict(  # of a pass; their mean over the passes is kept, and never each of them
+    probs_NCHW=lambda probs_NCHW: probs_NCHW,
+    entropies_NHW=entropy,
+    votes_NCHW=lambda probs_NCHW: F.one_hot(probs_NCHW.argmax(1), probs_NCHW.shape[1]).movedim(3, 1).float(),
+    squares_NCHW=lambda probs_NCHW: probs_NCHW**2)
 AL_SCORES, AL_EMBEDDINGS, AL_SELECTORS, AL_STRATEGIES = [
     Functions(name, scope='mmseg', locations=['al_patch'])
     for name in ('al_score', 'al_embedding', 'al_selector', 'al_strategy')]
@@ -2765,42 +2762,6 @@ PARTS = dict(score=(AL_SCORES, 1), embed=(AL_EMBEDDINGS, 0), select=(AL_SELECTOR
 # ---------------------------------------------------------------------------------------------------------------------
 # Checks of settings: one for all of them, and the rules that units' and strategies' options name
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def number_of(amount: float, total: int) -> int:
-    """An int as it is; a fraction of ``total``, rounded, but at least one."""
-    return amount if isinstance(amount, int) else max(1, round(amount * total))
-
-
-def budgets(al: dict) -> list:
-    """What each round may ask for."""
-    return al['budget'] if isinstance(al['budget'], list) else [al['budget']] * al['rounds']
-
-
-def lookup(table: dict, name: str, key: str) -> Callable:
-    """The function of a name, or that of ``'package.module:function'``.
-
-    Raises:
-        ValueError: There is none; it names the setting ``key``.
-    """
-    if not isinstance(name, str) or ':' not in name:
-        if name not in [*table]:
-            raise ValueError(f"`{key}` should be one of {', '.join(table)}, or 'package.module:function', but got "
-                             f'{name!r}')
-        return table[name]
-    module, _, attribute_name = name.partition(':')
-    try:
-        function = getattr(importlib.import_module(module), attribute_name)
-        inspect.signature(function)  # its options are read from there; some builtins have none
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f'`{key}` should name a function that can be imported, but got {name!r}: {error}') from error
-    return function
-
-
-def split_setting(setting: str | dict) -> tuple[str, dict]:
-    """The name and the options in a setting that is a name, or ``dict(type=name, **options)``."""
-    options = dict(setting) if isinstance(setting, dict) else dict(type=setting)
-    return options.pop('type'), options
 
 
 def settings_of(function: Callable, skip: int = 0) -> dict[str, tuple]:
@@ -2844,10 +2805,6 @@ def check_settings(given: dict, known: dict[str, tuple], where: str) -> dict:
     return filled
 
 
-def is_number(value) -> bool:
-    return type(value) in (int, float)
-
-
 def is_amount(value) -> bool:
     """An int counts; a float is a fraction. ``True`` is neither."""
     return is_int(value, 1) or (type(value) is float and 0 < value <= 1)
@@ -2857,8 +2814,48 @@ def is_int(value, least: int = 0) -> bool:
     return type(value) is int and value >= least
 
 
+def split_setting(setting: str | dict) -> tuple[str, dict]:
+    """The name and the options in a setting that is a name, or ``dict(type=name, **options)``."""
+    options = dict(setting) if isinstance(setting, dict) else dict(type=setting)
+    return options.pop('type'), options
+
+
+def lookup(table: dict, name: str, key: str) -> Callable:
+    """The function of a name, or that of ``'package.module:function'``.
+
+    Raises:
+        ValueError: There is none; it names the setting ``key``.
+    """
+    if not isinstance(name, str) or ':' not in name:
+        if name not in [*table]:
+            raise ValueError(f"`{key}` should be one of {', '.join(table)}, or 'package.module:function', but got "
+                             f'{name!r}')
+        return table[name]
+    module, _, attribute_name = name.partition(':')
+    try:
+        function = getattr(importlib.import_module(module), attribute_name)
+        inspect.signature(function)  # its options are read from there; some builtins have none
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f'`{key}` should name a function that can be imported, but got {name!r}: {error}') from error
+    return function
+
+
 def is_list_of(value, holds: Callable, length: int | None = None) -> bool:
     return isinstance(value, (list, tuple)) and len(value) == (length or max(1, len(value))) and all(map(holds, value))
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float)
+
+
+def number_of(amount: float, total: int) -> int:
+    """An int as it is; a fraction of ``total``, rounded, but at least one."""
+    return amount if isinstance(amount, int) else max(1, round(amount * total))
+
+
+def budgets(al: dict) -> list:
+    """What each round may ask for."""
+    return al['budget'] if isinstance(al['budget'], list) else [al['budget']] * al['rounds']
 
 
 Count = rule('an int >= 0', is_int)
@@ -2903,6 +2900,39 @@ def reading(path: str, errors: type = Exception):
             what = ', '.join(re.findall(r'GLOBAL ([\w.]+)', why)) or 'what no checkpoint has'
             why = f'beside weights and training state it holds {what}: reading that could run any code'
         raise ValueError(f'{path} cannot be used ({" ".join(why.split())})') from error
+
+
+def generator(*parts) -> torch.Generator:
+    """A CPU generator seeded for one named purpose."""
+    return torch.Generator().manual_seed(seed_of(*parts))
+
+
+def seed_of(*parts) -> int:
+    """A seed for one named purpose, so that no draw depends on how many were made before it."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], 'big')
+
+
+def on_all_ranks(function: Callable, names: list[str]) -> dict:
+    """What a function makes of each name; every rank does its share.
+
+    Raises:
+        ValueError: On every rank, with what went wrong on any. (Another error than a ValueError, where it happened.)
+    """
+    rank, world_size = get_dist_info()
+    mine, errors, odd = {}, [], None
+    for name in names[rank::world_size]:
+        try:
+            mine[name] = function(name)
+        except Exception as error:
+            errors.append(str(error))
+            odd = odd if isinstance(error, ValueError) else error
+    shares = all_gather_object((mine, errors))
+    errors = sum((share[1] for share in shares), [])
+    if odd:
+        raise odd
+    if errors:
+        raise ValueError('; '.join(errors[:5]) + (f'; and {len(errors) - 5} more' if len(errors) > 5 else ''))
+    return {name: share[0][name] for name in names for share in shares if name in share[0]}
 
 
 def png_path(folder: str, name: str, root: str | None = None) -> str:
@@ -2969,39 +2999,6 @@ def read_mask(path: str) -> np.ndarray:
         raise ValueError(f'the mask {path} is missing or damaged ({error}): restore it from a copy') from error
 
 
-def generator(*parts) -> torch.Generator:
-    """A CPU generator seeded for one named purpose."""
-    return torch.Generator().manual_seed(seed_of(*parts))
-
-
-def seed_of(*parts) -> int:
-    """A seed for one named purpose, so that no draw depends on how many were made before it."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], 'big')
-
-
-def on_all_ranks(function: Callable, names: list[str]) -> dict:
-    """What a function makes of each name; every rank does its share.
-
-    Raises:
-        ValueError: On every rank, with what went wrong on any. (Another error than a ValueError, where it happened.)
-    """
-    rank, world_size = get_dist_info()
-    mine, errors, odd = {}, [], None
-    for name in names[rank::world_size]:
-        try:
-            mine[name] = function(name)
-        except Exception as error:
-            errors.append(str(error))
-            odd = odd if isinstance(error, ValueError) else error
-    shares = all_gather_object((mine, errors))
-    errors = sum((share[1] for share in shares), [])
-    if odd:
-        raise odd
-    if errors:
-        raise ValueError('; '.join(errors[:5]) + (f'; and {len(errors) - 5} more' if len(errors) > 5 else ''))
-    return {name: share[0][name] for name in names for share in shares if name in share[0]}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Guards: one run at a time, checkpoints under torch >= 2.6, CPU processes, and mmcv without compiled ops
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3040,9 +3037,6 @@ def only_run(runner: Runner):
             os.close(file)
 
 
-LOCK_FILE = 'al.lock'
-
-
 @contextlib.contextmanager
 def checkpoints_are_data():
     """Within it, ``torch.load`` by default reads what mmengine's own checkpoints hold, and refuses the rest.
@@ -3074,6 +3068,9 @@ def _getattr_of_history_buffer(owner, name: str):
         return getattr(HistoryBuffer, name)
     raise ValueError(f'a checkpoint may only refer to the statistics of HistoryBuffer, but this one asks for {name!r} '
                      f'of {owner!r}')
+
+
+LOCK_FILE = 'al.lock'
 
 
 def init_cpu_processes(cfg: Config) -> None:
