@@ -15,7 +15,7 @@ import pytest
 import tiny
 import torch
 from mmengine.runner import Runner
-from test_scripts import ROOT, launch, result, shell, write_config
+from tiny import ROOT, launch, result, shell, write_config
 
 import al_patch
 from al_patch import STATE_FILE, only_run, read_state, run_rounds, write_atomically, write_png

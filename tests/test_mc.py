@@ -95,7 +95,8 @@ class HeadOfItsOwn(FCNHead):
 BACKBONES = 'channels', 'elements', 'both', 'in_place', 'many_calls', 'held_twice', 'shared'
 MODELS_OF = dict(
     head={'model.decode_head.dropout_ratio': .5},
-    own_head={'model.decode_head.dropout_ratio': .5, 'model.decode_head.type': 'HeadOfItsOwn'},
+    own_head={'model.decode_head.dropout_ratio': .5, 'model.decode_head.type': 'HeadOfItsOwn',
+              'model.decode_head.concat_input': True},
     slide={'model.decode_head.dropout_ratio': .5,
            'model.test_cfg': dict(mode='slide', crop_size=(32, 32), stride=(16, 16))},
     **{way: {'model.backbone': dict(type='DropoutBackbone', way=way), 'model.decode_head.dropout_ratio': ratio}
@@ -220,7 +221,7 @@ def test_the_short_cut_is_taken_where_only_the_last_layer_is_behind_dropout(mode
 
 @pytest.mark.parametrize('mc', [1, 5])
 def test_the_short_cut_gives_what_replaying_gives(model_of, mc):
-    short, general = model_of('head'), model_of('own_head')
+    short, general = model_of('head'), model_of('own_head', **{'model.decode_head.concat_input': False})
     general.load_state_dict(short.state_dict())
     got, expected = (passes(model, images(), SEEDS, mc) for model in (short, general))
     assert_close(got, expected)
@@ -270,12 +271,13 @@ def test_the_model_is_as_before_when_a_pass_fails(model_of):
 
 
 @pytest.mark.parametrize('which, once, again', [
-    ('own_head', ['backbone.stem', 'backbone.stage', 'decode_head.convs.0.conv'], ['decode_head.conv_seg']),
-    ('channels', ['backbone.stem.0', 'backbone.side.0'], ['backbone.late.0', 'decode_head.convs.0.conv']),
-    ('elements', ['backbone.stem.0', 'backbone.side.0'], ['backbone.late.0', 'decode_head.convs.0.conv']),
+    ('own_head', ['backbone.stem', 'backbone.stage', 'decode_head.convs.0.conv', 'decode_head.conv_cat.conv'],
+     ['decode_head.conv_seg']),
+    *((which, ['backbone.stem.0', 'backbone.side.0', 'backbone.stage.0'],
+       ['backbone.late.0', 'decode_head.convs.0.conv']) for which in ('channels', 'elements')),
     ('both', ['backbone.stem.0', 'backbone.stage.0'], ['backbone.side.0', 'backbone.late.0'])])
 def test_what_is_before_the_first_dropout_is_computed_once(model_of, which, once, again):
-    """A module, as long as it gets the very tensors again: what stands behind a function, as `relu`, may not."""
+    """Also behind a function, such as `relu` or `cat`."""
     model = model_of(which)
     calls = count_calls(model, once + again)
     passes(model, images(), SEEDS, 6)

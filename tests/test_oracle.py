@@ -19,7 +19,7 @@ import torch
 from mmengine.dataset import Compose, pseudo_collate
 from mmseg.registry import MODELS
 from PIL import Image
-from test_scripts import ROOT, launch, shell, write_config
+from tiny import ROOT, launch, shell, write_config
 
 import al_label
 import al_patch

@@ -12,6 +12,7 @@ import torch
 from mmengine.hooks import Hook
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
+from tiny import counts, same, weights_at
 
 import al_patch
 from al_patch import State, parse_settings, query, why_stop
@@ -20,19 +21,6 @@ from al_patch import State, parse_settings, query, why_stop
 def asked_of(rounds: list) -> list:
     """The names of each round."""
     return [list(entry['asked']) for entry in rounds]
-
-
-def counts(rounds: list) -> list:
-    return [len(entry['asked']) for entry in rounds]
-
-
-def weights_at(cfg, path: str) -> dict:
-    return torch.load(osp.join(cfg.work_dir, path), weights_only=False)['state_dict']
-
-
-def same(a: dict, b: dict, ending: str = '') -> bool:
-    keys = [key for key in a if key.endswith(ending)]
-    return bool(keys) and all(torch.equal(a[key], b[key]) for key in keys)
 
 
 # --- the course of a run ---------------------------------------------------------------------------------------------

@@ -5,43 +5,16 @@ import re
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 
 import mmseg
 import pytest
 import tiny
+from tiny import ROOT, launch, result, shell, write_config
 
 from al_patch import STATE_FILE, read_state
 
-ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
 MMSEG_TRAIN = osp.join(osp.dirname(mmseg.__file__), '.mim', 'tools', 'train.py')
-
-
-def shell(*command, check: bool = True, **env) -> subprocess.CompletedProcess:
-    """Run a command as a user's shell would, on the CPU, with the tests' helper module in reach."""
-    path = osp.dirname(sys.executable) + os.pathsep + os.environ['PATH']
-    env = {**os.environ, 'PATH': path, 'PYTHONPATH': osp.join(ROOT, 'tests'), 'OMP_NUM_THREADS': '1',
-           'CUDA_VISIBLE_DEVICES': '', **env}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=170)
-    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    return done
-
-
-def launch(config, gpus: int, work_dir, *options, **kwargs) -> subprocess.CompletedProcess:
-    script = osp.join(ROOT, 'dist_al_train.sh')
-    return shell('bash', script, str(config), str(gpus), '--work-dir', str(work_dir), *options, **kwargs)
-
-
-def result(work_dir) -> list:
-    """What a run came to: the images and the metrics of each round."""
-    return [(entry['asked'], entry.get('metrics')) for entry in read_state(osp.join(work_dir, STATE_FILE))['rounds']]
-
-
-def write_config(folder, root: str, al: str = '', sync: bool = False, more: str = ''):
-    path = folder / 'tiny_al.py'
-    path.write_text(tiny.config_text(root, sync=sync) + (al and f'al = {al}\n') + more)
-    return path
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
-from test_rounds import counts, same, weights_at
+from tiny import counts, same, weights_at
 
 import al_patch
 

@@ -2,6 +2,8 @@
 import glob
 import os
 import os.path as osp
+import subprocess
+import sys
 from typing import Optional
 
 import cv2
@@ -13,6 +15,7 @@ from mmengine.model import BaseModule
 from mmengine.runner import Runner
 from mmseg.registry import HOOKS, MODELS, RUNNERS
 
+ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
 SHAPE = 32, 48
 NAMES = [f'a/{i:02d}' for i in range(6)] + [f'b/{i:02d}' for i in range(6, 12)]  # twelve training images in two folders
 CONFIG = '''
@@ -165,3 +168,46 @@ def always_first(scores_N: torch.Tensor, budget: int, generator: torch.Generator
 def last_ones(scores_N: torch.Tensor, budget: int, generator: torch.Generator) -> torch.Tensor:
     """A selection of the user's own: the last of the pool."""
     return torch.arange(len(scores_N))[-budget:]
+
+
+# --- the real scripts, and what they leave ---------------------------------------------------------------------------
+
+
+def shell(*command, check: bool = True, **env) -> subprocess.CompletedProcess:
+    """Run a command as a user's shell would, on the CPU, with the tests' helper module in reach."""
+    path = osp.dirname(sys.executable) + os.pathsep + os.environ['PATH']
+    env = {**os.environ, 'PATH': path, 'PYTHONPATH': osp.join(ROOT, 'tests'), 'OMP_NUM_THREADS': '1',
+           'CUDA_VISIBLE_DEVICES': '', **env}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=170)
+    assert not check or done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done
+
+
+def launch(config, gpus: int, work_dir, *options, **kwargs) -> subprocess.CompletedProcess:
+    script = osp.join(ROOT, 'dist_al_train.sh')
+    return shell('bash', script, str(config), str(gpus), '--work-dir', str(work_dir), *options, **kwargs)
+
+
+def result(work_dir) -> list:
+    """What a run came to: the images and the metrics of each round."""
+    rounds = mmengine.load(osp.join(work_dir, 'al_state.json'))['rounds']
+    return [(entry['asked'], entry.get('metrics')) for entry in rounds]
+
+
+def write_config(folder, root: str, al: str = '', sync: bool = False, more: str = ''):
+    path = folder / 'tiny_al.py'
+    path.write_text(config_text(root, sync=sync) + (al and f'al = {al}\n') + more)
+    return path
+
+
+def counts(rounds: list) -> list:
+    return [len(entry['asked']) for entry in rounds]
+
+
+def weights_at(cfg, path: str) -> dict:
+    return torch.load(osp.join(cfg.work_dir, path), weights_only=False)['state_dict']
+
+
+def same(a: dict, b: dict, ending: str = '') -> bool:
+    keys = [key for key in a if key.endswith(ending)]
+    return bool(keys) and all(torch.equal(a[key], b[key]) for key in keys)
