@@ -15,6 +15,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 import al_patch
+import al_train
 from al_patch import Pool, State, add_round, parse_settings, query, read_state
 
 LAST = 'entropy', 'pixel'  # the choice that is labelled, too
@@ -43,7 +44,7 @@ def choose(rank: int, processes: int, port: int, cfg: Config, cases: list, out: 
     if processes > 1:
         os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(processes), RANK=str(rank),
                           LOCAL_RANK=str(rank))
-        al_patch.init_cpu_processes(cfg)
+        al_train.init_cpu_processes(cfg)
     cfg.experiment_name = f'choose_{processes}_{rank}'
     runner, chosen, replace, written = Runner.from_cfg(cfg), {}, os.replace, []
     pool, before = Pool(cfg), read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE))

@@ -117,7 +117,7 @@ def test_any_number_of_processes_asks_the_same(tmp_path, shared_data, make_cfg, 
 
 def test_a_config_without_al_is_told_what_to_do(tmp_path, shared_data):
     done = launch(write_config(tmp_path, shared_data), 0, tmp_path / 'work', check=False)
-    assert done.returncode != 0 and 'has no `al` block: add e.g. al = dict(' in done.stderr
+    assert done.returncode != 0 and 'has no `al` block: add al = dict(' in done.stderr
     assert not (tmp_path / 'work').exists()
 
 
