@@ -68,7 +68,7 @@ from mmengine.dist import all_gather_object, barrier, broadcast, broadcast_objec
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.optim import AmpOptimWrapper
-from mmengine.registry import DATASETS, MODELS, OPTIM_WRAPPERS, DefaultScope, Registry
+from mmengine.registry import DATASETS, OPTIM_WRAPPERS, DefaultScope, Registry
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint, load_checkpoint
 from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
@@ -799,14 +799,10 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
             for name, k in state.labelled(where['round']).items()
             if name not in state.rounds[where['round']].get('held_out', ())}
 
-    def filtered(dataset: dict) -> dict:
-        key, inner = inner_configs(dataset)
-        if key:
-            inner = [filtered(item) for item in inner]
-            return {**dataset, key: inner if key == 'datasets' else inner[0]}
+    def filtered(config: dict) -> dict:
 
         def build_leaf(**more) -> BaseDataset:  # a wrapper may add arguments of its own
-            leaf = DATASETS.build({**copy.deepcopy(dataset), **more})
+            leaf = DATASETS.build({**copy.deepcopy(config), **more})
             leaf.full_init()
             keep_labelled(leaf, have)
             kept.append((leaf, len(leaf)))
@@ -814,7 +810,8 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
 
         return dict(type=build_leaf)
 
-    loader = build({**dataloader, 'dataset': filtered(dataloader['dataset'])}, *args, **kwargs)
+    dataloader['dataset'] = map_leaves(dataloader['dataset'], filtered)
+    loader = build(dataloader, *args, **kwargs)
     for leaf, n in kept:
         if len(leaf) != n:  # mmengine and its wrappers call full_init again
             raise ValueError(f'{type(leaf).__name__}.full_init should do nothing the second time, as mmengine\'s '
@@ -1510,7 +1507,8 @@ def remembering(module: torch.nn.Module, generators: list) -> Callable:
     def answer(*args, **kwargs):
         given = leaves_of((args, kwargs))
         for i, (before, output, versions) in enumerate(kept):
-            if all(leaf._version == version for leaf, version in versions) and alike(given, before):
+            if len(given) == len(before) and all(leaf._version == version for leaf, version in versions) and all(
+                    map(alike, given, before)):
                 kept.append(kept.pop(i))  # calls come again in the same order, so the next may be first
                 return output
         versions = [(leaf, leaf._version) for leaf in given if isinstance(leaf, torch.Tensor)]
@@ -1524,12 +1522,10 @@ def remembering(module: torch.nn.Module, generators: list) -> Callable:
 
 
 def alike(one, other) -> bool:
-    """Whether two arguments of a module, or lists of them, are the same."""
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(alike, one, other))
+    """Whether two arguments of a module are the same: the same memory, or the same numbers."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device) and (
-            (one.data_ptr(), one.stride()) == (other.data_ptr(), other.stride()) or torch.equal(one, other))
+        return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride()) or \
+            torch.equal(one, other)
     return one is other or isinstance(one, (int, float, str)) and one == other
 
 
@@ -1660,11 +1656,6 @@ class State:
     @property
     def model(self) -> torch.nn.Module:
         return unwrap(self.runner.model)
-
-    @property
-    def step(self) -> int:
-        """The step of scalars and figures: how many units, or images, are labelled."""
-        return self.entry['spent'][f'{self.al.unit.type}s']
 
     @functools.cached_property
     def strategy(self) -> Strategy:
@@ -1912,13 +1903,15 @@ def query_pipeline(cfg: dict) -> list:
 
 
 def leaf_configs(dataset: dict) -> list[dict]:
-    """The data sets under any nesting of wrappers, without building one, because some read every label to do so."""
-    key, inner = inner_configs(dataset)
-    return [leaf for item in inner for leaf in leaf_configs(item)] if key else [dataset]
+    """The data sets under any nesting of wrappers."""
+    leaves = []
+    map_leaves(dataset, leaves.append)
+    return leaves
 
 
-def inner_configs(dataset: dict) -> tuple[str | None, list[dict]]:
-    """The key under which a wrapper's config (``RepeatDataset``, ``ConcatDataset``, ...) has what it wraps, and that.
+def map_leaves(dataset: dict, function: Callable) -> dict:
+    """A data set's config in which a function has replaced the leaves under any nesting of wrappers (``RepeatDataset``,
+    ``ConcatDataset``, ...). None is built, because some wrappers read every label to do so.
 
     Raises:
         ValueError: A data set is an object already.
@@ -1926,8 +1919,11 @@ def inner_configs(dataset: dict) -> tuple[str | None, list[dict]]:
     if not isinstance(dataset, dict):
         raise ValueError(f'`train_dataloader.dataset` should be a config dict down to its leaves, but got a '
                          f'{type(dataset).__name__} object')
-    key = next((key for key in ('datasets', 'dataset') if dataset.get(key)), None)
-    return key, dataset[key] if key == 'datasets' else [dataset[key]] if key else []
+    if dataset.get('datasets'):
+        return {**dataset, 'datasets': [map_leaves(each, function) for each in dataset['datasets']]}
+    if dataset.get('dataset'):
+        return {**dataset, 'dataset': map_leaves(dataset['dataset'], function)}
+    return function(dataset)
 
 
 def loads_labels(step: dict) -> bool:
@@ -2151,15 +2147,14 @@ def peaks(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, limit: int | 
         (K,) flat indices, best first: those not below ``floor``, or the first ``limit`` of them.
     """
     scores_HW = np.where(blocked_HW | (scores_HW < floor), -np.inf, scores_HW)
-    (h, w), limit = scores_HW.shape, scores_HW.size if limit is None else limit
+    w, limit = scores_HW.shape[1], scores_HW.size if limit is None else limit
     if gap == 0:
         flat = scores_HW.reshape(-1)
         if limit < flat.size:
             floor = np.partition(flat, flat.size - limit)[flat.size - limit]  # the limit-th highest
         ids = np.flatnonzero((flat >= floor) & (flat > -np.inf))
         return ids[np.argsort(-flat[ids], kind='stable')][:limit]
-    cols = scores_HW.argmax(1)
-    best, picks = scores_HW[np.arange(h), cols], []
+    cols, best, picks = scores_HW.argmax(1), scores_HW.max(1), []
     while len(picks) < limit:
         y = int(best.argmax())
         if best[y] == -np.inf:
@@ -2168,7 +2163,7 @@ def peaks(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, limit: int | 
         picks.append(y * w + x)
         scores_HW[rows, max(0, x - gap):x + gap + 1] = -np.inf
         cols[rows] = scores_HW[rows].argmax(1)
-        best[rows] = np.take_along_axis(scores_HW[rows], cols[rows, None], 1)[:, 0]
+        best[rows] = scores_HW[rows].max(1)
     return np.array(picks, np.int64)
 
 
@@ -2460,9 +2455,7 @@ def softmax_draw(scores_N: torch.Tensor, budget: int, generator: torch.Generator
 def softrank_draw(scores_N: torch.Tensor, budget: int, generator: torch.Generator, beta: Positive = 1.) -> torch.Tensor:
     """Top-k of -ln rank + Gumbel noise, where the highest score has rank 1: a draw without replacement in proportion to
     rank^-beta (Kirsch et al., TMLR 2023). (K,) indices"""
-    ranks_N = torch.empty_like(scores_N, dtype=torch.float64)
-    ranks_N[topk(scores_N, len(scores_N), generator)] = torch.arange(1., len(scores_N) + 1, dtype=torch.float64,
-                                                                     device=scores_N.device)
+    ranks_N = 1 + topk(scores_N, len(scores_N), generator).argsort().double()
     return topk(gumbel(len(scores_N), beta, generator, scores_N) - ranks_N.log(), budget, generator)
 
 
@@ -3014,7 +3007,7 @@ def read_mask(path: str) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Guards: one run at a time, checkpoints under torch >= 2.6, CPU processes, and mmcv without compiled ops
+# Guards: one run at a time, checkpoints under torch >= 2.6, and mmcv without compiled ops
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -3085,19 +3078,6 @@ def _getattr_of_history_buffer(owner, name: str):
 
 
 LOCK_FILE = 'al.lock'
-
-
-def init_cpu_processes(cfg: Config) -> None:
-    """Make ``--launcher`` work without a GPU, where mmengine asks for one: gloo, CPU gradients, and BN for SyncBN.
-
-    Args:
-        cfg: The config of the runner to be built; it is changed.
-    """
-    torch.distributed.init_process_group('gloo')
-    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
-                                 find_unused_parameters=cfg.get('find_unused_parameters', False))
-    importlib.import_module('mmcv.cnn')  # where SyncBN gets its name
-    MODELS.register_module('SyncBN', force=True, module=torch.nn.BatchNorm2d)
 
 
 def load_ext_lazily(name: str, functions: list[str]):

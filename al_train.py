@@ -8,7 +8,7 @@ import os.path as osp
 
 import torch
 from mmengine.config import Config, DictAction
-from mmengine.registry import RUNNERS
+from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 
 import al_patch  # noqa: F401  (patches Runner; with this line any script of yours does active learning)
@@ -28,13 +28,21 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def init_cpu_processes(cfg: Config) -> None:
+    """Let ``--launcher`` do without a GPU, where mmengine asks for one: gloo, CPU gradients, and BN for SyncBN."""
+    import mmcv.cnn  # noqa: F401  (where SyncBN gets its name; after al_patch)
+    torch.distributed.init_process_group('gloo')
+    cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
+                                 find_unused_parameters=cfg.get('find_unused_parameters', False))
+    MODELS.register_module('SyncBN', force=True, module=torch.nn.BatchNorm2d)
+
+
 def main() -> None:
     args = parse_args()
     cfg = Config.fromfile(args.config)
     cfg.merge_from_dict(args.cfg_options or {})
     if cfg.get('al') is None:
-        raise SystemExit(f'{args.config} has no `al` block: add e.g. al = dict(strategy=\'entropy\'), or train with '
-                         'tools/train.py')
+        raise SystemExit(f"{args.config} has no `al` block: add al = dict(strategy='entropy'), or use tools/train.py")
     cfg.launcher, cfg.resume = args.launcher, args.resume
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
         'work_dirs', osp.splitext(osp.basename(args.config))[0])
@@ -43,7 +51,7 @@ def main() -> None:
             raise SystemExit(f'--amp needs optim_wrapper.type to be OptimWrapper, but got {cfg.optim_wrapper.type}')
         cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale=cfg.optim_wrapper.get('loss_scale', 'dynamic'))
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
-        al_patch.init_cpu_processes(cfg)
+        init_cpu_processes(cfg)
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     try:
         runner.train()
