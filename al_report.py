@@ -621,13 +621,18 @@ def show(state: al_patch.State, figure: figures.Figure, path: str, tag: str) -> 
     os.makedirs(osp.dirname(path), exist_ok=True)
     al_patch.write_atomically(path, png)
     tag = 'al_' + re.sub(r'[^\w.-]+', '_', tag)  # without slashes: LocalVisBackend makes a file name of it
-    state.runner.visualizer.add_image(tag, mmcv.imfrombytes(png, channel_order='rgb'), state.step)
+    state.runner.visualizer.add_image(tag, mmcv.imfrombytes(png, channel_order='rgb'), step_of(state))
+
+
+def step_of(state: al_patch.State) -> int:
+    """The step of scalars and figures: how many units, or images, are labelled."""
+    return state.entry['spent'][f'{state.al.unit.type}s']
 
 
 def add_scalars(state: al_patch.State, scalars: dict[str, float]) -> None:
     """Hand numbers to the run's visualizer, over the number of labelled images or units."""
     state.runner.visualizer.add_scalars({f'al/{key}': float(value) for key, value in scalars.items()
-                                         if np.isfinite(value)}, step=state.step)
+                                         if np.isfinite(value)}, step=step_of(state))
 
 
 def save_figure(figure: figures.Figure, path: str) -> None:
