@@ -101,7 +101,7 @@ CASES = {
     'image-crc': case(dict(initial=6, budget=2), with_options('crc', calibration=.5, alpha=.4)),
     'image-stochastic-batches': case(IMAGE, with_options('stochastic_batches', batches=3)),
     'image-powerbald': case(IMAGE, with_options('powerbald', mc=5)),
-    'image-own-functions': case(IMAGE, with_options('tiny:brightest', power=2., select='tiny:last_ones', reduce=20)),
+    'image-own-functions': case(IMAGE, with_options('tiny:brightest', select='tiny:last_ones', power=2., reduce=20)),
     'image-budget-list-best': case(IMAGE, 'least_confidence', WILD, None, budget=[1, .25], weights='best'),
     'image-stop-patience': case(IMAGE, rounds=4, stop=dict(patience=1)),
     'image-overrides-epochs': case(IMAGE, 'ratio', overrides={1: {'train_cfg.max_epochs': 6}})._replace(loop='epochs'),
@@ -324,7 +324,7 @@ def alike(a: Any, b: Any) -> bool:
         return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(alike, a, b))
-    return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-9) if isinstance(a, float) and isinstance(b, float) else a == b
+    return math.isclose(a, b, rel_tol=1e-5, abs_tol=1e-6) if isinstance(a, float) and isinstance(b, float) else a == b
 
 
 def look_alike(a: np.ndarray, b: np.ndarray) -> bool:
