@@ -91,7 +91,7 @@ def one_of(*values: str):
     return rule(f'{", ".join(map(repr, values[:-1]))} or {values[-1]!r}', lambda value: value in values)
 
 
-def maybe(annotation):
+def or_none(annotation):
     """``None``, or what the annotation asks for."""
     should_be, holds = annotation.__metadata__[0]
     return rule(f'None or {should_be}', lambda value: value is None or holds(value))
@@ -127,21 +127,21 @@ class Block:
 
 
 Flag = rule('True or False', lambda v: isinstance(v, bool))
-MaybeFlag = maybe(Flag)
+MaybeFlag = or_none(Flag)
 Start = one_of('scratch', 'last', 'best')
 Which = one_of('last', 'best')
 Oracle = one_of('simulated', 'human')
-MaybeAmount = maybe(rule('a positive int, or a fraction in (0, 1]', lambda v: is_amount(v)))
+MaybeAmount = or_none(rule('a positive int, or a fraction in (0, 1]', lambda v: is_amount(v)))
 Budget = rule('a positive int, a fraction in (0, 1], or a list of these with one entry a round',
               lambda v: is_amount(v) or is_list_of(v, is_amount))
 Initial = rule('a positive int, a fraction in (0, 1], a list of image names, or the path of a split file',
                lambda v: is_amount(v) or bool(v) and isinstance(v, str) or is_list_of(v, lambda n: isinstance(n, str)))
 TypeName = rule("a name, dict(type=name, **options) or 'package.module:function'",
                 lambda v: isinstance(v, str) or isinstance(v, dict) and isinstance(v.get('type'), str))
-Overrides = maybe(rule("a dict from a round to a dict of config keys, e.g. {2: {'train_cfg.max_iters': 4000}}",
+Overrides = or_none(rule("a dict from a round to a dict of config keys, e.g. {2: {'train_cfg.max_iters': 4000}}",
                        lambda v: isinstance(v, dict) and all(re.fullmatch('0|[1-9][0-9]*', str(k)) and isinstance(
                            override, dict) for k, override in v.items())))
-StopSetting = maybe(rule("a dict of 'metric' with 'value' and / or 'patience', e.g. dict(metric='mIoU', value=75)",
+StopSetting = or_none(rule("a dict of 'metric' with 'value' and / or 'patience', e.g. dict(metric='mIoU', value=75)",
                          lambda v: isinstance(v, dict) and ('value' in v or 'patience' in v)))
 
 
@@ -349,8 +349,8 @@ def add_round(state: State, asked: dict) -> None:
     figures = on_all_ranks(ask, list(asked))
     entry = dict(asked={name: figures[name][0] for name in asked}, strategy=state.strategy_of(k).record)
     if state.counts_pixels:
-        entry.update(pixels=sum(pixels for _, pixels, _ in figures.values()),
-                     void_pixels=sum(void for *_, void in figures.values()))
+        entry.update(pixels=sum(figure[1] for figure in figures.values()),
+                     void_pixels=sum(figure[2] for figure in figures.values()))
     state.rounds.append(entry)
     entry.update(hold_out(state), spent=state.spent())
     state.phase, state.is_resumed = 'label' if waits else 'train', False
@@ -370,7 +370,8 @@ def hold_out(state: State) -> dict:
         raise ValueError(f'`al.initial` should be at least 2 images, of which `al.strategy.calibration` = {share} are '
                          f'held out, but got {len(names)}')
     order = torch.randperm(len(names), generator=state.generator('hold_out', len(state.rounds))).tolist()
-    return dict(held_out=[names[i] for i in sorted(order[:min(len(names) - 1, number_of(share, len(names)))])])
+    n = min(len(names) - 1, number_of(share, len(names)))
+    return dict(held_out=[names[i] for i in sorted(order[:n])])
 
 
 def tell_hooks(state: State, point: str, *args) -> None:
@@ -948,7 +949,7 @@ def query(state: State, trainer: Runner | None) -> dict[str, np.ndarray | None]:
         Name of an image -> ids of its chosen units, or None for the whole image.
     """
     begin, this = time.time(), Query(state, trainer)
-    total, is_watched = sum(map(len, deal(state, this.names))), sys.stdout.isatty() and is_main_process()
+    total, is_watched = sum(map(len, deal_batches(state, this.names))), sys.stdout.isatty() and is_main_process()
     for done, (name, seen) in enumerate(track(this.look(), 'Query', total, disable=not is_watched), 1):
         this.collector.add(name, *this.candidates(name, seen))
         if done == total or not is_watched:
@@ -1025,7 +1026,7 @@ class Query:
     def look(self) -> Iterator[tuple[str, Seen | None]]:
         """This rank's share of the images, each with what the network sees in it, or None where scores are drawn."""
         if not self.strategy.needs_model:
-            yield from ((self.names[i], None) for batch in deal(self.state, self.names) for i in batch)
+            yield from ((self.names[i], None) for batch in deal_batches(self.state, self.names) for i in batch)
             return
         state, trainer = self.state, self.trainer
         load_weights(state, state.checkpoint(state.round, state.al.query_with))
@@ -1046,8 +1047,8 @@ class Query:
         of the original image. And ``probs_CHW``, ``scores_HW`` and ``features_KHW`` at the logits' resolution, less the
         padding, as far as vectors are made from them."""
         counts_pixels, strategy, maps = self.state.counts_pixels, self.strategy, {}
-        scores = [None if strategy.score is random_scores else
-                  call(strategy.score, means['probs_NCHW'], **means, **self.thresholds)[0] for means in seen.means]
+        scores = [None if strategy.score is random_scores else call_offering(
+            strategy.score, means['probs_NCHW'], **means, **self.thresholds)[0] for means in seen.means]
         map_HW = scores[-1]
         if counts_pixels and not self.state.full_res and map_HW is not None:
             map_HW = to_image(map_HW[None], seen)[0]
@@ -1083,7 +1084,8 @@ class Query:
         if maps and len(ids):
             weights_NP = units.weights(ids, maps['probs_CHW'].shape[1:], maps['probs_CHW'].device)
             if strategy.embed:
-                vectors = call(strategy.embed, **maps, **self.thresholds, weights_NP=weights_NP).float().cpu().numpy()
+                vectors_ND = call_offering(strategy.embed, **maps, **self.thresholds, weights_NP=weights_NP)
+                vectors = vectors_ND.float().cpu().numpy()
             if strategy.asks_for('probs_NC'):
                 probs = pool_map(maps['probs_CHW'], weights_NP).cpu().numpy()
         rows = Candidates(np.full(len(ids), self.position[name], np.int32), ids, values, pixels, vectors, probs)
@@ -1094,7 +1096,7 @@ class Query:
         """The choice, after a line in the log. The highest score in each image stays in ``state.scores``."""
         state, chosen = self.state, self.collector.result()
         seen = {} if self.strategy.score is random_scores else self.collector.seen
-        state.scores = {name: score for share in all_gather_object(seen) for name, score in share.items()}
+        state.scores = dict(collections.ChainMap(*all_gather_object(seen)))
         if not len(chosen.id):
             return {}
         images, starts = np.unique(chosen.image, return_index=True)
@@ -1165,7 +1167,7 @@ class Collector:
         k = math.ceil(budget / np.median(candidates.pixels)) if self.in_pixels and n else budget
         while n:
             k = min(k, n)
-            picks = call(self.select, scores_N, k, generator(*self.seed, *seed), **offered)
+            picks = call_offering(self.select, scores_N, k, generator(*self.seed, *seed), **offered)
             picks = picks.cpu().numpy() if isinstance(picks, torch.Tensor) else np.asarray(picks)
             if len(picks) != k or len(np.unique(picks)) != k:
                 raise ValueError(f'`al.strategy.select` should choose {k} different candidates, but got {len(picks)}, '
@@ -1312,7 +1314,7 @@ class Network:
         Args:
             views: What is done to the logits (C, h, w) of an image before the softmax, given what is ``Seen`` of it.
         """
-        batches = deal(state, names, shared)
+        batches = deal_batches(state, names, shared)
         for data, batch in zip(query_dataloader(state, names, batches), batches):
             seeds = [seed_of(state.seed, 'mc', len(state.rounds), names[i]) for i in batch]
             with precision(self.trainer):
@@ -1366,7 +1368,8 @@ class Network:
             for part in self.fixed:
                 stack.enter_context(attribute(part, 'forward', remembering(part, generators)))
             for layer in self.dropouts:
-                stack.enter_context(attribute(layer, 'forward', functools.partial(drop, layer, generators, untouched)))
+                stack.enter_context(attribute(
+                    layer, 'forward', functools.partial(apply_dropout, layer, generators, untouched)))
             if is_plain and self.dropouts == [getattr(head, 'dropout', None)] and isinstance(layer, torch.nn.Dropout2d):
                 stack.callback(head.conv_seg.register_forward_hook(
                     lambda _, args, output: last.extend([args[0], output])).remove)
@@ -1400,8 +1403,9 @@ class Network:
         conv, p = decode_head(self.model).conv_seg, self.dropouts[0].p
         weight_CK, (h, w) = conv.weight.flatten(1), features_NKHW.shape[2:]
         for first in range(0, self.mc, at_once):
-            mask_NSK = torch.stack([torch.stack([torch.rand(weight_CK.shape[1], generator=each, device=weight_CK.device)
-                                                 for each in image]) for image in zip(*draws[first:first + at_once])])
+            draws_SNK = [[torch.rand(weight_CK.shape[1], generator=each, device=weight_CK.device) for each in draw]
+                         for draw in draws[first:first + at_once]]
+            mask_NSK = torch.stack([torch.stack(draw_NK) for draw_NK in draws_SNK], 1)
             weight_NSCK = weight_CK * ((mask_NSK >= p) / (1 - p)).to(weight_CK)[:, :, None]
             logits_NMP = weight_NSCK.flatten(1, 2) @ features_NKHW.flatten(2)
             logits_NSCHW = logits_NMP.unflatten(1, (-1, len(weight_CK))).unflatten(3, (h, w))
@@ -1415,12 +1419,12 @@ def feature_head(model: torch.nn.Module) -> torch.nn.Module | None:
     return next((head for head in reversed(heads) if hasattr(head, 'conv_seg')), None)
 
 
-def deal(state: State, names: list[str], shared: bool = True) -> list[list[int]]:
+def deal_batches(state: State, names: list[str], shared: bool = True) -> list[range]:
     """This rank's batches of the images, as positions in ``names``: dealt in turn, so that a batch holds the same
     images, and an image gets the same score, for any number of processes. All batches if not ``shared``."""
     rank, world_size = get_dist_info() if shared else (0, 1)
-    size = scoring_loader(state.runner.cfg).get('batch_size', 1)
-    return [list(range(i, min(i + size, len(names)))) for i in range(0, len(names), size)][rank::world_size]
+    size, positions = scoring_loader(state.runner.cfg).get('batch_size', 1), range(len(names))
+    return [positions[i:i + size] for i in positions[::size]][rank::world_size]
 
 
 def classifies_masks(head: torch.nn.Module) -> bool:
@@ -1438,7 +1442,7 @@ def fixed_parts(module: torch.nn.Module, dropping: set) -> Iterator[torch.nn.Mod
             yield part
 
 
-def query_dataloader(state: State, names: list[str], batches: list[list[int]]):
+def query_dataloader(state: State, names: list[str], batches: list[range]):
     """The test dataloader over batches of the pool's images."""
     loader = dict(scoring_loader(state.runner.cfg), dataset=state.pool, sampler=None)
     loader['batch_sampler'] = [[names[i] for i in batch] for batch in batches]
@@ -1508,7 +1512,7 @@ def remembering(module: torch.nn.Module, generators: list) -> Callable:
         given = leaves_of((args, kwargs))
         for i, (before, output, versions) in enumerate(kept):
             if len(given) == len(before) and all(leaf._version == version for leaf, version in versions) and all(
-                    map(alike, given, before)):
+                    map(same_argument, given, before)):
                 kept.append(kept.pop(i))  # calls come again in the same order, so the next may be first
                 return output
         versions = [(leaf, leaf._version) for leaf in given if isinstance(leaf, torch.Tensor)]
@@ -1521,7 +1525,7 @@ def remembering(module: torch.nn.Module, generators: list) -> Callable:
     return answer
 
 
-def alike(one, other) -> bool:
+def same_argument(one, other) -> bool:
     """Whether two arguments of a module are the same: the same memory, or the same numbers."""
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return (one.data_ptr(), one.shape, one.stride()) == (other.data_ptr(), other.shape, other.stride()) or \
@@ -1535,7 +1539,7 @@ def leaves_of(value) -> list:
     return [value] if inner is None else [leaf for each in inner for leaf in leaves_of(each)]
 
 
-def drop(layer: torch.nn.Module, generators: list[torch.Generator], untouched: list, x: torch.Tensor) -> torch.Tensor:
+def apply_dropout(layer: torch.nn.Module, generators: list, untouched: list, x: torch.Tensor) -> torch.Tensor:
     """A dropout layer's output, drawn from the generators, one for each image of the batch; without any, its input.
     What comes after is no longer ``untouched``."""
     untouched.clear()
@@ -1582,8 +1586,9 @@ def without_padding(maps_HW: torch.Tensor, seen: Seen) -> torch.Tensor:
     """Maps (..., h, w) over a network's input, at their own resolution, less the padding and unflipped."""
     meta, (in_h, in_w), (h, w) = seen.meta, seen.input_hw, maps_HW.shape[-2:]
     left, right, top, bottom = meta.get('img_padding_size', meta.get('padding_size', (0, 0, 0, 0)))
-    maps_HW = maps_HW[..., round(top * h / in_h):max(1, h - round(bottom * h / in_h)),
-                      round(left * w / in_w):max(1, w - round(right * w / in_w))]
+    rows = slice(round(top * h / in_h), max(1, h - round(bottom * h / in_h)))
+    cols = slice(round(left * w / in_w), max(1, w - round(right * w / in_w)))
+    maps_HW = maps_HW[..., rows, cols]
     if meta.get('flip'):
         maps_HW = maps_HW.flip(-1 if meta.get('flip_direction') == 'horizontal' else -2)
     return maps_HW
@@ -1960,7 +1965,7 @@ def resolve_unit(setting: str | dict) -> Unit:
         ValueError: An unknown unit or option, or a value out of range.
     """
     name, given = split_setting(setting)
-    function = lookup(UNITS, name, 'al.unit')
+    function = function_named(UNITS, name, 'al.unit')
     options = check_settings(given, settings_of(function), 'al.unit')
     return Unit(*function(**options), dict(options, type=name))
 
@@ -2176,7 +2181,7 @@ def peaks(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, limit: int | 
 # `al.strategy`. A strategy is a function that returns its parts and options; a score's name alone is one, too.
 
 
-def call(function: Callable, *args, **offered):
+def call_offering(function: Callable, *args, **offered):
     """Call a function with some arguments, and what it names of what is offered."""
     takes = list(parameters_of(function))[len(args):]
     return function(*args, **{key: value for key, value in offered.items() if key in takes})
@@ -2209,8 +2214,10 @@ def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.
     picks = []
     for j, k in enumerate(quota):
         errors, members = np.flatnonzero((cluster_N == j) & error_N), np.flatnonzero(cluster_N == j)
-        picks += errors[torch.randperm(len(errors), generator=generator)[:k].numpy()].tolist() if len(errors) > k else \
-            members[np.argsort(-doubt_N[members], kind='stable')[:k]].tolist()
+        if len(errors) > k:
+            picks += errors[torch.randperm(len(errors), generator=generator)[:k].numpy()].tolist()
+        else:
+            picks += members[np.argsort(-doubt_N[members], kind='stable')[:k]].tolist()
     doubt_N[picks] = -1
     return torch.tensor([*picks, *np.argsort(-doubt_N, kind='stable')[:budget - len(picks)].tolist()])
 
@@ -2626,11 +2633,11 @@ def resolve_strategy(setting: str | dict) -> Strategy:
         ValueError: An unknown name, listing those there are, an unknown option, or functions that do not fit.
     """
     name, given = split_setting(setting)
-    lookup({**AL_STRATEGIES.module_dict, **AL_SCORES.module_dict}, name, 'al.strategy')
+    function_named({**AL_STRATEGIES.module_dict, **AL_SCORES.module_dict}, name, 'al.strategy')
     preset = AL_STRATEGIES.module_dict.get(name, lambda: dict(score=name))()
     options = {'score': None, 'embed': None, 'select': 'topk', **preset, **given}
     record = {'type': name, **{part: options.pop(part) for part in PARTS}}
-    functions = {part: None if part == 'embed' and record[part] is None else lookup(
+    functions = {part: None if part == 'embed' and record[part] is None else function_named(
         registry.module_dict, record[part], f'al.strategy.{part}') for part, (registry, _) in PARTS.items()}
     known = {part: settings_of(functions[part], arguments) for part, (_, arguments) in PARTS.items() if functions[part]}
     known['any'] = settings_of(Strategy, 5)
@@ -2827,7 +2834,7 @@ def split_setting(setting: str | dict) -> tuple[str, dict]:
     return options.pop('type'), options
 
 
-def lookup(table: dict, name: str, key: str) -> Callable:
+def function_named(table: dict, name: str, key: str) -> Callable:
     """The function of a name, or that of ``'package.module:function'``.
 
     Raises:
@@ -2866,12 +2873,12 @@ def budgets(al: dict) -> list:
 
 
 Count = rule('an int >= 0', is_int)
-MaybeCount = maybe(Count)
+MaybeCount = or_none(Count)
 Natural = rule('a positive int', lambda v: is_int(v, 1))
-MaybeNatural = maybe(Natural)
+MaybeNatural = or_none(Natural)
 SegmentCount = rule('an int in [1, 65535]', lambda v: is_int(v, 1) and v < 2**16)
 Number = rule('a number', is_number)
-MaybeNumber = maybe(Number)
+MaybeNumber = or_none(Number)
 Positive = rule('a number above 0', lambda v: is_number(v) and v > 0)
 Fraction = rule('a fraction in (0, 1)', lambda v: is_number(v) and 0 < v < 1)
 Part = rule('a fraction in [0, 1]', lambda v: is_number(v) and 0 <= v <= 1)

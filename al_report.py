@@ -294,7 +294,7 @@ def look(state: al_patch.State, trainer, names: list[str], strategy: al_patch.St
     for name, seen in network.look(state, names, [al_patch.to_image], shared=False):
         score_HW, means = None, seen.means[-1]
         if strategy and strategy.score is not al_patch.random_scores:
-            score_HW = al_patch.call(strategy.score, means['probs_NCHW'], **means, **thresholds)[0]
+            score_HW = al_patch.call_offering(strategy.score, means['probs_NCHW'], **means, **thresholds)[0]
             score_HW = score_HW.float().cpu().numpy()
         yield name, network.classify(seen), score_HW
 

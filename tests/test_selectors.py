@@ -68,8 +68,8 @@ def offer(n: int, labelled: int, classes: int, seed: int, coarse: bool) -> dict:
 @given(st.integers(1, 40), st.integers(0, 3), st.integers(2, 5), st.floats(0, 1), st.integers(0, 999), st.booleans())
 def test_a_budget_of_different_candidates_is_chosen_and_the_same_again(name, n, labelled, classes, share, seed, coarse):
     budget, offered = max(1, round(share * n)), offer(n, labelled, classes, seed, coarse)
-    first, again = (al_patch.call(SELECTORS[name], offered['scores_N'], budget, generator(seed), **offered).tolist()
-                    for _ in range(2))
+    first, again = (al_patch.call_offering(SELECTORS[name], offered['scores_N'], budget, generator(seed),
+                                           **offered).tolist() for _ in range(2))
     assert first == again and len(first) == len(set(first)) == budget and set(first) <= set(range(n))
 
 

@@ -136,7 +136,7 @@ def own(monkeypatch):
     ('power: str = "a"', 'of type str', [2, None], ['b', '']),
     ('power: bool = False', 'of type bool', [1, 'True'], [True]),
     ('power: al_patch.Natural = 1', 'a positive int', [0, 1.], [2]),
-    ('power: al_patch.maybe(al_patch.Percent) = None', r'None or a percentage in \(0, 100\]', [0, '2'], [None, 2.]),
+    ('power: al_patch.or_none(al_patch.Percent) = None', r'None or a percentage in \(0, 100\]', [0, '2'], [None, 2.]),
     ('power: al_patch.one_of("a", "b") = "a"', "'a' or 'b'", ['c'], ['b'])])
 def test_an_annotated_option_is_checked(own, parameter, should_be, wrong, right, future):
     own(parameter, future)

@@ -62,7 +62,7 @@ def test_random_is_seeded_by_purpose():
 def score_of(name: str, passes_TCHW: torch.Tensor) -> torch.Tensor:
     """A score of passes over one image, from what is averaged over them. (H, W)"""
     means = {key: function(passes_TCHW).mean(0, keepdim=True) for key, function in al_patch.STATISTICS.items()}
-    return al_patch.call(SCORES[name], means['probs_NCHW'], **means)[0]
+    return al_patch.call_offering(SCORES[name], means['probs_NCHW'], **means)[0]
 
 
 def entropy_of(shares) -> float:

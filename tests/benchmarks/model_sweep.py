@@ -123,10 +123,10 @@ def sweep(family: str) -> dict:
                 assert unit == 'image' or shape[2:] == (SIZE, SIZE)
                 if strategy.score is not al_patch.random_scores:
                     means = seen.means[-1]
-                    assert torch.isfinite(al_patch.call(strategy.score, means['probs_NCHW'], **means)).all()
+                    assert torch.isfinite(al_patch.call_offering(strategy.score, means['probs_NCHW'], **means)).all()
                 if strategy.embed:
                     share = units.weights(np.arange(units.number), seen.features.shape[1:], 'cpu')
-                    vectors = al_patch.call(strategy.embed, features_KHW=seen.features, weights_NP=share)
+                    vectors = al_patch.call_offering(strategy.embed, features_KHW=seen.features, weights_NP=share)
                     assert torch.isfinite(vectors).all() and len(vectors) == units.number
 
     def train():
