@@ -952,7 +952,7 @@ def query(state: State, trainer: Runner | None) -> dict[str, np.ndarray | None]:
     total, is_watched = sum(map(len, deal_batches(state, this.names))), sys.stdout.isatty() and is_main_process()
     for done, (name, seen) in enumerate(track(this.look(), 'Query', total, disable=not is_watched), 1):
         this.collector.add(name, *this.candidates(name, seen))
-        if done == total or not is_watched:
+        if not is_watched:
             log_progress(state, begin, done, total)
     asked = this.asked()
     if state.rounds:
@@ -1026,13 +1026,12 @@ class Query:
     def look(self) -> Iterator[tuple[str, Seen | None]]:
         """This rank's share of the images, each with what the network sees in it, or None where scores are drawn."""
         if not self.strategy.needs_model:
-            yield from ((self.names[i], None) for batch in deal_batches(self.state, self.names) for i in batch)
-            return
+            return ((self.names[i], None) for batch in deal_batches(self.state, self.names) for i in batch)
         state, trainer = self.state, self.trainer
         load_weights(state, state.checkpoint(state.round, state.al.query_with))
         if self.strategy.calibration:
             self.thresholds = dict(thresholds_C=calibrate(state, trainer, self.strategy))
-        yield from Network(trainer, self.strategy).look(state, self.names, self.views)
+        return Network(trainer, self.strategy).look(state, self.names, self.views)
 
     @property
     def views(self) -> list[Callable]:
