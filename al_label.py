@@ -92,9 +92,7 @@ def waiting_run(work_dir: str) -> State:
     al_patch.attach_companions(runner)  # keys of the `al` block may be theirs
     al, pool = al_patch.parse_settings(cfg.al), al_patch.Pool(cfg)
     al_patch.check_resume(content, al, pool)
-    state = al_patch.State(content, runner.work_dir, al, runner, pool)
-    state.is_resumed = True
-    return state
+    return al_patch.State(content, runner.work_dir, al, runner, pool)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

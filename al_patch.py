@@ -209,38 +209,47 @@ def start_or_resume(runner: Runner) -> State:
     if found[0] and not runner.cfg.get('resume'):
         raise FileExistsError(f'{path} holds an active learning run already: add --resume to go on with it, or choose '
                               'another --work-dir')
-    if not found[0]:
-        seed = next(s for s in (al.seed, runner.cfg.get('randomness', {}).get('seed'), runner.seed) if s is not None)
-        state = State(dict(seed=seed, config=config_digest(runner.cfg)), runner.work_dir, al, runner, pool)
-        state.companions = companions
-        asked = initial_images(state) or query(state, None)
-        if is_main_process():  # an older run's checkpoints and requests: nothing of it may leak into this one
-            for folder in glob.glob(osp.join(glob.escape(runner.work_dir), 'round_*', '')):
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(osp.join(folder, 'last_checkpoint'))
-                shutil.rmtree(osp.join(folder, 'to_label'), ignore_errors=True)
-        add_round(state, asked)
-        tell_hooks(state, 'after_al_ask', None)
-        return state
-    content = read_state(path)
-    check_resume(content, al, pool)
+    seeds = al.seed, runner.cfg.get('randomness', {}).get('seed'), runner.seed
+    content = read_state(path) if found[0] else dict(seed=next(s for s in seeds if s is not None),
+                                                     config=config_digest(runner.cfg))
     state = State(content, runner.work_dir, al, runner, pool)
-    state.companions, state.is_resumed = companions, True
+    state.companions = companions
+    if found[0]:
+        resume_run(state, content)
+    else:
+        start_run(state)
+    return state
+
+
+def start_run(state: State) -> None:
+    """Label what there is to be before the first round."""
+    asked = initial_images(state) or query(state, None)
+    if is_main_process():  # an older run's checkpoints and requests: nothing of it may leak into this one
+        for folder in glob.glob(osp.join(glob.escape(state.work_dir), 'round_*', '')):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(osp.join(folder, 'last_checkpoint'))
+            shutil.rmtree(osp.join(folder, 'to_label'), ignore_errors=True)
+    add_round(state, asked)
+    tell_hooks(state, 'after_al_ask', None)
+
+
+def resume_run(state: State, content: dict) -> None:
+    """Say what has changed since the run stopped, and accept the labels that it waited for."""
+    pool, known, logger = state.pool, content['pool'], state.logger
+    check_resume(content, state.al, pool)
     state.entry.setdefault('spent', state.spent())  # schema 1 had it after training alone
-    changed = [key for key, digest in config_digest(runner.cfg).items() if state.config.get(key) != digest]
+    changed = [key for key, digest in config_digest(state.runner.cfg).items() if state.config.get(key) != digest]
     if changed:
-        runner.logger.warning(f'The config has changed since the run began: {", ".join(changed)}')
+        logger.warning(f'The config has changed since the run began: {", ".join(changed)}')
     if state.phase == 'label':
         tell_hooks(state, 'after_al_ask', None)  # where the run was killed before, or a hook failed
         accept_labels(state)
-    added = set(pool.names) - set(content['pool'])
-    removed = [name for name in content['pool'] if name not in pool.where]
+    added, removed = set(pool.names) - set(known), [name for name in known if name not in pool.where]
     if added:
-        runner.logger.info(f'{len(added)} new images have joined the pool, which has {len(pool)} now')
+        logger.info(f'{len(added)} new images have joined the pool, which has {len(pool)} now')
     if removed:
-        runner.logger.warning(f'{len(removed)} unlabelled images have left the data set: {", ".join(removed[:10])}')
+        logger.warning(f'{len(removed)} unlabelled images have left the data set: {", ".join(removed[:10])}')
     state.save()
-    return state
 
 
 def attach_companions(runner: Runner) -> list[Hook]:
@@ -304,8 +313,7 @@ def initial_images(state: State) -> dict[str, None]:
         n = number_of(initial, len(pool))
         if n > len(pool):
             raise ValueError(f'`al.initial` should be at most the {len(pool)} images there are, but got {initial!r}')
-        chosen = torch.randperm(len(pool), generator=state.generator('initial'))[:n]
-        names = [pool.names[i] for i in sorted(chosen.tolist())]
+        names = [pool.names[i] for i in torch.randperm(len(pool), generator=state.generator('initial'))[:n]]
     else:
         if isinstance(initial, str) and not osp.isfile(initial):
             raise ValueError(f'`al.initial` should name a split file, but there is no file {initial!r}')
@@ -316,12 +324,11 @@ def initial_images(state: State) -> dict[str, None]:
             near = difflib.get_close_matches(strangers[0] if strangers else '', pool.names, 1) or pool.names[:1]
             raise ValueError(f'`al.initial` should hold names of training images such as {near[0]!r}, but '
                              f'{len(strangers)} of {len(names)} are not in the data set: {", ".join(strangers[:5])}')
-        names.sort(key=pool.names.index)
     left, worst = len(pool) - len(names), max((number_of(n, len(pool)) for n in budgets(state.al)), default=0)
     if not state.counts_pixels and worst > left:
         raise ValueError(f'`al.budget` should be at most the {left} images that are not in `al.initial`, but '
                          f'got {worst} ({state.al.budget!r})')
-    return dict.fromkeys(names)
+    return dict.fromkeys(filter(set(names).__contains__, pool.names))
 
 
 def add_round(state: State, asked: dict) -> None:
@@ -337,10 +344,11 @@ def add_round(state: State, asked: dict) -> None:
     waits = state.al.oracle == 'human' and (k > 0 or not isinstance(state.al.initial, (str, list)))
 
     def ask(name: str) -> tuple[list | None, int, int]:
-        old = state.mask(name) if state.counts_pixels else None
-        new = None if old is None else ~old if asked[name] is None else state.units(name).mask(asked[name]) & ~old
-        void = 0 if waits else state.check_label(name, new)
-        pixels = 0 if new is None else int(new.sum())
+        if not state.counts_pixels:
+            return None, 0, 0 if waits else state.check_label(name, None)
+        old = state.mask(name)
+        new = state.mask_of(name, asked[name]) & ~old
+        pixels, void = int(new.sum()), 0 if waits else state.check_label(name, new)
         if asked[name] is None:
             return None, pixels, void
         write_png(state.mask_path(k, name), old | new)
@@ -477,7 +485,7 @@ def accept_labels(state: State) -> None:
     may_be_void = mmengine.list_from_file(void_path) if osp.isfile(void_path) else []
 
     def accept(name: str) -> int | str:
-        new = state.asked_mask(name) if state.counts_pixels else np.ones(state.pool.sizes[name], bool)
+        new = state.asked_mask(name)
         try:
             void = state.check_label(name, new)
         except ValueError as error:
@@ -970,7 +978,7 @@ class Query:
 
     def __init__(self, state: State, trainer: Runner | None):
         al, pool, k, have = state.al, state.pool, len(state.rounds), state.labelled()
-        self.state, self.trainer, self.strategy, self.thresholds = state, trainer, state.strategy_of(k), {}
+        self.state, self.trainer, self.strategy, state.thresholds = state, trainer, state.strategy_of(k), {}
         self.amount = budgets(al)[k - 1] if k else al.initial
         names = [name for name in pool.names if have.get(name, 0) is not None]
         if al.pool_size is not None and k:
@@ -984,9 +992,8 @@ class Query:
         self.position = {name: i for i, name in enumerate(self.names)}
         self.free = self.free_pixels() if state.counts_pixels else {}
         self.total = sum(self.free.values())
-        self.in_pixels = state.counts_pixels and isinstance(self.amount, float)
-        self.collector = Collector(self.strategy.select, self.budget, al.per_image, self.in_pixels,
-                                   (state.seed, 'select', k), (k - 1) / max(1, al.rounds - 1))
+        self.collector = Collector(self.strategy.select, self.budget, al.per_image, state.counts_pixels and isinstance(
+            self.amount, float), (state.seed, 'select', k), (k - 1) / max(1, al.rounds - 1))
         if self.strategy.needs_model:
             self.collector.device = next(state.model.parameters()).device
 
@@ -1001,10 +1008,10 @@ class Query:
 
     def budget(self, name: str | None = None) -> int:
         """What may be spent: over all images or, with ``al.per_image``, in one."""
-        if not self.in_pixels:
-            return number_of(self.amount, len(self.state.pool))
-        return number_of(self.amount, math.prod(self.state.pool.sizes[name]) if self.state.al.per_image else
-                         self.state.pool.pixels)
+        pool, total = self.state.pool, len(self.state.pool)
+        if self.state.counts_pixels:
+            total = math.prod(pool.sizes[name]) if self.state.al.per_image else pool.pixels
+        return number_of(self.amount, total)
 
     def limit(self, name: str, units: Areas) -> int | None:
         """How many candidates of an image are of use: with top-k, as many as the budget buys; where every pixel is one
@@ -1017,7 +1024,7 @@ class Query:
         if self.strategy.select is topk and not shortlist:
             return budget
         share = budget * (1 if self.state.al.per_image else self.free.get(name, 0) / max(1, self.total))
-        share = math.ceil(share / (units.size if self.in_pixels else 1))
+        share = math.ceil(share / (units.size if self.collector.in_pixels else 1))
         if shortlist and shortlist < share:
             raise ValueError(f"`al.strategy.shortlist` should be at least {share}, an image's share of the budget, but "
                              f'got {shortlist}')
@@ -1026,11 +1033,11 @@ class Query:
     def look(self) -> Iterator[tuple[str, Seen | None]]:
         """This rank's share of the images, each with what the network sees in it, or None where scores are drawn."""
         if not self.strategy.needs_model:
-            return ((self.names[i], None) for batch in deal_batches(self.state, self.names) for i in batch)
+            return ((name, None) for batch in deal_batches(self.state, self.names) for name in batch)
         state, trainer = self.state, self.trainer
         load_weights(state, state.checkpoint(state.round, state.al.query_with))
         if self.strategy.calibration:
-            self.thresholds = dict(thresholds_C=calibrate(state, trainer, self.strategy))
+            state.thresholds = dict(thresholds_C=calibrate(state, trainer, self.strategy))
         return Network(trainer, self.strategy).look(state, self.names, self.views)
 
     @property
@@ -1047,7 +1054,7 @@ class Query:
         padding, as far as vectors are made from them."""
         counts_pixels, strategy, maps = self.state.counts_pixels, self.strategy, {}
         scores = [None if strategy.score is random_scores else call_offering(
-            strategy.score, means['probs_NCHW'], **means, **self.thresholds)[0] for means in seen.means]
+            strategy.score, means['probs_NCHW'], **means, **self.state.thresholds)[0] for means in seen.means]
         map_HW = scores[-1]
         if counts_pixels and not self.state.full_res and map_HW is not None:
             map_HW = to_image(map_HW[None], seen)[0]
@@ -1083,7 +1090,7 @@ class Query:
         if maps and len(ids):
             weights_NP = units.weights(ids, maps['probs_CHW'].shape[1:], maps['probs_CHW'].device)
             if strategy.embed:
-                vectors_ND = call_offering(strategy.embed, **maps, **self.thresholds, weights_NP=weights_NP)
+                vectors_ND = call_offering(strategy.embed, **maps, **self.state.thresholds, weights_NP=weights_NP)
                 vectors = vectors_ND.float().cpu().numpy()
             if strategy.asks_for('probs_NC'):
                 probs = pool_map(maps['probs_CHW'], weights_NP).cpu().numpy()
@@ -1287,8 +1294,8 @@ class Network:
     """A segmentor in eval mode, and its passes over images: one, or ``strategy.mc`` with dropout (Gal & Ghahramani,
     ICML 2016).
 
-    With dropout, what no dropout layer has touched is computed once: a module without dropout in it that gets the very
-    tensors again that it got in a first pass answers with what it made of them. Where the only dropout is that of
+    With dropout, what no dropout layer has touched is computed once: a module without dropout in it that gets again
+    what it got in a first pass answers with what it made of that. Where the only dropout is that of
     channels before ``conv_seg``, as in most decode heads, a matrix product serves all passes. Masks come from a
     generator for each image and pass, so they do not depend on batches, order or processes.
 
@@ -1303,8 +1310,7 @@ class Network:
         self.wanted = [name for name in STATISTICS if name == 'probs_NCHW' or strategy and strategy.asks_for(name)]
         self.with_features = bool(strategy and strategy.asks_for('features_KHW'))
         self.dropouts = dropouts_of(self.model) if self.mc > 1 else []
-        dropping = {part for part in self.model.modules() if any(inner in self.dropouts for inner in part.modules())}
-        self.fixed = list(dict.fromkeys(fixed_parts(self.model, dropping)))
+        self.fixed = dict.fromkeys(fixed_parts(self.model, set(self.dropouts))) if self.dropouts else ()
 
     def look(self, state: State, names: list[str], views: list[Callable], shared: bool = True
              ) -> Iterator[tuple[str, Seen]]:
@@ -1314,11 +1320,11 @@ class Network:
             views: What is done to the logits (C, h, w) of an image before the softmax, given what is ``Seen`` of it.
         """
         batches = deal_batches(state, names, shared)
-        for data, batch in zip(query_dataloader(state, names, batches), batches):
-            seeds = [seed_of(state.seed, 'mc', len(state.rounds), names[i]) for i in batch]
+        for data, batch in zip(query_dataloader(state, batches), batches):
+            seeds = [seed_of(state.seed, 'mc', len(state.rounds), name) for name in batch]
             with precision(self.trainer):
                 seen = list(self.see(data, seeds, views))
-            yield from zip([names[i] for i in batch], seen)
+            yield from zip(batch, seen)
 
     def see(self, data: dict, seeds: list[int], views: list[Callable]) -> Iterator[Seen]:
         """What the network sees in the images of a batch, with a seed for the dropout masks of each."""
@@ -1362,14 +1368,15 @@ class Network:
             return
         last, untouched, generators, head = [], [True], [], decode_head(self.model)
         from mmseg.models.decode_heads.decode_head import BaseDecodeHead
-        is_plain = getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and hasattr(head, 'conv_seg')
+        is_plain = (getattr(type(head), 'cls_seg', None) is BaseDecodeHead.cls_seg and hasattr(head, 'conv_seg') and
+                    isinstance(head.dropout, torch.nn.Dropout2d) and self.dropouts == [head.dropout])
         with contextlib.ExitStack() as stack:
             for part in self.fixed:
                 stack.enter_context(attribute(part, 'forward', remembering(part, generators)))
             for layer in self.dropouts:
                 stack.enter_context(attribute(
                     layer, 'forward', functools.partial(apply_dropout, layer, generators, untouched)))
-            if is_plain and self.dropouts == [getattr(head, 'dropout', None)] and isinstance(layer, torch.nn.Dropout2d):
+            if is_plain:
                 stack.callback(head.conv_seg.register_forward_hook(
                     lambda _, args, output: last.extend([args[0], output])).remove)
             logits = self.logits(inputs_NCHW, metas)  # without dropout: there are no generators yet
@@ -1418,12 +1425,12 @@ def feature_head(model: torch.nn.Module) -> torch.nn.Module | None:
     return next((head for head in reversed(heads) if hasattr(head, 'conv_seg')), None)
 
 
-def deal_batches(state: State, names: list[str], shared: bool = True) -> list[range]:
-    """This rank's batches of the images, as positions in ``names``: dealt in turn, so that a batch holds the same
-    images, and an image gets the same score, for any number of processes. All batches if not ``shared``."""
+def deal_batches(state: State, names: list[str], shared: bool = True) -> list[list[str]]:
+    """This rank's batches of the images: dealt in turn, so that a batch holds the same images, and an image gets the
+    same score, for any number of processes. All batches if not ``shared``."""
     rank, world_size = get_dist_info() if shared else (0, 1)
-    size, positions = scoring_loader(state.runner.cfg).get('batch_size', 1), range(len(names))
-    return [positions[i:i + size] for i in positions[::size]][rank::world_size]
+    size = scoring_loader(state.runner.cfg).get('batch_size', 1)
+    return [names[i:i + size] for i in range(0, len(names), size)][rank::world_size]
 
 
 def classifies_masks(head: torch.nn.Module) -> bool:
@@ -1432,19 +1439,18 @@ def classifies_masks(head: torch.nn.Module) -> bool:
     return hasattr(head, '_seg_data_to_instance_data') or not names.isdisjoint(c.__name__ for c in type(head).__mro__)
 
 
-def fixed_parts(module: torch.nn.Module, dropping: set) -> Iterator[torch.nn.Module]:
-    """The largest modules below this one that are not in ``dropping``."""
+def fixed_parts(module: torch.nn.Module, dropouts: set) -> Iterator[torch.nn.Module]:
+    """The largest modules below this one that have none of the dropout layers in them."""
     for part in module.children():
-        if part in dropping or isinstance(part, (torch.nn.ModuleList, torch.nn.ModuleDict)):
-            yield from fixed_parts(part, dropping)
+        if isinstance(part, (torch.nn.ModuleList, torch.nn.ModuleDict)) or not dropouts.isdisjoint(part.modules()):
+            yield from fixed_parts(part, dropouts)
         else:
             yield part
 
 
-def query_dataloader(state: State, names: list[str], batches: list[range]):
+def query_dataloader(state: State, batches: list[list[str]]):
     """The test dataloader over batches of the pool's images."""
-    loader = dict(scoring_loader(state.runner.cfg), dataset=state.pool, sampler=None)
-    loader['batch_sampler'] = [[names[i] for i in batch] for batch in batches]
+    loader = dict(scoring_loader(state.runner.cfg), dataset=state.pool, sampler=None, batch_sampler=batches)
     for key in ('batch_size', 'drop_last', 'num_batch_per_epoch'):
         loader.pop(key, None)
     return Runner.build_dataloader(loader, seed=0)
@@ -1624,6 +1630,8 @@ class State:
         phase: What the newest round waits for: its labels (``label``), ``train`` or ``query``.
         is_resumed: Whether the newest round was begun by an earlier start of the run.
         companions: Hooks that go along in every round.
+        scores, thresholds: Of the newest query, in memory alone: image name -> the highest score in it; and
+            ``thresholds_C``, if the strategy calibrates.
     """
 
     def __init__(self, content: dict, work_dir: str, al: dict | None = None, runner: Runner | None = None,
@@ -1632,7 +1640,7 @@ class State:
         self.al = al
         self.seed, self.config = content['seed'], content['config']
         self.rounds, self.phase, self.ended = content.get('rounds', []), content.get('phase', 'train'), None
-        self.is_resumed, self.companions, self._labelled = False, [], {}
+        self.is_resumed, self.companions, self._labelled = bool(self.rounds), [], {}
 
     def save(self) -> None:
         """Commit the state from rank 0; every rank returns when it is on disk."""
@@ -1723,6 +1731,10 @@ class State:
         if have.get(name) is not None:
             return read_mask(self.mask_path(have[name], name))
         return np.full(self.pool.sizes[name], name in have)
+
+    def mask_of(self, name: str, ids: np.ndarray | None) -> np.ndarray:
+        """The pixels of some units of an image, or all where ``ids`` is None, (H, W) booleans."""
+        return np.full(self.pool.sizes[name], True) if ids is None else self.units(name).mask(ids)
 
     def asked_mask(self, name: str) -> np.ndarray:
         """What the newest round asks for of an image, (H, W) booleans."""

@@ -288,13 +288,11 @@ def look(state: al_patch.State, trainer, names: list[str], strategy: al_patch.St
          ) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
     """The classes that the model predicts in images and, if the strategy has any, its score map, (H, W) each, in the
     image's own coordinates, from the enlarged logits."""
-    network, thresholds = al_patch.Network(trainer, strategy), {}
-    if strategy and strategy.calibration:
-        thresholds['thresholds_C'] = al_patch.calibrate(state, trainer, strategy)
+    network = al_patch.Network(trainer, strategy)
     for name, seen in network.look(state, names, [al_patch.to_image], shared=False):
         score_HW, means = None, seen.means[-1]
         if strategy and strategy.score is not al_patch.random_scores:
-            score_HW = al_patch.call_offering(strategy.score, means['probs_NCHW'], **means, **thresholds)[0]
+            score_HW = al_patch.call_offering(strategy.score, means['probs_NCHW'], **means, **state.thresholds)[0]
             score_HW = score_HW.float().cpu().numpy()
         yield name, network.classify(seen), score_HW
 
@@ -304,10 +302,7 @@ def draw_picture(state: al_patch.State, asked: dict, name: str, prediction_HW: n
     """An image in six panels: input, prediction, scores, asked for now, labelled so far, and the labels asked for."""
     pool, old = state.pool, state.mask(name)
     classes, image, strength = classes_of(pool), to_rgb(pool.load_image(name)), .5
-    new = np.full_like(old, name in asked)
-    if name in asked and asked[name] is not None:
-        new = state.units(name).mask(asked[name])
-    new, n = new & ~old, len(classes)
+    new, n = state.mask_of(name, asked[name]) & ~old if name in asked else np.zeros_like(old), len(classes)
     titles = f'asked for now: {100 * new.mean():.3g} %', f'labelled so far: {100 * (old | new).mean():.3g} %'
     known = old if state.al.oracle == 'human' else old | new  # a human has yet to label what is new
     label = pool.load_label(name) if known.any() else n  # that of an image that was not asked for stays closed

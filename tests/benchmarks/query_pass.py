@@ -60,7 +60,7 @@ def make_state(runner: Runner, pool: al_patch.Pool, strategy: str, args: argpars
 @torch.no_grad()
 def bare_pass(state: al_patch.State) -> None:
     model, names = state.model.eval(), state.pool.names
-    for data in al_patch.query_dataloader(state, names, al_patch.deal_batches(state, names)):
+    for data in al_patch.query_dataloader(state, al_patch.deal_batches(state, names)):
         data = model.data_preprocessor(data, False)
         if model.test_cfg.get('mode') == 'slide':
             model.inference(data['inputs'], [sample.metainfo for sample in data['data_samples']])
