@@ -8,16 +8,20 @@ Beside ``al_patch.py`` it attaches itself to every run. What failed then, or was
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import functools
 import glob
+import hashlib
+import io
 import itertools
 import json
 import os
 import os.path as osp
 import pathlib
+import shutil
 import zipfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Iterator
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
@@ -50,23 +54,118 @@ def hook() -> Hook:
             if state.phase == 'label' and not al_patch.on_all_ranks(lambda _: is_finished(state), ['rank 0'])['rank 0']:
                 export(state, trainer)
 
+        def accept_labels(self, state: State, is_asking: bool = False) -> None:
+            accept_labels(state, is_asking)
+
     return LabelHook()
 
 
 def main(argv: list | None = None) -> None:
     parser = argparse.ArgumentParser(prog='al_label.py', description='What a run of active learning gives to people')
-    command = parser.add_subparsers(required=True).add_parser(
-        'export', help='write again what a run that waits for labels asks for, in round_<k>/to_label')
-    command.add_argument('work_dir', metavar='WORK_DIR')
-    work_dir = parser.parse_args(argv).work_dir
-    import al_patch
+    commands = parser.add_subparsers(required=True, dest='command')
+    for function, what in ((export_again, 'write again what a run that waits for labels asks for, in its folder'),
+                           (rewind, 'set a run back to a round; later ones are moved aside, and their labels are kept'),
+                           (drop, 'take images out of a run: their cost stays in its figures, nothing else changes')):
+        command = commands.add_parser(function.__name__.split('_')[0], help=what, description=what)
+        command.add_argument('work_dir', metavar='WORK_DIR')
+        command.set_defaults(function=function)
+        if function is rewind:
+            command.add_argument('round', metavar='K', type=int, help='the round that asks anew')
+            command.add_argument('--train', action='store_true', help='train round K anew, too')
+        elif function is drop:
+            command.add_argument('names', metavar='IMAGE', nargs='+', help='as the state file spells it')
+    options = vars(parser.parse_args(argv))
+    name, function = options.pop('command'), options.pop('function')
     try:
-        state = waiting_run(work_dir)
-        with al_patch.checkpoints_are_data():
-            export(state)
+        print(function(**options))
     except Exception as error:
-        command.exit(2, f'al_label.py export: {" ".join(str(error).split()) or repr(error)}\n')
-    print(f'What round {state.round} asks for is in {folder_of(state)}')
+        parser.exit(2, f'al_label.py {name}: {" ".join(str(error).split()) or repr(error)}\n')
+
+
+def export_again(work_dir: str) -> str:
+    import al_patch
+    state = waiting_run(work_dir)
+    with al_patch.checkpoints_are_data():
+        export(state)
+    return f'What round {state.round} asks for is in {folder_of(state)}'
+
+
+def rewind(work_dir: str, round: int, train: bool = False) -> str:
+    """Set a run back to a round, which then asks anew, or trains anew. What came later is moved to ``rewound_<n>``,
+    with the state file as it was; labels stay in the store, where the same request finds them.
+
+    Raises:
+        ValueError: There is no such round, or nothing comes after it.
+    """
+    import al_patch
+    with stopped_run(work_dir) as content:
+        last, phase = len(content['rounds']) - 1, content['phase']
+        if not 0 <= round <= last:
+            raise ValueError(f'K should be a round from 0 to {last}, but got {round}')
+        entry, folder = content['rounds'][round], pathlib.Path(work_dir, f'round_{round}')
+        checkpoints = entry.get('checkpoints', {}).values()
+        gone = [file for file in checkpoints if not (folder / osp.basename(file)).is_file()]
+        anew = train or bool(gone) or not checkpoints
+        if round == last and (phase != 'query' or not train):
+            raise ValueError(f'round {round} is the newest, and nothing comes after it (its phase is {phase!r}): '
+                             '--resume goes on with it' + ', and --train trains it anew' * (phase == 'query'))
+        aside = next(path for n in itertools.count() if not (path := pathlib.Path(work_dir, f'rewound_{n}')).exists())
+        aside.mkdir()
+        shutil.copy(osp.join(work_dir, al_patch.STATE_FILE), aside)
+        for key in ('query_seconds', *('metrics', 'checkpoints', 'train_seconds', 'warnings') * anew):
+            entry.pop(key, None)
+        content.update(rounds=content['rounds'][:round + 1], round=round, ended=None,
+                       phase='train' if anew else 'query')
+        write_state(work_dir, content)
+        for k in range(round + 1, last + 1):
+            if osp.isdir(later := osp.join(work_dir, f'round_{k}')):
+                shutil.move(later, aside)
+        if anew:  # what it asks people for, and has of them, stays
+            (aside / folder.name).mkdir()
+            for path in [path for path in folder.iterdir() if path.name not in ('labelled', 'labels', 'to_label')]:
+                shutil.move(path, aside / folder.name)
+    return f'{work_dir} is back in round {round}, which {"is trained" if anew else "asks"} anew' + (
+        f', as {", ".join(gone)} is gone' if gone else '') + f'; what was there is in {aside}. Go on with --resume'
+
+
+def drop(work_dir: str, names: list[str]) -> str:
+    """Take images out of a run: it neither trains on them nor asks for them. What they cost stays in its figures.
+
+    Raises:
+        ValueError: The run knows no image of that name.
+    """
+    with stopped_run(work_dir) as content:
+        known = {*content['pool'], *(name for entry in content['rounds'] for name in entry['asked'])}
+        strange = [name for name in names if name not in known]
+        if strange:
+            raise ValueError(f'IMAGE should be the name of one in the data set, such as {min(known)!r}, but got '
+                             f'{", ".join(map(repr, strange))}')
+        content['dropped'] = sorted({*content.get('dropped', ()), *names})
+        write_state(work_dir, content)
+    return f'{work_dir} goes on without {", ".join(names)}'
+
+
+@contextlib.contextmanager
+def stopped_run(work_dir: str) -> Iterator[dict]:
+    """The state of a run, which cannot go on meanwhile.
+
+    Raises:
+        RuntimeError: It goes on just now.
+    """
+    import types
+
+    import mmengine
+
+    import al_patch
+    content = al_patch.read_state(osp.join(work_dir, al_patch.STATE_FILE))
+    with al_patch.only_run(types.SimpleNamespace(work_dir=work_dir, logger=mmengine.MMLogger.get_current_instance())):
+        yield content
+
+
+def write_state(work_dir: str, content: dict) -> None:
+    import al_patch
+    path = osp.join(work_dir, al_patch.STATE_FILE)
+    al_patch.write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def waiting_run(work_dir: str) -> State:
@@ -94,6 +193,263 @@ def waiting_run(work_dir: str) -> State:
     al_patch.check_resume(content, al, pool)
     return al_patch.State(content, runner.work_dir, al, runner, pool)
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What comes back: label files that people hand in, the store that keeps them, and when a round has enough
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def accept_labels(state: State, is_asking: bool = False) -> None:
+    """Take what people have handed in into the label store. The newest round trains when all that it asked for is
+    there or, with ``al.oracle.accept_partial``, when anything is: the rest goes back to the pool.
+
+    Args:
+        is_asking: The round begins: it reads no files, but what it asks for may lie in the store, from rounds that were
+            undone.
+
+    Raises:
+        ValueError: It names the files that are there and wrong. What is right in others is in the store.
+    """
+    import al_patch
+    entry, oracle, inbox = state.entry, state.al.oracle, Inbox(state)
+    entry.setdefault('ids', {})  # older states have none: what an image was asked for is one unit
+    waits = state.phase == 'label'
+    reports = al_patch.on_all_ranks(lambda name: inbox.take(name, not is_asking), list(state.labelled()))
+    newest = {name: reports[name] for name in entry['asked'] if name in reports}
+    accepted, asked = (sum(report[key] for report in newest.values()) for key in ('accepted', 'asked'))
+    missing = {name: report['missing'] for name, report in newest.items() if report['missing']}
+    wrong = [report['wrong'] for report in reports.values() if report['wrong']]
+    if not is_asking:
+        inbox.tell(reports, newest)
+    elif accepted:
+        entry['from_store'] = accepted
+        state.logger.info(f'{accepted} of the {asked} units that round {state.round} asks for lie in the label store: '
+                          'they are answered from there, and cost nothing again')
+    if wrong:
+        raise ValueError(f'{len(wrong)} label files cannot be used; all others are accepted. Mend them, and resume: '
+                         f'{"; ".join(wrong[:5])}')
+    if not waits:
+        return
+    if missing and not is_asking:
+        state.logger.warning(f'{accepted} of {asked} {state.al.unit.type}s are labelled. Not yet: '
+                             f'{describe_units(state, missing)}; all in {folder_of(state) / "delivered.json"}')
+    if missing and not (accepted and oracle.accept_partial and not is_asking):
+        return
+    if missing:
+        give_back(state, missing)
+    entry['unchanged'] = sum(report['unchanged'] for report in newest.values())
+    if entry['unchanged'] > .99 * accepted:
+        state.logger.warning(f'{entry["unchanged"]} of the {accepted} {state.al.unit.type}s of round {state.round} are '
+                             'exactly what the model had predicted: has anybody looked at them?')
+    if state.counts_pixels:
+        entry['void_pixels'] = sum(report['void'] for report in newest.values())
+    state.phase = 'train'
+    entry.update(al_patch.hold_out(state), spent=state.spent())
+
+
+def give_back(state: State, missing: dict[str, list]) -> None:
+    """Return units of the newest round that nobody has labelled to the pool, as if they had not been asked for."""
+    import al_patch
+    entry, k = state.entry, state.round
+
+    def keep(name: str) -> list | None:
+        kept = [i for i in entry['ids'].get(name, ()) if i not in missing[name]]
+        if not kept:
+            return None
+        new = state.mask_of(name, np.array(kept))
+        al_patch.write_png(state.mask_path(k, name), state.mask(name, k - 1) | new)
+        return [len(kept), int(new.sum())]
+
+    kept = al_patch.on_all_ranks(keep, list(missing))
+    state.logger.warning(f'Not labelled in round {k}, and back in the pool: {describe_units(state, missing)}')
+    entry['returned'] = {name: entry['asked'][name] and [len(ids), 0] for name, ids in missing.items()}
+    for name, units in kept.items():
+        if units:
+            entry['ids'][name] = [i for i in entry['ids'][name] if i not in missing[name]]
+            entry['returned'][name][1] = entry['asked'][name][1] - units[1]
+            entry['asked'][name] = units
+        else:
+            entry['returned'][name] = entry['asked'].pop(name)
+            entry['ids'].pop(name, None)
+    state.forget()
+    if state.counts_pixels:
+        entry['pixels'] = sum(units[1] for units in entry['asked'].values())
+
+
+def describe_units(state: State, units: dict[str, list]) -> str:
+    """Images and, below image level, units in them, in words."""
+    return in_words({f'{name} ({state.al.unit.type} {", ".join(map(str, ids[:5]))}{" ..." * (len(ids) > 5)})'
+                     if state.entry['ids'].get(name) else name: None for name, ids in units.items()})
+
+
+def in_words(found: dict, what: str = '') -> str:
+    """The first of what was found, by name."""
+    words = [f'{name} ({value} {what})' if what else f'{name}' for name, value in found.items()]
+    return ', '.join(words[:10]) + f' and {len(words) - 10} more' * (len(words) > 10)
+
+
+class Inbox:
+    """What people hand in: a file for an image in ``round_<k>/labels`` or, where none of them has one, that of the data
+    set. It is kept in the label store as classes, with what of it is done."""
+
+    def __init__(self, state: State):
+        self.state, self.oracle = state, state.al.oracle
+        path = folder_of(state) / EXPORTED_FILE
+        self.exported = json.loads(path.read_text()) if path.is_file() else {}  # hashes of the label maps to start from
+
+    def sources(self, name: str) -> list[tuple[str, str]]:
+        """Where an image's labels may come from, and the path there: what counts more comes later."""
+        found = []
+        for k in range(self.state.round + 1):
+            stem = osp.join(self.state.folder(k), 'labels', name)
+            found += [(f'round_{k}', path) for path in sorted(glob.glob(f'{glob.escape(stem)}.*'))
+                      if osp.splitext(path)[0] == stem and not path.endswith('.tmp')]
+        return found or [('data set', self.state.pool.info(name).get('seg_map_path'))]
+
+    def take(self, name: str, reads: bool) -> dict:
+        """Keep what is new and right in an image's files, if it ``reads`` any, and compare what is done with what the
+        newest round asks for.
+
+        Returns:
+            What came of it: how many units were ``asked`` for and ``accepted``, ids of the ``missing``, ``void``
+            pixels, units ``unchanged`` from the prediction; pixels ``changed`` in labels that were there before, and
+            ``outside`` of what was asked for; a file that is ``untouched`` since it was exported; what is ``wrong``.
+        """
+        state, report = self.state, dict(untouched='', changed=0, outside=0, wrong='')
+        (classes, done), rows, files = state.stored_label(name), state.unit_rows(name), []
+        was, had, answered = classes.copy(), done.copy(), np.zeros_like(done)
+        try:
+            for source, path, content, version in self.new_files(name, report) if reads else ():
+                labels, known = self.read(name, path)
+                if source != DATA_SET:
+                    report['outside'] += int((known & ~state.mask(name)).sum())
+                answered |= known & state.mask(name)
+                classes[answered & known] = labels[answered & known]
+                files.append((source, content, version))
+        except ValueError as error:
+            report['wrong'], files = str(error), []
+            classes, answered = was, np.zeros_like(done)
+        size = np.bincount(rows[rows >= 0])
+
+        def pixels(where_HW: np.ndarray) -> np.ndarray:
+            return np.bincount(rows[(rows >= 0) & where_HW], minlength=len(size))
+
+        is_done = (pixels(had) == size) | (pixels(answered) > 0)
+        whole = np.append(is_done, False)[rows]  # a unit with a label is done: what has none in it is void
+        report['changed'] = int((had & (was != classes)).sum())
+        if files:
+            self.keep(name, classes, had | answered | whole, files, report['changed'])
+        ids = state.entry['ids'].get(name) or [0]
+        report.update(asked=len(size), accepted=int(is_done.sum()), missing=[ids[i] for i in np.flatnonzero(~is_done)],
+                      void=int((classes[whole] == state.pool.ignore_index(name)).sum()), unchanged=0)
+        path = folder_of(state) / 'prediction' / f'{name}.png'
+        if len(size) and path.is_file():
+            report['unchanged'] = int((is_done & (pixels(classes == self.read(name, str(path))[0]) == size)).sum())
+        return report
+
+    def new_files(self, name: str, report: dict) -> Iterator[tuple[str, str, bytes, str]]:
+        """An image's files that have something new, and those that count more than these: source, path, content, and
+        the name of this version."""
+        from mmengine import fileio
+        before, is_new = read_json(self.state.label_path('read', name, '.json')), False
+        for source, path in self.sources(name):
+            content = b''
+            with contextlib.suppress(FileNotFoundError):  # a data set may have no label maps yet
+                content = fileio.get(path) if path else b''
+            version = version_of(content)
+            if version == self.exported.get(name) and not self.oracle.accept_unchanged:
+                report['untouched'] = path
+                continue
+            version += osp.splitext(path or '')[1]
+            is_new |= bool(content) and before.get(source) != version
+            if content and is_new:
+                yield source, path, content, version
+
+    def read(self, name: str, path: str) -> tuple[np.ndarray, np.ndarray]:
+        """The classes of a label file, and where it has an answer, (H, W) both.
+
+        Raises:
+            ValueError: It cannot be read, is of another size, or has a value that is no class; it names the file.
+        """
+        from mmengine import fileio
+
+        import al_patch
+        pool, void_HW = self.state.pool, None
+        if self.oracle.unlabelable is not None:
+            with al_patch.reading(path), Image.open(io.BytesIO(fileio.get(path))) as image:
+                void_HW = np.asarray(image) == self.oracle.unlabelable
+        labels = pool.check_label(name, self.state.classes, path, void_HW)
+        known = labels != pool.ignore_index(name)
+        return labels, known if void_HW is None else known | void_HW
+
+    def keep(self, name: str, classes: np.ndarray, done: np.ndarray, files: list, changed: int) -> None:
+        """Put an image's labels into the store. It is done again until the last file of it is written."""
+        from al_patch import write_atomically, write_png
+        path, (_, _, newest) = self.state.label_path, files[-1]
+        for _, content, version in files:
+            kept = path('handed_in', f'{name}.{version}', '')
+            if not osp.isfile(kept):
+                write_atomically(kept, content)
+        if changed:
+            kept = path('changed', name, '.json')
+            write_atomically(kept, json.dumps({**read_json(kept), newest: changed}))
+        depth = np.uint8 if (self.state.classes or 0) < 256 else np.uint16
+        is_void = classes == self.state.pool.ignore_index(name)
+        write_png(path('classes', name), np.where(is_void, np.iinfo(depth).max, classes).astype(depth))
+        write_png(path('done', name), done)
+        kept = path('read', name, '.json')
+        read = {**read_json(kept), **{source: version for source, _, version in files}}
+        read[files[-1][0]] = read.pop(files[-1][0])  # the newest is last
+        write_atomically(kept, json.dumps(read))
+
+    def tell(self, reports: dict, newest: dict) -> None:
+        """Say what came of what people handed in, and write it down: of the newest round in ``delivered.json``, and
+        which labels of earlier ones it changed in ``label_changes.json``."""
+        import al_patch
+        state, folder, warn = self.state, folder_of(self.state), self.state.logger.warning
+        changed, outside, untouched = ({name: report[key] for name, report in reports.items() if report[key]}
+                                       for key in ('changed', 'outside', 'untouched'))
+        if al_patch.is_main_process():
+            al_patch.write_atomically(folder / 'delivered.json', json.dumps(newest, indent=1))
+            root = pathlib.Path(state.work_dir, 'labels', 'changed')
+            changes = {str(path.relative_to(root))[:-len('.json')]: json.loads(path.read_text())
+                       for path in sorted(root.rglob('*.json'))}
+            if changes:
+                al_patch.write_atomically(root.parent / 'label_changes.json', json.dumps(changes, indent=1))
+        if changed:
+            warn(f'Labels that were there have changed, and the newer count: {in_words(changed, "pixels")}; all in '
+                 f'{state.work_dir}/labels/label_changes.json, the older files in {state.work_dir}/labels/handed_in')
+        if outside:
+            state.logger.info('Nobody asked for what lies elsewhere in these files, it is kept aside: '
+                              f'{in_words(outside, "pixels")}')
+        if untouched:
+            warn('Handed in as it was exported, which is no answer (but with `al.oracle.accept_unchanged`): '
+                 f'{in_words(untouched)}')
+        strange = {}
+        for k in range(state.round + 1):
+            inbox = pathlib.Path(state.folder(k), 'labels')
+            strange.update({str(path): None for path in sorted(inbox.rglob('*.*')) if path.is_file() and
+                            str(path.relative_to(inbox).with_suffix('')) not in reports})
+        if strange:
+            warn(f'Nobody asked for these, they are kept aside: {in_words(strange)}')
+        if (folder / 'void.txt').is_file():
+            warn(f'{folder / "void.txt"} is not read any more: give what is of no class a value of its own in the '
+                 'label file, and name it in `al.oracle.unlabelable`')
+
+
+def version_of(content: bytes) -> str:
+    """What tells a file's content from another's."""
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def read_json(path: str) -> dict:
+    """What a JSON file holds; nothing, if there is none."""
+    from al_patch import reading
+    with reading(path):
+        return json.loads(pathlib.Path(path).read_text()) if osp.isfile(path) else {}
+
+
+DATA_SET, EXPORTED_FILE = 'data set', 'exported.json'
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What: masks, pictures, label maps to start from
@@ -134,6 +490,11 @@ def folder_of(state: State) -> pathlib.Path:
     return pathlib.Path(state.folder(), 'to_label')
 
 
+def mask_to_label(state: State, name: str) -> np.ndarray:
+    """What the newest round asks people for in an image: not what the store has already, (H, W)."""
+    return state.asked_mask(name) & ~state.stored_label(name)[1]
+
+
 def png_path(state: State, kind: str, name: str) -> str:
     """Where an image has its PNG: ``mask``, ``overlay`` or ``prediction``."""
     import al_patch
@@ -145,7 +506,7 @@ def write_mask(state: State, name: str) -> None:
     import mmcv
 
     import al_patch
-    mask, image = state.asked_mask(name), state.pool.load_image(name)
+    mask, image = mask_to_label(state, name), state.pool.load_image(name)
     al_patch.write_png(png_path(state, 'mask', name), mask)
     mmcv.imwrite(overlay(image, mask), png_path(state, 'overlay', name)[:-len('png')] + 'jpg')
 
@@ -190,18 +551,21 @@ def write_predictions(state: State, trainer: Runner | None) -> None:
 
     # one call on each rank, which waits for no other: whatever fails in it, nobody hangs
     al_patch.on_all_ranks(write_share, [str(rank) for rank in range(al_patch.get_dist_info()[1])])
+    if al_patch.is_main_process():
+        hashes = {name: version_of(pathlib.Path(png_path(state, 'prediction', name)).read_bytes())
+                  for name in state.entry['asked']}
+        al_patch.write_atomically(folder_of(state) / EXPORTED_FILE, json.dumps(hashes, indent=1))
     if not trainer:
         al_patch.close_round(past.runner)
 
 
 def write_prediction(state: State, name: str, pred_HW: np.ndarray) -> None:
     """Write a label map to start from: the prediction where labels are asked for, what was labelled before, and nothing
-    elsewhere."""
-    pool, old = state.pool, state.mask(name, state.round - 1)
-    label = np.where(state.asked_mask(name), pred_HW, pool.ignore_index(name))
-    if old.any():
-        label[old] = pool.load_label(name)[old]
-    write_label(png_path(state, 'prediction', name), pool, name, label.astype(np.uint8))
+    elsewhere. A single pixel has no prediction: it would be an answer."""
+    pool, (classes, done), mask = state.pool, state.stored_label(name), mask_to_label(state, name)
+    nothing = pool.ignore_index(name)
+    asked = np.where(mask & (state.al.unit.type != 'pixel'), pred_HW, nothing)
+    write_label(png_path(state, 'prediction', name), pool, name, np.where(done, classes, asked).astype(np.uint8))
 
 
 def write_label(path: str, pool: Pool, name: str, label_HW: np.ndarray) -> None:

@@ -29,7 +29,6 @@ import difflib
 import fcntl
 import functools
 import gc
-import glob
 import hashlib
 import importlib.util
 import inspect
@@ -120,7 +119,7 @@ class Block:
     query_with: Which = 'last'       # checkpoint that scores the pool: last | best
     pool_size: MaybeAmount = None    # score only a random subset of the pool: int | fraction of the images
     full_res: MaybeFlag = None       # score the enlarged logits, not the native ones; default: as the unit has it
-    oracle: Oracle = 'simulated'     # simulated: labels are on disk, hidden until asked for | human: wait for them
+    oracle: TypeName = 'simulated'   # simulated: labels are on disk, hidden until asked for | human: wait for them
     overrides: Overrides = None      # config overrides for single rounds, e.g. {2: {'train_cfg.max_iters': 4000}}
     stop: StopSetting = None         # stop early: dict(metric='mIoU', value=75) and / or dict(metric=, patience=2)
     seed: MaybeCount = None          # of every random choice; defaults to randomness.seed
@@ -130,7 +129,6 @@ Flag = rule('True or False', lambda v: isinstance(v, bool))
 MaybeFlag = or_none(Flag)
 Start = one_of('scratch', 'last', 'best')
 Which = one_of('last', 'best')
-Oracle = one_of('simulated', 'human')
 MaybeAmount = or_none(rule('a positive int, or a fraction in (0, 1]', lambda v: is_amount(v)))
 Budget = rule('a positive int, a fraction in (0, 1], or a list of these with one entry a round',
               lambda v: is_amount(v) or is_list_of(v, is_amount))
@@ -223,13 +221,7 @@ def start_or_resume(runner: Runner) -> State:
 
 def start_run(state: State) -> None:
     """Label what there is to be before the first round."""
-    asked = initial_images(state) or query(state, None)
-    if is_main_process():  # an older run's checkpoints and requests: nothing of it may leak into this one
-        for folder in glob.glob(osp.join(glob.escape(state.work_dir), 'round_*', '')):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(osp.join(folder, 'last_checkpoint'))
-            shutil.rmtree(osp.join(folder, 'to_label'), ignore_errors=True)
-    add_round(state, asked)
+    add_round(state, initial_images(state) or query(state, None))
     tell_hooks(state, 'after_al_ask', None)
 
 
@@ -243,6 +235,7 @@ def resume_run(state: State, content: dict) -> None:
         logger.warning(f'The config has changed since the run began: {", ".join(changed)}')
     if state.phase == 'label':
         tell_hooks(state, 'after_al_ask', None)  # where the run was killed before, or a hook failed
+    if state.is_human:
         accept_labels(state)
     added, removed = set(pool.names) - set(known), [name for name in known if name not in pool.where]
     if added:
@@ -340,28 +333,34 @@ def add_round(state: State, asked: dict) -> None:
     Raises:
         ValueError: A label that is on disk cannot be used; it names all the files. The state on disk is as it was.
     """
-    k = len(state.rounds)  # images that `initial` names have their labels
-    waits = state.al.oracle == 'human' and (k > 0 or not isinstance(state.al.initial, (str, list)))
+    k = len(state.rounds)
+    if is_main_process():  # an older run's checkpoints and requests: nothing of it may leak into this one
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(osp.join(state.folder(k), 'last_checkpoint'))
+        shutil.rmtree(osp.join(state.folder(k), 'to_label'), ignore_errors=True)
 
-    def ask(name: str) -> tuple[list | None, int, int]:
-        if not state.counts_pixels:
-            return None, 0, 0 if waits else state.check_label(name, None)
+    def ask(name: str) -> tuple:
         old = state.mask(name)
         new = state.mask_of(name, asked[name]) & ~old
-        pixels, void = int(new.sum()), 0 if waits else state.check_label(name, new)
-        if asked[name] is None:
-            return None, pixels, void
-        write_png(state.mask_path(k, name), old | new)
-        return [len(asked[name]), pixels], pixels, void
+        void = 0 if state.is_human else state.count_void(name, new)
+        if asked[name] is not None:
+            write_png(state.mask_path(k, name), old | new)
+        return asked[name] is not None and len(asked[name]), int(new.sum()), void
 
     figures = on_all_ranks(ask, list(asked))
-    entry = dict(asked={name: figures[name][0] for name in asked}, strategy=state.strategy_of(k).record)
+    entry = dict(asked={name: [n, pixels] if n else None for name, (n, pixels, _) in figures.items()},
+                 strategy=state.strategy_of(k).record)
     if state.counts_pixels:
         entry.update(pixels=sum(figure[1] for figure in figures.values()),
                      void_pixels=sum(figure[2] for figure in figures.values()))
+    if state.is_human:
+        entry['ids'] = {name: ids.tolist() for name, ids in asked.items() if ids is not None}
     state.rounds.append(entry)
+    state.phase, state.is_resumed = 'train', False
+    if state.is_human:  # images that `initial` names have their labels
+        state.phase = 'label'
+        accept_labels(state, is_asking=k > 0 or not isinstance(state.al.initial, (str, list)))
     entry.update(hold_out(state), spent=state.spent())
-    state.phase, state.is_resumed = 'label' if waits else 'train', False
     state.save()
 
 
@@ -432,9 +431,12 @@ def check_resume(content: dict, al: dict, pool: Pool) -> None:
     if before != now:
         raise ValueError(f'`al.rounds` and `al.budget` should leave the {past} queries that were made as they were '
                          f'({before}), but got {now}')
-    gone = [name for entry in content['rounds'] for name in entry['asked'] if name not in pool.where]
+    gone = [name for entry in content['rounds'] for name in entry['asked']
+            if name not in pool.where and name not in content.get('dropped', ())]
     if gone:
-        raise ValueError(f'{len(gone)} labelled images are not in the data set any more: {", ".join(gone[:5])}')
+        raise ValueError(f'{len(gone)} images that were asked for are not in the data set any more: '
+                         f'{", ".join(gone[:5])}. Bring them back, or take them out of the run: python al_label.py '
+                         f'drop WORK_DIR {shlex.join(gone[:5])}')
 
 
 def parse_settings(block: dict) -> ConfigDict:
@@ -458,6 +460,10 @@ def parse_settings(block: dict) -> ConfigDict:
         al.rounds = len(al.budget)
     if al.stop:
         al.stop = check_settings(al.stop, settings_of(reached, 1), 'al.stop')
+    name, given = split_setting(al.oracle)
+    if name not in ORACLES:
+        raise ValueError(f"`al.oracle` should be 'simulated' or 'human', but got {name!r}")
+    al.oracle = dict(check_settings(given, settings_of(ORACLES[name]), 'al.oracle'), type=name)
     unit, strategy = resolve_unit(al.unit), resolve_strategy(al.strategy)
     al.unit, al.strategy = unit.setting, strategy.setting
     unit.kind.check(al, strategy)
@@ -473,41 +479,19 @@ def block_settings() -> dict[str, tuple]:
 MAY_CHANGE_ON_RESUME = ['rounds', 'budget', 'stop']  # they extend a run; a companion adds what only looks at one
 
 
-def accept_labels(state: State) -> None:
-    """Check that all labels of the state's round are there, count void pixels, and let the round train.
+def accept_labels(state: State, **how) -> None:
+    """Let whoever gives the labels put what is there into the label store, by a hook's ``accept_labels(state)``: it
+    ends the phase ``label`` when there is enough to train on, and raises ValueError where a label cannot be used.
 
     Raises:
-        ValueError: It names the images whose label file is missing, unreadable, of another size than the image, or
-            without a label where it was asked for. ``to_label/missing.txt`` holds them all.
+        ValueError: Nobody does.
     """
-    folder = osp.join(state.folder(), 'to_label')
-    missing_path, void_path = (osp.join(folder, file) for file in ('missing.txt', 'void.txt'))
-    may_be_void = mmengine.list_from_file(void_path) if osp.isfile(void_path) else []
-
-    def accept(name: str) -> int | str:
-        new = state.asked_mask(name)
-        try:
-            void = state.check_label(name, new)
-        except ValueError as error:
-            return str(error)
-        return void if void < new.sum() or name in may_be_void else 'it has no label where it was asked for; if all ' \
-            'that is void, name the image in to_label/void.txt'
-
-    figures = on_all_ranks(accept, list(state.entry['asked']))
-    missing = [f'{name}: {why}' for name, why in figures.items() if isinstance(why, str)]
-    if is_main_process():
-        os.makedirs(folder, exist_ok=True)
-        if missing:
-            write_atomically(missing_path, '\n'.join([*missing, '']))
-        elif osp.isfile(missing_path):
-            os.remove(missing_path)
-    if missing:
-        raise ValueError(f'{len(missing)} of the {len(figures)} label maps that round {state.round} needs are not there'
-                         f' yet (all in {missing_path}): {"; ".join(missing[:10])}')
-    if state.counts_pixels:
-        state.entry['void_pixels'] = sum(figures.values())
-        state.entry['spent'] = state.spent()
-    state.phase = 'train'
+    givers = [hook for hook in state.runner.hooks if hasattr(hook, 'accept_labels')]
+    if not givers:
+        raise ValueError("`al.oracle='human'` needs al_label.py beside al_patch.py, or a hook of yours with a method "
+                         'accept_labels(state), but there is neither')
+    for hook in givers:
+        hook.accept_labels(state, **how)
 
 
 def log_request(state: State) -> None:
@@ -515,10 +499,11 @@ def log_request(state: State) -> None:
     entry, folder = state.entry, osp.join(state.folder(), 'to_label')
     units = sum(units[0] for units in entry['asked'].values() if units)
     what = f' ({units} {state.al.unit.type}s, {entry["pixels"]} pixels)' if state.counts_pixels else ''
-    first = state.pool.info(next(iter(entry['asked']))).get('seg_map_path')
+    first = next(iter(entry['asked']))
+    own = state.pool.info(first).get('seg_map_path')
     state.logger.info(f'Round {state.round} waits for labels in {len(entry["asked"])} images{what}: see {folder}\nPut '
-                      f'each label map where the data set looks for it, the first at {first}\nThen go on with: '
-                      f'{resume_command()}')
+                      f'each label map into {state.folder()}/labels, the first as {first}.png, or where the data set '
+                      f'looks for it, the first at {own}\nThen go on with: {resume_command()}')
 
 
 def resume_command() -> str:
@@ -803,8 +788,9 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     """
     dataloader = copy.copy(dataloader)
     where, kept = dataloader.pop('al'), []
-    state = State(read_state(where['state']), osp.dirname(where['state']))
-    have = {name: None if k is None else state.mask_path(k, name)
+    content = read_state(where['state'])
+    state = State(content, osp.dirname(where['state']), ConfigDict(content['settings']))
+    have = {name: Shown(k is not None and state.mask_path(k, name), *(state.stored(name) if state.is_human else ()))
             for name, k in state.labelled(where['round']).items()
             if name not in state.rounds[where['round']].get('held_out', ())}
 
@@ -835,14 +821,28 @@ def keep_labelled(dataset: BaseDataset, have: dict) -> None:
     """Filter a leaf data set, and hide what is not labelled of an image.
 
     Args:
-        have: Image name -> path of its mask, or None for a whole image.
+        have: Image name -> what is ``Shown`` of it.
     """
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     names = [image_name(dataset, info) for info in infos]
     dataset.get_subset_([i for i, name in enumerate(names) if name in have])
-    masks = {info['img_path']: have[name] for info, name in zip(infos, names) if have.get(name)}
-    if masks or type(dataset.pipeline) is Compose:
-        dataset.pipeline = SparseLabels(dataset.pipeline.transforms, masks, getattr(dataset, 'ignore_index', 255))
+    shown = {info['img_path']: have[name] for info, name in zip(infos, names) if any(have.get(name, ()))}
+    if shown or type(dataset.pipeline) is Compose:
+        dataset.pipeline = SparseLabels(dataset.pipeline.transforms, shown, getattr(dataset, 'ignore_index', 255))
+
+
+class Shown(NamedTuple):
+    """What training sees of an image's labels."""
+    mask: str | None = None  # path of the mask of what is labelled; none: the whole image is
+    classes: str | None = None  # path of the label store's map, in place of the data set's
+    file: str | None = None  # path of the file that it came in, for the data set's loader
+
+
+def read_classes(path: str, ignore_index: int) -> np.ndarray:
+    """A map of the label store, void as ``ignore_index``, (H, W) int64."""
+    with reading(path), Image.open(path) as image:
+        classes = np.array(image).astype(np.int64)
+        return np.where(classes == (255 if image.mode == 'L' else 65535), ignore_index, classes)
 
 
 class SparseLabels(Compose):
@@ -850,34 +850,40 @@ class SparseLabels(Compose):
     that cannot be read is named.
 
     - The mask is applied by the transform that loads the label map, before any geometry.
+    - The label store's map takes the place of what that transform loads, and steps that map its values are passed over.
     - A random transform that leaves no labelled pixel, as a crop can, is drawn again, up to ten times.
     - A resize keeps every labelled pixel: its label lands where the pixel lands, also where nearest neighbour skips it.
 
     Args:
         transforms: The stock pipeline's.
-        masks: Path of an image -> path of its mask; all other images are wholly labelled.
+        shown: Path of an image -> what is ``Shown`` of it; all other images are wholly labelled.
         ignore_index: What the loss ignores.
     """
 
-    def __init__(self, transforms: list, masks: dict, ignore_index: int):
+    def __init__(self, transforms: list, shown: dict, ignore_index: int):
         super().__init__(transforms)
-        self.masks, self.ignore_index = masks, ignore_index
+        self.shown, self.ignore_index = shown, ignore_index
 
     def __call__(self, results: dict) -> dict | None:
-        path = self.masks.get(results['img_path'])
+        shown = self.shown.get(results['img_path'])
         with reading(f'{results["img_path"]} or its label map'):
-            return super().__call__(results) if path is None else self.show_labelled(results, path)
+            return super().__call__(results) if shown is None else self.show_labelled(results, shown)
 
-    def show_labelled(self, results: dict, path: str) -> dict | None:
+    def show_labelled(self, results: dict, shown: Shown) -> dict | None:
+        results = {**results, 'seg_map_path': shown.file} if shown.file else results
         for transform in self.transforms:
-            before, results = results, transform(copy.copy(results))
+            before, results = results, run_step(transform, results)
             if results is None:
                 return None
             label, old = results.get('gt_seg_map'), before.get('gt_seg_map')
             if label is None or label is old:
                 continue
             if old is None:
-                results['gt_seg_map'] = self.hide(label, path)
+                if shown.classes:
+                    label = read_classes(shown.classes, self.ignore_index).astype(label.dtype)
+                results['gt_seg_map'] = self.hide(label, shown.mask) if shown.mask else label
+            elif shown.classes and maps_values(before, results):
+                results['gt_seg_map'] = old
             elif any('Resize' in cls.__name__ for cls in type(transform).__mro__):  # mmcv's and mmseg's
                 results['gt_seg_map'] = keep_pixels(old, label, self.ignore_index)
             elif (old != self.ignore_index).any():
@@ -892,6 +898,24 @@ class SparseLabels(Compose):
         if mask.shape != label_HW.shape[:2]:
             raise ValueError(f'the mask {path} has size {mask.shape}, but the label map {label_HW.shape[:2]}')
         return np.where(mask, label_HW, np.array(self.ignore_index, label_HW.dtype))
+
+
+def run_step(transform: Callable, results: dict) -> dict | None:
+    """Run a step of a pipeline on a copy of what the last one gave: it may write to its arrays."""
+    return transform({key: value.copy() if isinstance(value, np.ndarray) else value
+                      for key, value in results.items()})
+
+
+def maps_values(before: dict, after: dict) -> bool:
+    """Whether a step of a pipeline has mapped the values of the label map, each to one, and left the image alone."""
+    old, new = before['gt_seg_map'], after['gt_seg_map']
+    if new.shape[:2] != old.shape[:2] or not np.array_equal(before.get('img'), after.get('img')):
+        return False
+    if old.ndim > 2:  # colours
+        return new.ndim == 2
+    _, first, rows = np.unique(old, return_index=True, return_inverse=True)
+    mapped = new.reshape(-1)[first][rows.reshape(old.shape)]
+    return np.array_equal(mapped, new) and not np.array_equal(old, new)
 
 
 @torch.no_grad()
@@ -980,7 +1004,7 @@ class Query:
         al, pool, k, have = state.al, state.pool, len(state.rounds), state.labelled()
         self.state, self.trainer, self.strategy, state.thresholds = state, trainer, state.strategy_of(k), {}
         self.amount = budgets(al)[k - 1] if k else al.initial
-        names = [name for name in pool.names if have.get(name, 0) is not None]
+        names = [name for name in pool.names if have.get(name, 0) is not None and name not in state.dropped]
         if al.pool_size is not None and k:
             least = 0 if state.counts_pixels else number_of(self.amount, len(pool))
             size = max(least, number_of(al.pool_size, len(pool)))
@@ -1242,7 +1266,7 @@ def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor
     that the round did not train on; 0.001 for a class that they do not show often enough to tell. (C,)"""
     names, alpha, rates, images = state.entry['held_out'], strategy.alpha, 0, 0
     for name, seen in Network(trainer, strategy).look(state, names, [to_image], shared=False):
-        probs_CHW, label_HW = seen.means[0]['probs_NCHW'][0], state.pool.load_label(name).astype(np.int64)
+        probs_CHW, label_HW = seen.means[0]['probs_NCHW'][0], state.load_label(name).astype(np.int64)
         label_HW = torch.from_numpy(np.where(state.mask(name), label_HW, -1))
         rate, shown = torch.ones(len(probs_CHW), 1001, dtype=torch.float64), torch.zeros(len(probs_CHW))
         for c in label_HW.unique().tolist():
@@ -1641,6 +1665,7 @@ class State:
         self.seed, self.config = content['seed'], content['config']
         self.rounds, self.phase, self.ended = content.get('rounds', []), content.get('phase', 'train'), None
         self.is_resumed, self.companions, self._labelled = bool(self.rounds), [], {}
+        self.dropped = content.get('dropped', [])
 
     def save(self) -> None:
         """Commit the state from rank 0; every rank returns when it is on disk."""
@@ -1648,7 +1673,7 @@ class State:
             content = dict(schema=SCHEMA, phase=self.phase, round=self.round, seed=self.seed, ended=self.ended,
                            settings=self.al.to_dict(), config=self.config, images=len(self.pool),
                            pixels=self.pool.pixels if self.counts_pixels else None, rounds=self.rounds,
-                           pool=self.pool.names)
+                           pool=self.pool.names, dropped=self.dropped)
             write_atomically(osp.join(self.work_dir, STATE_FILE), json.dumps(content, indent=1, ensure_ascii=False))
         barrier()
 
@@ -1668,6 +1693,11 @@ class State:
     @property
     def model(self) -> torch.nn.Module:
         return unwrap(self.runner.model)
+
+    @property
+    def is_human(self) -> bool:
+        """Whether people give the labels."""
+        return self.al.oracle['type'] == 'human'
 
     @functools.cached_property
     def strategy(self) -> Strategy:
@@ -1718,8 +1748,12 @@ class State:
         if until not in self._labelled:
             self._labelled[until] = {name: None if units is None else k
                                      for k, entry in enumerate(self.rounds[:until + 1])
-                                     for name, units in entry['asked'].items()}
+                                     for name, units in entry['asked'].items() if name not in self.dropped}
         return self._labelled[until]
+
+    def forget(self) -> None:
+        """Compute anew what is labelled: what was asked for is not what it was."""
+        self._labelled.clear()
 
     def mask_path(self, k: int, name: str) -> str:
         """Where round ``k`` keeps the mask of what is labelled of an image."""
@@ -1740,16 +1774,50 @@ class State:
         """What the newest round asks for of an image, (H, W) booleans."""
         return self.mask(name) & ~self.mask(name, self.round - 1)
 
-    def check_label(self, name: str, mask_HW: np.ndarray | None) -> int:
-        """How many pixels of what was asked for are void, after checking label file and labels."""
+    def unit_rows(self, name: str) -> np.ndarray:
+        """For each pixel of an image the position of the unit that the newest round asks for there, or -1, (H, W)."""
+        ids = self.entry.get('ids', {}).get(name) if name in self.entry['asked'] else []
+        if ids is None:
+            return np.where(self.asked_mask(name), 0, -1)
+        return self.units(name).rows(np.array(ids, int)).astype(int) if ids else np.full(self.pool.sizes[name], -1)
+
+    def load_label(self, name: str) -> np.ndarray:
+        """The label map of an image that was asked for, (H, W): what people have given, or what is on disk."""
+        return self.stored_label(name)[0] if self.is_human else self.pool.load_label(name)
+
+    def stored_label(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """The classes of an image in the label store, and what of it is done, (H, W) both."""
+        ignore_index, shape = self.pool.ignore_index(name), self.pool.sizes[name]
+        if not osp.isfile(self.label_path('done', name)):
+            return np.full(shape, ignore_index), np.zeros(shape, bool)
+        return read_classes(self.label_path('classes', name), ignore_index), read_mask(self.label_path('done', name))
+
+    def stored(self, name: str) -> tuple[str, str]:
+        """Where the label store has an image's classes, and the newest file that they came in."""
+        newest = [*mmengine.load(self.label_path('read', name, '.json')).values()][-1]
+        return self.label_path('classes', name), self.label_path('handed_in', f'{name}.{newest}', '')
+
+    def label_path(self, kind: str, name: str, suffix: str = '.png') -> str:
+        """Where the label store keeps what people have given, whatever becomes of the files that it came in:
+        ``labels/classes`` has classes, in 16 bits where 8 do not do, ``done`` the masks of what is done, where the
+        highest value is void; ``handed_in`` has the files, under their hashes, and ``read`` their names by source."""
+        path = png_path(osp.join(self.work_dir, 'labels', kind), name, self.work_dir)
+        return path.removesuffix('.png') + suffix
+
+    def count_void(self, name: str, mask_HW: np.ndarray) -> int:
+        """How many pixels of what was asked for are void, after checking the label map."""
+        return int((self.pool.check_label(name, self.classes)[mask_HW] == self.pool.ignore_index(name)).sum())
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes the model tells apart. One: its sigmoid tells it from 0."""
         classes = getattr(self.model, 'num_classes', None)
-        classes = classes and max(2, classes)  # one class: its sigmoid tells it from 0
-        return int((self.pool.check_label(name, classes, mask_HW) == self.pool.ignore_index(name)).sum())
+        return classes and max(2, classes)
 
     def spent(self) -> dict:
         """What is labelled by now, as figures for log and table: images and, below image level, units, clicks (one a
         unit) and pixels."""
-        figures = dict(images=len(self.labelled()))
+        figures = dict(images=len({name for entry in self.rounds for name in entry['asked']}))
         if not self.counts_pixels:
             return {**figures, '% of images': round(100 * figures['images'] / len(self.pool), 2)}
         pixels, void = (sum(entry[key] for entry in self.rounds) for key in ('pixels', 'void_pixels'))
@@ -1809,14 +1877,14 @@ class Pool(Dataset):
     """
 
     def __init__(self, cfg: dict):
-        pipeline, self.leaves, self.label_loaders, self.where, paths = query_pipeline(cfg), [], [], {}, {}
+        pipeline, self.leaves, self.training_steps, self.where, paths = query_pipeline(cfg), [], [], {}, {}
         for leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']):
             try:
                 leaf = DATASETS.build({**leaf_cfg, 'pipeline': copy.deepcopy(pipeline)})
             except ValueError as error:  # mmengine's own for an empty one is 'need at least one array to concatenate'
                 raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset` '
                                  f'({error})') from error
-            self.label_loaders.append([step for step in leaf_cfg.get('pipeline', ()) if loads_labels(step)])
+            self.training_steps.append(Compose(copy.deepcopy(leaf_cfg.get('pipeline', []))).transforms)
             if not isinstance(leaf, BaseDataset):
                 raise ValueError('active learning filters subclasses of mmengine.dataset.BaseDataset, but got a '
                                  f'{type(leaf).__name__}')
@@ -1863,29 +1931,57 @@ class Pool(Dataset):
                 raise ValueError(f'the pipeline should load images (H, W[, C]), but got {image.shape}')
             return image
 
-    def load_label(self, name: str) -> np.ndarray:
-        """The label map of an image that was asked for, (H, W), as training loads it."""
-        results = Compose(self.label_loaders[self.where[name][0]])(self.info(name))
+    def load_label(self, name: str, path: str | None = None, void_HW: np.ndarray | None = None) -> np.ndarray:
+        """The label map of an image that was asked for, in classes, (H, W): by the training pipeline's loader and those
+        of its steps that map values.
+
+        Args:
+            path: Of another label file than the data set's.
+            void_HW: Where the file says that no class fits: no step sees that.
+        """
+        results, ignore_index = self.info(name), self.ignore_index(name)
+        results.update(seg_map_path=path or results.get('seg_map_path'))
+        for step in self.training_steps[self.where[name][0]]:
+            if 'gt_seg_map' not in results:
+                results = step(results)
+                if void_HW is not None and 'gt_seg_map' in results and void_HW.any():
+                    label = results['gt_seg_map']
+                    label[void_HW] = label[np.unravel_index(void_HW.argmin(), void_HW.shape)]
+            elif not type(step).__module__.startswith(('mmcv.', 'mmseg.')):  # none of theirs maps values
+                with contextlib.suppress(Exception):  # one that needs what a random step would have given
+                    mapped = run_step(step, results)
+                    results = mapped if maps_values(results, mapped) else results
         if 'gt_seg_map' not in results:
             raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
-        return results['gt_seg_map']
+        label = results['gt_seg_map']
+        return label if void_HW is None else np.where(void_HW, ignore_index, label)
 
-    def check_label(self, name: str, classes: int | None, mask_HW: np.ndarray | None = None) -> np.ndarray:
-        """The labels of an image that was asked for: all, (H, W), or those under the mask of what was, (N,).
+    def check_label(self, name: str, classes: int | None, path: str | None = None,
+                    void_HW: np.ndarray | None = None) -> np.ndarray:
+        """The labels of an image that was asked for, (H, W); see ``load_label``.
 
         Raises:
             ValueError: Image or label map cannot be read, they differ in size, or a label is none of the classes.
         """
         ignore_index, shape = self.ignore_index(name), self.load_image(name).shape[:2]
-        with reading(self.info(name).get('seg_map_path') or f'the label map of {name!r}'):
-            label = self.load_label(name)
+        path = path or self.info(name).get('seg_map_path')
+        with reading(path or f'the label map of {name!r}'):
+            label = self.load_label(name, path, void_HW)
+            if label.ndim != 2:
+                raise ValueError(f'it should be a label map, one number a pixel {shape}, but is a colour picture '
+                                 f'{label.shape}')
             if label.shape != shape:
-                raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}')
-            label = label if mask_HW is None else label[mask_HW]
+                is_small = label.shape[0] * shape[1] == label.shape[1] * shape[0]
+                raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}'
+                                 f'{": a thumbnail?" if is_small else ""}')
             strange = np.setdiff1d(label, [*range(classes or 0), ignore_index])
             if classes and len(strange):
+                with contextlib.suppress(Exception), Image.open(path) as image:  # a loader may have cut them to 8 bits
+                    raw = np.setdiff1d(image, label)
+                    strange = raw if len(raw) and raw.max() > 255 else strange
                 raise ValueError(f'labels should be below {classes}, the number of classes, or {ignore_index} for none,'
-                                 f' but got {", ".join(map(str, strange[:5]))}')
+                                 f' but got {", ".join(map(str, strange[:5]))}'
+                                 f'{": divide by 255?" if 255 in strange else ""}')
         return label
 
     def ignore_index(self, name: str) -> int:
@@ -1954,6 +2050,18 @@ def image_name(dataset: BaseDataset, info: dict) -> str:
     name = path[len(prefix):].lstrip('/') if prefix and path.startswith(prefix) else osp.basename(path)
     return name.removesuffix(getattr(dataset, 'img_suffix', None) or osp.splitext(name)[1])
 
+
+def human(accept_partial: Flag = False, accept_unchanged: Flag = False, unlabelable: MaybeCount = None) -> None:
+    """The options of people who label.
+
+    Args:
+        accept_partial: Go on with what there is; what is not labelled goes back to the pool.
+        accept_unchanged: Take a file that was not touched since it was exported for an answer.
+        unlabelable: The value of a label file for what was looked at and is of no class.
+    """
+
+
+ORACLES = dict(simulated=lambda: None, human=human)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Units: how a score map becomes candidates, and a chosen candidate a mask
@@ -2978,7 +3086,6 @@ def png_path(folder: str, name: str, root: str | None = None) -> str:
 
 def write_png(path: str, array_HW: np.ndarray, palette: np.ndarray | None = None) -> None:
     """An array as a PNG (booleans take 1 bit each; numbers may have a palette, (256, 3)), all or nothing."""
-    os.makedirs(osp.dirname(path), exist_ok=True)
     png, image = io.BytesIO(), Image.fromarray(array_HW)
     if palette is not None:
         image.putpalette(palette.tobytes())
@@ -2987,13 +3094,14 @@ def write_png(path: str, array_HW: np.ndarray, palette: np.ndarray | None = None
 
 
 def write_atomically(path: str, content: str | bytes) -> None:
-    """Replace a file's content as a whole or, whenever the process is killed, not at all.
+    """Replace a file's content as a whole or, whenever the process is killed, not at all. Makes its folder.
 
     Raises:
         OSError: There is no space left, or the like. What was there is left as it was.
     """
     content, temporary = content.encode() if isinstance(content, str) else content, f'{path}.tmp'
     try:
+        os.makedirs(osp.dirname(path), exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)  # left by a run that was killed; or a link, which is not to be written through
         with open(temporary, 'xb') as file:

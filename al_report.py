@@ -141,7 +141,7 @@ def report_asked(state: al_patch.State, trainer) -> None:
     """Draw what the run has asked for, and hand the numbers to its visualizer."""
     pool, rounds, classes = state.pool, state.round + 1, classes_of(state.pool)
     keep(state, 'asked_classes.json', sum(
-        class_counts(pool.load_label(name)[state.asked_mask(name)], len(classes)) for name in state.entry['asked']
+        class_counts(state.load_label(name)[state.asked_mask(name)], len(classes)) for name in state.entry['asked']
     ).tolist())
     queries = kept(state, 'query_scores.json', state.round)
     asked = Asked(
@@ -304,8 +304,8 @@ def draw_picture(state: al_patch.State, asked: dict, name: str, prediction_HW: n
     classes, image, strength = classes_of(pool), to_rgb(pool.load_image(name)), .5
     new, n = state.mask_of(name, asked[name]) & ~old if name in asked else np.zeros_like(old), len(classes)
     titles = f'asked for now: {100 * new.mean():.3g} %', f'labelled so far: {100 * (old | new).mean():.3g} %'
-    known = old if state.al.oracle == 'human' else old | new  # a human has yet to label what is new
-    label = pool.load_label(name) if known.any() else n  # that of an image that was not asked for stays closed
+    known = old if state.is_human else old | new  # a human has yet to label what is new
+    label = state.load_label(name) if known.any() else n  # that of an image that was not asked for stays closed
     truth_HW = np.where(known, label, n).clip(0, n)
     if state.unit.kind.is_dense:  # make single pixels large enough to be seen
         radius, strength = max(old.shape) // 120, 1

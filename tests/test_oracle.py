@@ -28,6 +28,7 @@ from al_patch import STATE_FILE, Pool, State, read_mask, read_state
 
 BINARY = {'model.decode_head.num_classes': 2, 'model.decode_head.out_channels': 1, 'model.decode_head.threshold': 0.7,
           'model.decode_head.loss_decode.use_sigmoid': True}
+NO_CLASS = 200  # what the annotator writes where no class fits
 SHORT = {**tiny.NO_VAL, 'train_cfg.max_iters': 2}
 CELL = dict(type='region', size=[8, 8])
 RUNS = dict(
@@ -103,10 +104,7 @@ def annotate(root, truth, work_dir, k: int, skip=()) -> list:
         mask, known = to_label(work_dir, k, 'mask', f'{name}.png'), read_label(truth, name)
         asked = read_png(mask) if osp.exists(mask) else np.ones(tiny.SHAPE, bool)
         label = read_label(root, name) if osp.exists(label_file(root, name)) else np.full(tiny.SHAPE, 255, np.uint8)
-        write_label(root, name, np.where(asked, known, label))
-        if (known[asked] == 255).all():
-            with open(to_label(work_dir, k, 'void.txt'), 'a') as file:
-                file.write(f'{name}\n')
+        write_label(root, name, np.where(asked, np.where(known == 255, NO_CLASS, known), label))
     return names
 
 
@@ -122,7 +120,7 @@ def human(make_cfg, blind):
     """A function from settings to a config with a human, and that of the same run when it goes on."""
 
     def make(al: dict, **changes) -> tuple:
-        return tuple(make_cfg({**dict(oracle='human'), **al}, root=str(blind),
+        return tuple(make_cfg({**dict(oracle=dict(type='human', unlabelable=NO_CLASS)), **al}, root=str(blind),
                               changes={**SHORT, 'resume': resume, **changes}) for resume in (False, True))
 
     return make
