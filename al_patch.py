@@ -167,6 +167,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
     while state.phase != 'label':
         trainer = build_round(state)
         if state.phase == 'train':
+            tell_hooks(state, 'before_al_train', trainer)
             train_round(state, trainer)
             tell_hooks(state, 'after_al_train', trainer)
         reason = why_stop(state)
@@ -382,9 +383,9 @@ def hold_out(state: State) -> dict:
 
 
 def tell_hooks(state: State, point: str, *args) -> None:
-    """Call every hook of the caller's runner that has a method of this name: ``after_al_train(state, trainer)``,
-    ``after_al_query(state, trainer, asked)`` or ``after_al_ask(state, trainer)``, on all ranks. One that fails is
-    reported, and stops neither the run nor the others."""
+    """Call every hook of the caller's runner that has a method of this name: ``before_al_train(state, trainer)``,
+    ``after_al_train(state, trainer)``, ``after_al_query(state, trainer, asked)`` or ``after_al_ask(state, trainer)``,
+    on all ranks. One that fails is reported, and stops neither the run nor the others."""
     for hook in [hook for hook in state.runner.hooks if hasattr(hook, point)]:
         failed = None
         try:

@@ -93,6 +93,10 @@ def hook() -> mmengine.hooks.Hook:
                 if compute and 'total_area_to_metrics' not in vars(metric):
                     metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
 
+        def before_al_train(self, state: al_patch.State, trainer) -> None:
+            if al_patch.is_main_process():
+                look_at_labels(state)
+
         @torch.no_grad()
         def after_al_train(self, state: al_patch.State, trainer) -> None:
             if al_patch.is_main_process():
@@ -140,9 +144,6 @@ def report_curve(state: al_patch.State) -> None:
 def report_asked(state: al_patch.State, trainer) -> None:
     """Draw what the run has asked for, and hand the numbers to its visualizer."""
     pool, rounds, classes = state.pool, state.round + 1, classes_of(state.pool)
-    keep(state, 'asked_classes.json', sum(
-        class_counts(state.load_label(name)[state.asked_mask(name)], len(classes)) for name in state.entry['asked']
-    ).tolist())
     queries = kept(state, 'query_scores.json', state.round)
     asked = Asked(
         classes, np.array([each or [0] * len(classes) for each in kept(state, 'asked_classes.json', rounds)]),
@@ -151,6 +152,24 @@ def report_asked(state: al_patch.State, trainer) -> None:
         units_per_image(state.rounds, len(pool)), predicted_classes(state, trainer) if state.al.visualize else None)
     add_scalars(state, asked.newest())
     show(state, draw_asked(asked), osp.join(state.work_dir, 'asked.png'), 'asked')
+
+
+def look_at_labels(state: al_patch.State) -> None:
+    """Count the classes of what the newest round was given, and say it aloud where there is only one."""
+    classes = classes_of(state.pool)
+    counts = {name: class_counts(state.load_label(name)[state.asked_mask(name)], len(classes))
+              for name in state.entry['asked'] if name not in state.dropped}
+    shown, total = np.array([(each > 0).sum() for each in counts.values()]), sum(counts.values())
+    keep(state, 'asked_classes.json', total.tolist())
+    if (total > 0).sum() <= 1 and len(counts) > 1:
+        absent = [name for name, n in zip(classes, total) if not n]
+        state.logger.warning(f'All labels that round {state.round} got are {classes[int(total.argmax())]!r}: none is '
+                             f'{" or ".join(map(repr, absent[:5]))}. If label files hold 0 and 255, divide them by '
+                             '255, which is no label')
+    elif not state.counts_pixels and np.median(shown) > 2 and shown.min() <= 1:
+        odd = [name for name, n in zip(counts, shown) if n <= 1]
+        state.logger.warning(f'Labelled with one class or none, where most images have {np.median(shown):.0f}: '
+                             f'{", ".join(odd[:10])}')
 
 
 def ranking_overlap(before: dict, after: dict) -> tuple[float, float]:
@@ -541,9 +560,40 @@ def status(path: str) -> str:
         f'{path}: {in_words(al["strategy"])}, unit {in_words(al["unit"])}, seed {run["seed"]}',
         f'Ended after round {k}: {run["ended"]}' if run['ended'] else
         f'Round {k} of {al["rounds"]}: {PHASES.get(run["phase"], run["phase"])}; it last wrote {ago:.0f} s ago',
-        'Labelled: ' + ', '.join(f'{value} {key}' for key, value in run['rounds'][-1]['spent'].items()),
+        *labels_of(path, run),
         *([str(rounds_table(done))] if done else []),
         f'{when}: bash dist_al_train.sh {config} <GPUs> --work-dir {path} --resume'])
+
+
+def labels_of(work_dir: str, run: dict) -> list[str]:
+    """What is labelled and, of people's labels, how much of what was asked for is there: as the run last saw it, for it
+    alone can tell what is right."""
+    rounds, k = run['rounds'], run['round']
+    waits, unit = run['phase'] == 'label', in_words(run['settings']['unit']).partition('(')[0]
+    spent = rounds[-1 - waits]['spent'] if len(rounds) > waits else {}
+    lines = ['Labelled: ' + (', '.join(f'{value} {key}' for key, value in spent.items()) or 'nothing yet')]
+    if waits:
+        folder, asked = osp.join(work_dir, f'round_{k}'), rounds[-1]['asked']
+        inbox = [osp.relpath(path, osp.join(folder, 'labels')) for path in glob.glob(
+            osp.join(glob.escape(folder), 'labels', '**', '*.*'), recursive=True)]
+        path, seen = osp.join(folder, 'to_label', 'delivered.json'), {}
+        if osp.isfile(path):
+            with open(path, encoding='utf-8') as file:
+                seen = json.load(file)
+        wrong = [report['wrong'] for report in seen.values() if report['wrong']]
+        lines += [
+            f'Asked for: {units_of(rounds[-1])} {unit}s in {len(asked)} images',
+            f'Delivered: {len({osp.splitext(path)[0] for path in inbox} & set(asked))} files in {folder}/labels; when '
+            f'the run last looked, {sum(report["accepted"] for report in seen.values())} {unit}s were accepted, '
+            f'{len(wrong)} files wrong', *(f'Wrong: {why}' for why in wrong[:10])]
+    unchanged = [f'{entry["unchanged"]} of {units_of(entry)} in round {i}'
+                 for i, entry in enumerate(rounds) if entry.get('unchanged')]
+    return lines + [f'Labelled as the model had predicted: {", ".join(unchanged)}'] * bool(unchanged)
+
+
+def units_of(entry: dict) -> int:
+    """How many units a round asked for."""
+    return sum(units[0] if units else 1 for units in entry['asked'].values())
 
 
 PHASES = dict(train='training on what is labelled', query='scoring the pool',
@@ -582,6 +632,8 @@ def read_run(work_dir: str) -> dict:
         if run['schema'] > 2:
             raise ValueError(f'its schema {run["schema"]} is newer than this al_report.py')
         for entry in run['rounds']:
+            if isinstance(entry['asked'], list):  # whole images
+                entry['asked'] = dict.fromkeys(entry['asked'])
             images.update(entry['asked'])
             entry.setdefault('spent', entry.get('labelled', dict(images=len(images))))
         all_done = run['phase'] == 'query' and run['round'] >= run['settings']['rounds']
@@ -651,7 +703,7 @@ def classes_of(pool: al_patch.Pool) -> list[str]:
 
 def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
     """How many labels there are of every class; void is none. (C,)"""
-    return np.bincount(labels[labels < classes], minlength=classes)
+    return np.bincount(labels[(labels >= 0) & (labels < classes)], minlength=classes)
 
 
 if __name__ == '__main__':
