@@ -20,6 +20,7 @@ import os
 import os.path as osp
 import pathlib
 import shutil
+import tempfile
 import zipfile
 from typing import TYPE_CHECKING, Iterator
 from urllib.parse import quote
@@ -116,14 +117,14 @@ def rewind(work_dir: str, round: int, train: bool = False) -> str:
             entry.pop(key, None)
         content.update(rounds=content['rounds'][:round + 1], round=round, ended=None,
                        phase='train' if anew else 'query')
-        write_state(work_dir, content)
-        for k in range(round + 1, last + 1):
-            if osp.isdir(later := osp.join(work_dir, f'round_{k}')):
-                shutil.move(later, aside)
-        if anew:  # what it asks people for, and has of them, stays
+        if anew and folder.is_dir():  # what it asks people for, and has of them, stays
             (aside / folder.name).mkdir()
             for path in [path for path in folder.iterdir() if path.name not in ('labelled', 'labels', 'to_label')]:
                 shutil.move(path, aside / folder.name)
+        write_state(work_dir, content)  # stopped before this, it can be done again
+        for k in range(round + 1, last + 1):
+            if osp.isdir(later := osp.join(work_dir, f'round_{k}')):
+                shutil.move(later, aside)
     return f'{work_dir} is back in round {round}, which {"is trained" if anew else "asks"} anew' + (
         f', as {", ".join(gone)} is gone' if gone else '') + f'; what was there is in {aside}. Go on with --resume'
 
@@ -141,6 +142,8 @@ def drop(work_dir: str, names: list[str]) -> str:
             raise ValueError(f'IMAGE should be the name of one in the data set, such as {min(known)!r}, but got '
                              f'{", ".join(map(repr, strange))}')
         content['dropped'] = sorted({*content.get('dropped', ()), *names})
+        for entry in content['rounds']:
+            entry['held_out'] = [name for name in entry.get('held_out', ()) if name not in names]
         write_state(work_dir, content)
     return f'{work_dir} goes on without {", ".join(names)}'
 
@@ -253,12 +256,12 @@ def give_back(state: State, missing: dict[str, list]) -> None:
     entry, k = state.entry, state.round
 
     def keep(name: str) -> list | None:
-        kept = [i for i in entry['ids'].get(name, ()) if i not in missing[name]]
-        if not kept:
+        if name not in entry['ids']:
             return None
-        new = state.mask_of(name, np.array(kept))
+        kept = [i for i in entry['ids'][name] if i not in missing[name]]
+        new = state.mask_of(name, np.array(kept, int)) & ~state.mask(name, k - 1)
         al_patch.write_png(state.mask_path(k, name), state.mask(name, k - 1) | new)
-        return [len(kept), int(new.sum())]
+        return [len(kept), int(new.sum())] if kept else None
 
     kept = al_patch.on_all_ranks(keep, list(missing))
     state.logger.warning(f'Not labelled in round {k}, and back in the pool: {describe_units(state, missing)}')
@@ -294,17 +297,22 @@ class Inbox:
 
     def __init__(self, state: State):
         self.state, self.oracle = state, state.al.oracle
-        path = folder_of(state) / EXPORTED_FILE
-        self.exported = json.loads(path.read_text()) if path.is_file() else {}  # hashes of the label maps to start from
+        self.exported = read_json(exported_path(state))
 
-    def sources(self, name: str) -> list[tuple[str, str]]:
-        """Where an image's labels may come from, and the path there: what counts more comes later."""
-        found = []
+    def sources(self, name: str, before: dict) -> list[tuple[str, str]]:
+        """Where an image's labels may come from, and the path there: what counts more comes later. A file that is gone
+        or empty counts as it was handed in ``before``."""
+        found, handed_in = [], False
         for k in range(self.state.round + 1):
-            stem = osp.join(self.state.folder(k), 'labels', name)
-            found += [(f'round_{k}', path) for path in sorted(glob.glob(f'{glob.escape(stem)}.*'))
-                      if osp.splitext(path)[0] == stem and not path.endswith('.tmp')]
-        return found or [('data set', self.state.pool.info(name).get('seg_map_path'))]
+            source, stem = f'round_{k}', osp.join(self.state.folder(k), 'labels', name)
+            here = [path for path in sorted(glob.glob(f'{glob.escape(stem)}.*')) if osp.splitext(path)[0] == stem and
+                    not path.endswith('.tmp') and osp.getsize(path)]
+            handed_in |= bool(here)
+            if not here and source in before:
+                here = [self.state.label_path('handed_in', f'{name}.{before[source]}', '')]
+            found += [(source, path) for path in here]
+        return found if handed_in and DATA_SET not in before else [
+            (DATA_SET, self.state.pool.info(name).get('seg_map_path')), *found]
 
     def take(self, name: str, reads: bool) -> dict:
         """Keep what is new and right in an image's files, if it ``reads`` any, and compare what is done with what the
@@ -315,16 +323,20 @@ class Inbox:
             pixels, units ``unchanged`` from the prediction; pixels ``changed`` in labels that were there before, and
             ``outside`` of what was asked for; a file that is ``untouched`` since it was exported; what is ``wrong``.
         """
+        import al_patch
         state, report = self.state, dict(untouched='', changed=0, outside=0, wrong='')
         (classes, done), rows, files = state.stored_label(name), state.unit_rows(name), []
+        mask = state.mask(name) | (rows >= 0)
+        if (mask & ~state.mask(name)).any():  # stopped while units went back to the pool
+            al_patch.write_png(state.mask_path(state.round, name), mask)
         was, had, answered = classes.copy(), done.copy(), np.zeros_like(done)
         try:
             for source, path, content, version in self.new_files(name, report) if reads else ():
                 labels, known = self.read(name, path)
                 if source != DATA_SET:
-                    report['outside'] += int((known & ~state.mask(name)).sum())
-                answered |= known & state.mask(name)
-                classes[answered & known] = labels[answered & known]
+                    report['outside'] += int((known & ~mask).sum())
+                answered |= known & mask
+                classes[known & mask] = labels[known & mask]
                 files.append((source, content, version))
         except ValueError as error:
             report['wrong'], files = str(error), []
@@ -344,7 +356,9 @@ class Inbox:
                       void=int((classes[whole] == state.pool.ignore_index(name)).sum()), unchanged=0)
         path = folder_of(state) / 'prediction' / f'{name}.png'
         if len(size) and path.is_file():
-            report['unchanged'] = int((is_done & (pixels(classes == self.read(name, str(path))[0]) == size)).sum())
+            predicted = read_label(str(path), state.pool, name)
+            same = (classes == predicted) & (predicted != state.pool.ignore_index(name))
+            report['unchanged'] = int((is_done & (pixels(same) == size)).sum())
         return report
 
     def new_files(self, name: str, report: dict) -> Iterator[tuple[str, str, bytes, str]]:
@@ -352,12 +366,12 @@ class Inbox:
         the name of this version."""
         from mmengine import fileio
         before, is_new = read_json(self.state.label_path('read', name, '.json')), False
-        for source, path in self.sources(name):
+        for source, path in self.sources(name, before):
             content = b''
             with contextlib.suppress(FileNotFoundError):  # a data set may have no label maps yet
                 content = fileio.get(path) if path else b''
             version = version_of(content)
-            if version == self.exported.get(name) and not self.oracle.accept_unchanged:
+            if version in self.exported.get(name, ()) and not self.oracle.accept_unchanged:
                 report['untouched'] = path
                 continue
             version += osp.splitext(path or '')[1]
@@ -378,6 +392,9 @@ class Inbox:
         if self.oracle.unlabelable is not None:
             with al_patch.reading(path), Image.open(io.BytesIO(fileio.get(path))) as image:
                 void_HW = np.asarray(image) == self.oracle.unlabelable
+            void_HW = void_HW.all(2) if void_HW.ndim > 2 else void_HW
+            if void_HW.all() and void_HW.shape == pool.sizes[name]:
+                return np.full(void_HW.shape, pool.ignore_index(name)), void_HW
         labels = pool.check_label(name, self.state.classes, path, void_HW)
         known = labels != pool.ignore_index(name)
         return labels, known if void_HW is None else known | void_HW
@@ -393,12 +410,14 @@ class Inbox:
         if changed:
             kept = path('changed', name, '.json')
             write_atomically(kept, json.dumps({**read_json(kept), newest: changed}))
-        depth = np.uint8 if (self.state.classes or 0) < 256 else np.uint16
+        depth = np.uint8 if (self.state.classes or 256) < 256 else np.uint16
         is_void = classes == self.state.pool.ignore_index(name)
         write_png(path('classes', name), np.where(is_void, np.iinfo(depth).max, classes).astype(depth))
         write_png(path('done', name), done)
         kept = path('read', name, '.json')
-        read = {**read_json(kept), **{source: version for source, _, version in files}}
+        before = read_json(kept)
+        read = {**before, **{source: version for source, _, version in files},
+                'mapped': sorted({*before.get('mapped', ()), *self.state.pool.mapped})}
         read[files[-1][0]] = read.pop(files[-1][0])  # the newest is last
         write_atomically(kept, json.dumps(read))
 
@@ -425,11 +444,11 @@ class Inbox:
         if untouched:
             warn('Handed in as it was exported, which is no answer (but with `al.oracle.accept_unchanged`): '
                  f'{in_words(untouched)}')
-        strange = {}
+        strange, known = {}, {*reports, *state.dropped}
         for k in range(state.round + 1):
             inbox = pathlib.Path(state.folder(k), 'labels')
-            strange.update({str(path): None for path in sorted(inbox.rglob('*.*')) if path.is_file() and
-                            str(path.relative_to(inbox).with_suffix('')) not in reports})
+            strange.update({str(path): None for path in sorted(inbox.rglob('[!.]*')) if path.is_file() and (
+                path.suffix in ('', '.tmp') or str(path.relative_to(inbox).with_suffix('')) not in known)})
         if strange:
             warn(f'Nobody asked for these, they are kept aside: {in_words(strange)}')
         if (folder / 'void.txt').is_file():
@@ -449,7 +468,12 @@ def read_json(path: str) -> dict:
         return json.loads(pathlib.Path(path).read_text()) if osp.isfile(path) else {}
 
 
-DATA_SET, EXPORTED_FILE = 'data set', 'exported.json'
+def exported_path(state: State) -> str:
+    """Where a run keeps the versions of all label maps that it has ever given to people to start from, by image."""
+    return osp.join(state.work_dir, 'labels', 'exported.json')
+
+
+DATA_SET = 'data set'
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What: masks, pictures, label maps to start from
@@ -467,23 +491,23 @@ def export(state: State, trainer: Runner | None = None) -> None:
     folder = folder_of(state)
     folder.mkdir(parents=True, exist_ok=True)
     if state.counts_pixels:
-        al_patch.on_all_ranks(lambda name: write_mask(state, name), list(state.entry['asked']))
+        al_patch.on_all_ranks(lambda name: write_mask(state, name), names_to_label(state))
     if state.round:  # before round 0 there is no model
         write_predictions(state, trainer)
     if al_patch.is_main_process():
         export_cvat(state)
         export_label_studio(state)
-        al_patch.write_atomically(folder / 'to_label.txt', split_file(state))
+        al_patch.write_atomically(folder / 'to_label.txt', ''.join(f'{name}\n' for name in names_to_label(state)))
 
 
 def is_finished(state: State) -> bool:
     """Whether an earlier start of the run has written all of the export."""
-    path = folder_of(state) / 'to_label.txt'
-    return state.is_resumed and path.is_file() and path.read_bytes() == split_file(state).encode()
+    return state.is_resumed and (folder_of(state) / 'to_label.txt').is_file()
 
 
-def split_file(state: State) -> str:
-    return ''.join(f'{name}\n' for name in state.entry['asked'])
+def names_to_label(state: State) -> list[str]:
+    """The images in which the newest round asks people for something: not those that lie in the store."""
+    return [name for name in state.entry['asked'] if name not in state.dropped and mask_to_label(state, name).any()]
 
 
 def folder_of(state: State) -> pathlib.Path:
@@ -539,63 +563,87 @@ def write_predictions(state: State, trainer: Runner | None) -> None:
 
     import al_patch
     past = copy.copy(state)
-    past.rounds = state.rounds[:-1]
+    past.rounds, names = state.rounds[:-1], names_to_label(state)
     past.runner = trainer or type(state.runner).from_cfg(al_patch.round_config(past))  # a round may override the model
 
     @torch.no_grad()
     def write_share(rank: str) -> None:
         al_patch.load_weights(past, past.checkpoint(past.round, state.al.query_with))
         network = al_patch.Network(past.runner)
-        for name, seen in network.look(state, list(state.entry['asked']), [al_patch.to_image]):
+        for name, seen in network.look(state, names, [al_patch.to_image]):
             write_prediction(state, name, network.classify(seen))
 
     # one call on each rank, which waits for no other: whatever fails in it, nobody hangs
     al_patch.on_all_ranks(write_share, [str(rank) for rank in range(al_patch.get_dist_info()[1])])
     if al_patch.is_main_process():
-        hashes = {name: version_of(pathlib.Path(png_path(state, 'prediction', name)).read_bytes())
-                  for name in state.entry['asked']}
-        al_patch.write_atomically(folder_of(state) / EXPORTED_FILE, json.dumps(hashes, indent=1))
+        exported = read_json(exported_path(state))
+        for name in names:
+            version = version_of(pathlib.Path(png_path(state, 'prediction', name)).read_bytes())
+            exported[name] = list(dict.fromkeys([*exported.get(name, ()), version]))
+        al_patch.write_atomically(exported_path(state), json.dumps(exported, indent=1))
     if not trainer:
         al_patch.close_round(past.runner)
 
 
 def write_prediction(state: State, name: str, pred_HW: np.ndarray) -> None:
     """Write a label map to start from: the prediction where labels are asked for, what was labelled before, and nothing
-    elsewhere. A single pixel has no prediction: it would be an answer."""
-    pool, (classes, done), mask = state.pool, state.stored_label(name), mask_to_label(state, name)
-    nothing = pool.ignore_index(name)
-    asked = np.where(mask & (state.al.unit.type != 'pixel'), pred_HW, nothing)
-    write_label(png_path(state, 'prediction', name), pool, name, np.where(done, classes, asked).astype(np.uint8))
+    elsewhere. A unit of a single pixel has no prediction: it would be an answer."""
+    pool, (classes, done), rows = state.pool, state.stored_label(name), state.unit_rows(name)
+    mask = mask_to_label(state, name) & np.append(np.bincount(rows[rows >= 0]) > 1, False)[rows]
+    asked = np.where(mask, pred_HW, pool.ignore_index(name))
+    write_label(png_path(state, 'prediction', name), pool, name, np.where(done, classes, asked))
 
 
 def write_label(path: str, pool: Pool, name: str, label_HW: np.ndarray) -> None:
-    """Write a label map, (H, W) uint8, in the values of an image's label file and the colours of its classes."""
+    """Write a label map, (H, W), in the values of an image's label file and, in 8 bits, the colours of its classes."""
     import al_patch
     values, colours, palette = label_values(pool, name)[1], class_colours(pool)[1], np.zeros((256, 3), np.uint8)
-    palette[values[:len(colours)]] = colours
-    al_patch.write_png(path, values[label_HW], palette)
+    if len(values) == 256:
+        palette[values[:len(colours)]] = colours
+    al_patch.write_png(path, values[label_HW], palette if len(values) == 256 else None)
 
 
 def read_label(path: str, pool: Pool, name: str) -> np.ndarray:
-    """The classes of a label map that ``write_label`` wrote, (H, W) uint8; 255 everywhere if there is none."""
+    """The classes of a label map that ``write_label`` wrote, (H, W); ``ignore_index`` everywhere if there is none."""
     if not osp.isfile(path):
-        return np.full(pool.sizes[name], 255, np.uint8)
+        return np.full(pool.sizes[name], pool.ignore_index(name))
     with Image.open(path) as image:
         return label_values(pool, name)[0][np.asarray(image)]
 
 
 def label_values(pool: Pool, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """How mmseg reads an image's label file, with ``reduce_zero_label`` and classes of one's own: the class of each
-    value in the file, and the value of each class, (256,) both. ``ignore_index`` counts as a class."""
-    info, ignore = pool.info(name), pool.ignore_index(name)
-    classes, own = np.r_[255, :254, 255] if info.get('reduce_zero_label') else np.r_[:256], info.get('label_map') or {}
-    classes = np.array([own.get(c, c) for c in classes.tolist()]).astype(np.uint8)
-    values = np.full(256, ignore, np.uint8)
-    known, values_of_known = np.unique(classes, return_index=True)  # the smallest, where several stand for one class
-    values[known] = values_of_known
-    if classes[255] == ignore:
-        values[ignore] = 255
-    return classes, values
+    """How training reads an image's label file, with ``reduce_zero_label``, classes of one's own and steps that map
+    values: the class of each value in the file, and the value of each class, (256,) both or, above 255 classes,
+    (65536,). ``ignore_index`` counts as a class."""
+    return label_values_of(pool, pool.where[name][0])
+
+
+@functools.lru_cache(8)
+def label_values_of(pool: Pool, leaf: int) -> tuple[np.ndarray, np.ndarray]:
+    name = next(name for name in pool.names if pool.where[name][0] == leaf)
+    ignore, depth = pool.ignore_index(name), np.uint8 if len(class_colours(pool)[0]) < 256 else np.uint16
+    given = np.arange(np.iinfo(depth).max + 1).astype(depth)
+    classes, found = given.copy(), np.zeros(len(given), bool)
+    # all at once or, where a step refuses some, one by one; if it refuses all, as with colours, they are classes
+    for values in (given, *given[:256, None]):
+        if not found.all():
+            with contextlib.suppress(Exception):
+                classes[values], found[values] = classes_of_values(pool, name, values), True
+    classes[~found] = ignore if found.any() else classes[~found]
+    of_class = np.full(len(given), ignore, depth)
+    known, values = np.unique(classes, return_index=True)  # the smallest, where several stand for one class
+    of_class[known] = values
+    if classes[-1] == ignore:
+        of_class[ignore] = given[-1]
+    return classes, of_class
+
+
+def classes_of_values(pool: Pool, name: str, values_N: np.ndarray) -> np.ndarray:
+    """The classes that training reads in a label file of these values, (N,)."""
+    import al_patch
+    with tempfile.TemporaryDirectory() as folder:
+        al_patch.write_png(path := osp.join(folder, 'values.png'), np.tile(values_N, (2, 2)))
+        return pool.load_label(name, path)[0, :len(values_N)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -626,7 +674,7 @@ def export_cvat(state: State) -> None:
     """Write ``cvat.zip``, label maps to start from in the layout of CVAT's 'Segmentation mask 1.1': one colour a class,
     one object a class. ``cvat_labels.json`` is for CVAT's raw label constructor."""
     import al_patch
-    folder, pool, names = folder_of(state), state.pool, state.entry['asked']
+    folder, pool, names = folder_of(state), state.pool, names_to_label(state)
     classes, colours = class_colours(pool)
     labels = [dict(name=c, color=f'#{bytes(colour).hex()}', attributes=[]) for c, colour in zip(classes, colours)]
     al_patch.write_atomically(folder / 'cvat_labels.json', json.dumps(labels, ensure_ascii=False))
@@ -656,7 +704,7 @@ def export_label_studio(state: State) -> None:
     import al_patch
     folder, pool, tasks = folder_of(state), state.pool, []
     classes, colours = class_colours(pool)
-    for name in state.entry['asked']:
+    for name in names_to_label(state):
         label = read_label(png_path(state, 'prediction', name), pool, name)
         brushes = [dict(id=f'class_{c}', type='brushlabels', from_name='label', to_name='image', image_rotation=0,
                         original_width=label.shape[1], original_height=label.shape[0],

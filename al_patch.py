@@ -404,7 +404,8 @@ def why_stop(state: State) -> str | None:
     if state.round >= state.al.rounds:
         return f'all {state.al.rounds} rounds of queries are done'
     spent = state.spent()
-    if spent.get('pixels', spent['images']) == (state.pool.pixels if state.counts_pixels else len(state.pool)):
+    total = state.pool.pixels if state.counts_pixels else len(state.pool)
+    if not state.dropped and spent.get('pixels', spent['images']) == total:  # what is dropped may have left the pool
         return f'the pool is empty after {state.round} rounds: everything is labelled'
     return None
 
@@ -500,9 +501,9 @@ def log_request(state: State) -> None:
     entry, folder = state.entry, osp.join(state.folder(), 'to_label')
     units = sum(units[0] for units in entry['asked'].values() if units)
     what = f' ({units} {state.al.unit.type}s, {entry["pixels"]} pixels)' if state.counts_pixels else ''
-    first = next(iter(entry['asked']))
-    own = state.pool.info(first).get('seg_map_path')
-    state.logger.info(f'Round {state.round} waits for labels in {len(entry["asked"])} images{what}: see {folder}\nPut '
+    names = [name for name in entry['asked'] if name not in state.dropped]
+    first, own = names[0], state.pool.info(names[0]).get('seg_map_path')
+    state.logger.info(f'Round {state.round} waits for labels in {len(names)} images{what}: see {folder}\nPut '
                       f'each label map into {state.folder()}/labels, the first as {first}.png, or where the data set '
                       f'looks for it, the first at {own}\nThen go on with: {resume_command()}')
 
@@ -837,6 +838,7 @@ class Shown(NamedTuple):
     mask: str | None = None  # path of the mask of what is labelled; none: the whole image is
     classes: str | None = None  # path of the label store's map, in place of the data set's
     file: str | None = None  # path of the file that it came in, for the data set's loader
+    mapped: tuple = ()  # steps of the pipeline that map a label file's values: the store's map is behind them
 
 
 def read_classes(path: str, ignore_index: int) -> np.ndarray:
@@ -873,6 +875,8 @@ class SparseLabels(Compose):
     def show_labelled(self, results: dict, shown: Shown) -> dict | None:
         results = {**results, 'seg_map_path': shown.file} if shown.file else results
         for transform in self.transforms:
+            if type(transform).__name__ in shown.mapped:
+                continue
             before, results = results, run_step(transform, results)
             if results is None:
                 return None
@@ -881,10 +885,9 @@ class SparseLabels(Compose):
                 continue
             if old is None:
                 if shown.classes:
-                    label = read_classes(shown.classes, self.ignore_index).astype(label.dtype)
+                    classes = read_classes(shown.classes, self.ignore_index)
+                    label = classes.astype(np.promote_types(label.dtype, np.min_scalar_type(classes.max())))
                 results['gt_seg_map'] = self.hide(label, shown.mask) if shown.mask else label
-            elif shown.classes and maps_values(before, results):
-                results['gt_seg_map'] = old
             elif any('Resize' in cls.__name__ for cls in type(transform).__mro__):  # mmcv's and mmseg's
                 results['gt_seg_map'] = keep_pixels(old, label, self.ignore_index)
             elif (old != self.ignore_index).any():
@@ -1793,15 +1796,18 @@ class State:
             return np.full(shape, ignore_index), np.zeros(shape, bool)
         return read_classes(self.label_path('classes', name), ignore_index), read_mask(self.label_path('done', name))
 
-    def stored(self, name: str) -> tuple[str, str]:
-        """Where the label store has an image's classes, and the newest file that they came in."""
-        newest = [*mmengine.load(self.label_path('read', name, '.json')).values()][-1]
-        return self.label_path('classes', name), self.label_path('handed_in', f'{name}.{newest}', '')
+    def stored(self, name: str) -> tuple[str, str, list[str]]:
+        """Where the label store has an image's classes, the newest file that they came in, and the steps of the
+        pipeline that map such files' values."""
+        read = mmengine.load(self.label_path('read', name, '.json'))
+        newest = [*read.values()][-1]
+        return self.label_path('classes', name), self.label_path('handed_in', f'{name}.{newest}', ''), read['mapped']
 
     def label_path(self, kind: str, name: str, suffix: str = '.png') -> str:
         """Where the label store keeps what people have given, whatever becomes of the files that it came in:
         ``labels/classes`` has classes, in 16 bits where 8 do not do, ``done`` the masks of what is done, where the
-        highest value is void; ``handed_in`` has the files, under their hashes, and ``read`` their names by source."""
+        highest value is void; ``handed_in`` has the files, under their hashes, and ``read`` their names by source, with
+        the steps of the pipeline that have ``mapped`` their values."""
         path = png_path(osp.join(self.work_dir, 'labels', kind), name, self.work_dir)
         return path.removesuffix('.png') + suffix
 
@@ -1879,6 +1885,7 @@ class Pool(Dataset):
 
     def __init__(self, cfg: dict):
         pipeline, self.leaves, self.training_steps, self.where, paths = query_pipeline(cfg), [], [], {}, {}
+        self.mapped = set()  # steps of the training pipeline that have mapped the values of a label file
         for leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']):
             try:
                 leaf = DATASETS.build({**leaf_cfg, 'pipeline': copy.deepcopy(pipeline)})
@@ -1940,22 +1947,29 @@ class Pool(Dataset):
             path: Of another label file than the data set's.
             void_HW: Where the file says that no class fits: no step sees that.
         """
-        results, ignore_index = self.info(name), self.ignore_index(name)
+        results, odd = self.info(name), ()
         results.update(seg_map_path=path or results.get('seg_map_path'))
         for step in self.training_steps[self.where[name][0]]:
             if 'gt_seg_map' not in results:
                 results = step(results)
-                if void_HW is not None and 'gt_seg_map' in results and void_HW.any():
-                    label = results['gt_seg_map']
+                if void_HW is not None and 'gt_seg_map' in results:
+                    label = results['gt_seg_map'] = results['gt_seg_map'].astype(np.int64)
                     label[void_HW] = label[np.unravel_index(void_HW.argmin(), void_HW.shape)]
-            elif not type(step).__module__.startswith(('mmcv.', 'mmseg.')):  # none of theirs maps values
-                with contextlib.suppress(Exception):  # one that needs what a random step would have given
+            elif type(step).__module__.startswith(('mmcv.', 'mmseg.')):  # none of theirs maps values
+                odd = Exception,
+            else:
+                with contextlib.suppress(*odd):  # it may need what a step that is left out would have given
                     mapped = run_step(step, results)
-                    results = mapped if maps_values(results, mapped) else results
+                    if maps_values(results, mapped):
+                        results = mapped
+                        self.mapped.add(type(step).__name__)
+                    else:
+                        odd = Exception,
         if 'gt_seg_map' not in results:
             raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
-        label = results['gt_seg_map']
-        return label if void_HW is None else np.where(void_HW, ignore_index, label)
+        if void_HW is not None:
+            results['gt_seg_map'][void_HW] = self.ignore_index(name)
+        return results['gt_seg_map']
 
     def check_label(self, name: str, classes: int | None, path: str | None = None,
                     void_HW: np.ndarray | None = None) -> np.ndarray:
