@@ -331,7 +331,8 @@ class Inbox:
             al_patch.write_png(state.mask_path(state.round, name), mask)
         was, had, answered = classes.copy(), done.copy(), np.zeros_like(done)
         try:
-            for source, path, content, version in self.new_files(name, report) if reads else ():
+            is_open = bool(((rows >= 0) & ~had).any())
+            for source, path, content, version in self.new_files(name, report, is_open) if reads else ():
                 labels, known = self.read(name, path)
                 if source != DATA_SET:
                     report['outside'] += int((known & ~mask).sum())
@@ -361,11 +362,11 @@ class Inbox:
             report['unchanged'] = int((is_done & (pixels(same) == size)).sum())
         return report
 
-    def new_files(self, name: str, report: dict) -> Iterator[tuple[str, str, bytes, str]]:
-        """An image's files that have something new, and those that count more than these: source, path, content, and
-        the name of this version."""
+    def new_files(self, name: str, report: dict, is_new: bool) -> Iterator[tuple[str, str, bytes, str]]:
+        """An image's files that have something new, and those that count more than these, or all if more is asked for
+        by now (``is_new``): source, path, content, and the name of this version."""
         from mmengine import fileio
-        before, is_new = read_json(self.state.label_path('read', name, '.json')), False
+        before = read_json(self.state.label_path('read', name, '.json'))
         for source, path in self.sources(name, before):
             content = b''
             with contextlib.suppress(FileNotFoundError):  # a data set may have no label maps yet
