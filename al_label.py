@@ -58,6 +58,9 @@ def hook() -> Hook:
         def accept_labels(self, state: State, is_asking: bool = False) -> None:
             accept_labels(state, is_asking)
 
+        def before_al_wait(self, state: State) -> None:
+            log_request(state)
+
     return LabelHook()
 
 
@@ -250,6 +253,19 @@ def accept_labels(state: State, is_asking: bool = False) -> None:
     entry.update(al_patch.hold_out(state), spent=state.spent())
 
 
+def log_request(state: State) -> None:
+    """Say what a human is to do, and how to go on."""
+    import al_patch
+    entry, folder = state.entry, osp.join(state.folder(), 'to_label')
+    units = sum(units[0] for units in entry['asked'].values() if units)
+    what = f' ({units} {state.al.unit.type}s, {entry["pixels"]} pixels)' if state.counts_pixels else ''
+    names = [name for name in entry['asked'] if name not in state.dropped]
+    first, own = names[0], state.pool.info(names[0]).get('seg_map_path')
+    state.logger.info(f'Round {state.round} waits for labels in {len(names)} images{what}: see {folder}\nPut '
+                      f'each label map into {state.folder()}/labels, the first as {first}.png, or where the data set '
+                      f'looks for it, the first at {own}\nThen go on with: {al_patch.resume_command()}')
+
+
 def give_back(state: State, missing: dict[str, list]) -> None:
     """Return units of the newest round that nobody has labelled to the pool, as if they had not been asked for."""
     import al_patch
@@ -291,6 +307,14 @@ def in_words(found: dict, what: str = '') -> str:
     return ', '.join(words[:10]) + f' and {len(words) - 10} more' * (len(words) > 10)
 
 
+def unit_rows(state: State, name: str) -> np.ndarray:
+    """For each pixel of an image the position of the unit that the newest round asks for there, or -1, (H, W)."""
+    ids = state.entry.get('ids', {}).get(name) if name in state.entry['asked'] else []
+    if ids is None:
+        return np.where(state.asked_mask(name), 0, -1)
+    return state.units(name).rows(np.array(ids, int)).astype(int) if ids else np.full(state.pool.sizes[name], -1)
+
+
 class Inbox:
     """What people hand in: a file for an image in ``round_<k>/labels`` or, where none of them has one, that of the data
     set. It is kept in the label store as classes, with what of it is done."""
@@ -325,7 +349,7 @@ class Inbox:
         """
         import al_patch
         state, report = self.state, dict(untouched='', changed=0, outside=0, wrong='')
-        (classes, done), rows, files = state.stored_label(name), state.unit_rows(name), []
+        (classes, done), rows, files = state.stored_label(name), unit_rows(state, name), []
         mask = state.mask(name) | (rows >= 0)
         if (mask & ~state.mask(name)).any():  # stopped while units went back to the pool
             al_patch.write_png(state.mask_path(state.round, name), mask)
@@ -589,7 +613,7 @@ def write_predictions(state: State, trainer: Runner | None) -> None:
 def write_prediction(state: State, name: str, pred_HW: np.ndarray) -> None:
     """Write a label map to start from: the prediction where labels are asked for, what was labelled before, and nothing
     elsewhere. A unit of a single pixel has no prediction: it would be an answer."""
-    pool, (classes, done), rows = state.pool, state.stored_label(name), state.unit_rows(name)
+    pool, (classes, done), rows = state.pool, state.stored_label(name), unit_rows(state, name)
     mask = mask_to_label(state, name) & np.append(np.bincount(rows[rows >= 0]) > 1, False)[rows]
     asked = np.where(mask, pred_HW, pool.ignore_index(name))
     write_label(png_path(state, 'prediction', name), pool, name, np.where(done, classes, asked))

@@ -184,7 +184,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
         del trainer
         gc.collect()
     else:
-        log_request(state)
+        tell_hooks(state, 'before_al_wait')
         return runner.model
     end_rounds(state, trainer, reason)
     return runner.model
@@ -384,17 +384,23 @@ def hold_out(state: State) -> dict:
 
 def tell_hooks(state: State, point: str, *args) -> None:
     """Call every hook of the caller's runner that has a method of this name: ``before_al_train(state, trainer)``,
-    ``after_al_train(state, trainer)``, ``after_al_query(state, trainer, asked)`` or ``after_al_ask(state, trainer)``,
-    on all ranks. One that fails is reported, and stops neither the run nor the others."""
-    for hook in [hook for hook in state.runner.hooks if hasattr(hook, point)]:
+    ``after_al_train(state, trainer)``, ``after_al_query(state, trainer, asked)``, ``after_al_ask(state, trainer)``
+    or, where labels have to be waited for, ``before_al_wait(state)``, on all ranks. One that fails is reported, and
+    stops neither the run nor the others."""
+    for method in methods_of(state.runner, point):
         failed = None
         try:
-            getattr(hook, point)(state, *args)
+            method(state, *args)
         except Exception:
             failed = traceback.format_exc()
         for text in filter(None, all_gather_object(failed)):  # which waits for all ranks, too
-            state.logger.warning(f'{type(hook).__name__}.{point} failed in round {state.round}, the run goes on:\n'
-                                 f'{text}')
+            state.logger.warning(f'{type(method.__self__).__name__}.{point} failed in round {state.round}, the run goes '
+                                 f'on:\n{text}')
+
+
+def methods_of(runner: Runner, point: str) -> list[Callable]:
+    """The methods of this name that the caller's hooks have."""
+    return [getattr(hook, point) for hook in runner.hooks if hasattr(hook, point)]
 
 
 def why_stop(state: State) -> str | None:
@@ -488,24 +494,12 @@ def accept_labels(state: State, **how) -> None:
     Raises:
         ValueError: Nobody does.
     """
-    givers = [hook for hook in state.runner.hooks if hasattr(hook, 'accept_labels')]
-    if not givers:
+    methods = methods_of(state.runner, 'accept_labels')
+    if not methods:
         raise ValueError("`al.oracle='human'` needs al_label.py beside al_patch.py, or a hook of yours with a method "
                          'accept_labels(state), but there is neither')
-    for hook in givers:
-        hook.accept_labels(state, **how)
-
-
-def log_request(state: State) -> None:
-    """Say what a human is to do, and how to go on."""
-    entry, folder = state.entry, osp.join(state.folder(), 'to_label')
-    units = sum(units[0] for units in entry['asked'].values() if units)
-    what = f' ({units} {state.al.unit.type}s, {entry["pixels"]} pixels)' if state.counts_pixels else ''
-    names = [name for name in entry['asked'] if name not in state.dropped]
-    first, own = names[0], state.pool.info(names[0]).get('seg_map_path')
-    state.logger.info(f'Round {state.round} waits for labels in {len(names)} images{what}: see {folder}\nPut '
-                      f'each label map into {state.folder()}/labels, the first as {first}.png, or where the data set '
-                      f'looks for it, the first at {own}\nThen go on with: {resume_command()}')
+    for method in methods:
+        method(state, **how)
 
 
 def resume_command() -> str:
@@ -1777,13 +1771,6 @@ class State:
     def asked_mask(self, name: str) -> np.ndarray:
         """What the newest round asks for of an image, (H, W) booleans."""
         return self.mask(name) & ~self.mask(name, self.round - 1)
-
-    def unit_rows(self, name: str) -> np.ndarray:
-        """For each pixel of an image the position of the unit that the newest round asks for there, or -1, (H, W)."""
-        ids = self.entry.get('ids', {}).get(name) if name in self.entry['asked'] else []
-        if ids is None:
-            return np.where(self.asked_mask(name), 0, -1)
-        return self.units(name).rows(np.array(ids, int)).astype(int) if ids else np.full(self.pool.sizes[name], -1)
 
     def load_label(self, name: str) -> np.ndarray:
         """The label map of an image that was asked for, (H, W): what people have given, or what is on disk."""
