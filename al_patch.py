@@ -394,8 +394,8 @@ def tell_hooks(state: State, point: str, *args) -> None:
         except Exception:
             failed = traceback.format_exc()
         for text in filter(None, all_gather_object(failed)):  # which waits for all ranks, too
-            state.logger.warning(f'{type(method.__self__).__name__}.{point} failed in round {state.round}, the run goes '
-                                 f'on:\n{text}')
+            hook = type(method.__self__).__name__
+            state.logger.warning(f'{hook}.{point} failed in round {state.round}, the run goes on:\n{text}')
 
 
 def methods_of(runner: Runner, point: str) -> list[Callable]:
