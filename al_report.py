@@ -195,8 +195,7 @@ def predicted_classes(state: al_patch.State, trainer, images: int = 32) -> np.nd
     """Pixels of every class that the model predicts in a few images of the pool, drawn at random. (C,)"""
     have, classes = state.labelled(), len(classes_of(state.pool))
     names = [name for name in state.pool.names if have.get(name, 0) is not None]
-    order = torch.randperm(len(names), generator=state.generator('predicted', state.round)).tolist()
-    looks = look(state, trainer, [names[i] for i in order[:images]])
+    looks = look(state, trainer, state.shuffled(names, 'predicted', state.round)[:images])
     return sum((class_counts(prediction_HW, classes) for _, prediction_HW, _ in looks), np.zeros(classes, int))
 
 
@@ -292,8 +291,7 @@ def draw_pictures(state: al_patch.State, trainer, asked: dict) -> None:
     if not strategy.needs_model:  # then the query has not loaded it
         al_patch.load_weights(state, state.checkpoint(state.round, state.al.query_with))
     first = sorted(asked, key=lambda name: -(scores.get(name, 0) if asked[name] is None else len(asked[name])))
-    order = torch.randperm(len(pool), generator=state.generator('pictures')).tolist()
-    names = dict.fromkeys(first[:n - n // 2] + [pool.names[i] for i in order[:n // 2]])
+    names = dict.fromkeys(first[:n - n // 2] + state.shuffled(pool.names, 'pictures')[:n // 2])
     for name, prediction_HW, score_HW in look(state, trainer, list(names), strategy):
         figure = draw_picture(state, asked, name, prediction_HW, score_HW)
         show(state, figure, al_patch.png_path(osp.join(state.folder(), 'pictures'), name, state.work_dir),

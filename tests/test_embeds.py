@@ -1,4 +1,5 @@
 """Embeddings: each against its definition, pixel by pixel, for segments, windows, pixels and whole images."""
+import functools
 import math
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import al_patch
 from al_patch import (
     Peaks,
     Segments,
@@ -91,8 +93,8 @@ def test_weights_are_the_shares_of_the_cells_in_a_unit(unit, cells):
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 9), st.integers(1, 9), st.integers(0, 4),
        st.integers(0, 2**31))
 def test_a_constant_map_is_constant_in_every_unit(h, w, cell_h, cell_w, radius, seed):
-    windows, scores = Peaks((h, w), radius, 2 * radius), torch.rand(h, w, generator=generator(seed))
-    ids = windows.candidates(scores, np.zeros((h, w), bool), limit=5)[0]
+    windows, scores = Peaks((h, w), radius, 2 * radius), np.random.default_rng(seed).random(h * w)
+    ids = windows.candidates(scores, np.zeros((h, w), bool), functools.partial(al_patch.uniform, seed), 5)[0]
     for weights in (windows.weights(ids, (cell_h, cell_w), 'cpu'),
                     Segments(grid((h, w), (4, 5))).weights(np.array([0]), (cell_h, cell_w), 'cpu')):
         assert pool_map(torch.full((2, cell_h, cell_w), 3.), weights).numpy() == pytest.approx(3)

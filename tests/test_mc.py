@@ -236,6 +236,19 @@ def test_how_many_passes_the_short_cut_takes_at_once_changes_nothing(model_of, a
     assert_close(torch.cat(parts[0]).detach(), torch.cat(parts[1]).detach())
 
 
+@pytest.mark.parametrize('kind', [nn.Dropout, nn.Dropout2d])
+def test_masks_are_drawn_on_the_cpu_whatever_the_device_is(kind, model_of):
+    """`meta` stands for a device: a mask of its own would ask for a generator of its own."""
+    x = torch.randn(2, 3, 4, 5)
+    got = [al_patch.apply_dropout(kind(.4), [generator(i) for i in range(2)], [], x.to(device))
+           for device in ('cpu', 'meta')]
+    assert got[1].is_meta and got[1].shape == got[0].shape and (got[0] == 0).any()
+    model = model_of().to('meta')
+    [logits] = network(model, 2).last_layer(
+        torch.empty(3, 8, 8, 12, device='meta'), [[generator(i, seed) for seed in SEEDS] for i in range(2)], 2)
+    assert logits.is_meta and logits.shape == (2, 3, 3, 8, 12)
+
+
 def test_one_pass_is_without_dropout(model_of):
     model = model_of('both')
     with torch.no_grad(), al_patch.native_resolution(model):

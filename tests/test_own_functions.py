@@ -173,7 +173,7 @@ def test_every_function_that_the_readme_shows_is_used_there():
 
 WANTED = dict(score=['entropies_NHW', 'votes_NCHW', 'squares_NCHW', 'thresholds_C'],
               embed=['probs_CHW', 'features_KHW', 'scores_HW', 'weights_NP', 'thresholds_C'],
-              select=['generator', 'vectors_ND', 'labelled_LD', 'labelled_scores_L', 'probs_NC', 'progress'])
+              select=['generator', 'vectors_ND', 'draws_N', 'labelled_LD', 'labelled_scores_L', 'probs_NC', 'progress'])
 
 
 @pytest.fixture
@@ -189,7 +189,8 @@ def greedy(monkeypatch):
         got['embed'] = dict(locals())
         return factor * al_patch.pool_map(torch.cat([probs_CHW, features_KHW, scores_HW[None]]), weights_NP)
 
-    def select(scores_N, budget, generator, vectors_ND, labelled_LD, labelled_scores_L, probs_NC, progress, sign=1):
+    def select(scores_N, budget, generator, vectors_ND, draws_N, labelled_LD, labelled_scores_L, probs_NC, progress,
+               sign=1):
         got['select'] = dict(locals())
         return (sign * scores_N).topk(budget).indices
 
@@ -209,6 +210,8 @@ def test_a_function_gets_what_its_parameters_are_named_after(make_cfg, train, gr
         assert set(names) <= set(greedy[kind]), kind
     score, embed, select = (greedy[kind] for kind in WANTED)
     n = len(select['scores_N'])
+    draws = select['draws_N']
+    assert len(draws) == n and (draws.diff() > 0).all() and 0 < draws[0] and draws[-1] < 1
     assert score['bonus'] == 3 and embed['factor'] == 2 and select['sign'] == -1 and select['progress'] == 1
     assert score['entropies_NHW'].shape == (1, 8, 12) and score['votes_NCHW'].shape == (1, 5, 8, 12)
     assert score['votes_NCHW'].sum(1).numpy() == pytest.approx(1) and score['thresholds_C'].shape == (5, )

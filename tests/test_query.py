@@ -1,11 +1,13 @@
 """The query: what is chosen of all candidates, in any number of processes, and where a planted uncertainty is found."""
 import functools
 import math
+import os.path as osp
 import types
 
 import cv2
 import numpy as np
 import pytest
+import scipy.stats
 import tiny
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ def some_candidates(images: int, rows: int, values: int = 500, seed: int = 0) ->
     """Candidates of some images, with ties."""
     rng = np.random.default_rng(seed)
     return [Candidates(np.full(rows, i, np.int32), np.sort(rng.choice(10 * rows, rows, False)),
-                       rng.integers(0, values, rows) / 8, rng.integers(1, 10, rows).astype(np.int32))
+                       rng.integers(0, values, rows) / 8, rng.integers(1, 10, rows).astype(np.int32), rng.random(rows))
             for i in range(images)]
 
 
@@ -42,10 +44,9 @@ def same(a: Candidates, b: Candidates) -> bool:
 
 
 def best(parts: list, budget: int, in_pixels: bool) -> Candidates:
-    """The best of all, one by one."""
+    """The best of all, one by one; of equals the one with the smallest draw."""
     everything = Candidates.join(parts)
-    order = sorted(range(len(everything.id)), key=lambda r: (-everything.score[r], everything.image[r],
-                                                             everything.id[r]))
+    order = sorted(range(len(everything.id)), key=lambda r: (-everything.score[r], everything.draw[r]))
     rows, cost = [], 0
     for row in order:
         cost += everything.pixels[row] if in_pixels else 1
@@ -67,6 +68,18 @@ def test_streaming_keeps_the_best_of_all(budget, in_pixels):
     assert budget - 9 < spent <= max(budget, 9) if in_pixels else spent == budget
 
 
+@pytest.mark.parametrize('in_pixels', [False, True])
+def test_equal_scores_of_all_images_compete_by_their_draws_in_bounded_memory(in_pixels):
+    """Nothing scores below the floor, so every image is looked at in full."""
+    parts = some_candidates(30, 20_000, 1)
+    collector = collected(parts, 900, in_pixels)
+    assert collector.floor == 0 and collector.rows < 100_000
+    chosen = collector.result()
+    assert same(chosen, best(parts, 900, in_pixels))
+    assert scipy.stats.chisquare(np.bincount(chosen.image, minlength=30)).pvalue > 1e-3
+    assert same(collected(parts[::-1], 900, in_pixels).result(), chosen)  # in whatever order images come
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.integers(1, 5), st.integers(1, 30), st.integers(1, 600), st.booleans(), st.integers(0, 2**31))
 def test_the_budget_is_spent_exactly_as_far_as_there_are_units(images, rows, budget, in_pixels, seed):
@@ -77,7 +90,8 @@ def test_the_budget_is_spent_exactly_as_far_as_there_are_units(images, rows, bud
 
 
 def test_a_budget_in_pixels_buys_one_unit_at_least():
-    assert collected([Candidates(*np.array([[0, 0], [4, 5], [1, 2], [900, 800]]))], 3, True).result().id.tolist() == [5]
+    two = Candidates(*np.array([[0, 0], [4, 5], [1, 2], [900, 800], [.1, .2]]))
+    assert collected([two], 3, True).result().id.tolist() == [5]
 
 
 @pytest.mark.parametrize('select', [topk, top_percent])
@@ -92,12 +106,6 @@ def test_a_budget_per_image_is_spent_in_each(select, in_pixels):
         assert 20 - 9 < mine.pixels.sum() <= 20 if in_pixels else len(mine.id) == 20
         assert select is top_percent or same(mine, best([part], 20, in_pixels))
         assert mine.score.min() >= np.sort(part.score)[-20]  # 5 % of 400
-
-
-def test_each_image_has_a_draw_of_its_own():
-    [part] = some_candidates(1, 400)
-    chosen = collected([part._replace(image=part.image + i) for i in range(4)], 5, False, True, top_percent).result()
-    assert len({tuple(chosen.id[chosen.image == i]) for i in range(4)}) == 4
 
 
 # --- any number of processes -----------------------------------------------------------------------------------------
@@ -140,7 +148,7 @@ def candidates_with_vectors(images: int, rows: int) -> list:
         n, rng = rows if i % 4 else 0, np.random.default_rng(i)
         vectors, probs = (torch.from_numpy(rng.normal(size=(rows + 5, 4))).softmax(1).float().numpy() for _ in range(2))
         everything = Candidates(np.full(rows + 5, i, np.int32), np.arange(rows + 5), rng.random(rows + 5),
-                                np.full(rows + 5, 3, np.int32), vectors, probs)
+                                np.full(rows + 5, 3, np.int32), rng.random(rows + 5), vectors, probs)
         parts.append((everything.rows(slice(n)), everything.rows(slice(n, None))))
     return parts
 
@@ -328,6 +336,72 @@ def test_a_score_that_is_no_number_is_an_error_in_every_unit(planted, unit):
     state, trainer = planted(dict(unit=unit, strategy='tiny:not_a_number'))
     with pytest.raises(ValueError, match=r"^the score of image 'x' is not finite"):
         query(state, trainer)
+
+
+# --- draws belong to candidates ---------------------------------------------------------------------------------------
+
+UNITS = dict(
+    image='image', region=dict(type='region', size=[8, 8]), window=window(1), pixel='pixel',
+    apart=dict(type='pixel', radius=2), superpixel=dict(type='superpixel', n_segments=24, compactness=100.))
+each_unit = pytest.mark.parametrize('unit', UNITS)
+
+
+def asked_of(state: State, names: list) -> set:
+    """What a query that draws makes of some images: image and id of each unit that it asks for."""
+    state.pool.names = names
+    this = Query(state, None)
+    for name in names:
+        this.collector.add(name, *this.candidates(name, None))
+    return {(name, i) for name, ids in this.asked().items() for i in ([0] if ids is None else ids.tolist())}
+
+
+@each_unit
+def test_one_image_less_changes_few_random_picks(make_state, unit):
+    """Those of the other images stay, and as many as it had come in."""
+    state = make_state(dict(unit=UNITS[unit], initial=12 if unit != 'image' else 4))
+    before = asked_of(state, tiny.NAMES)
+    assert len(before) == 12 or unit == 'image'
+    for gone in tiny.NAMES:
+        after = asked_of(state, [name for name in tiny.NAMES if name != gone])
+        assert {each for each in before if each[0] != gone} <= after and len(after) == len(before)
+
+
+@each_unit
+def test_the_order_of_images_changes_no_random_pick(make_state, unit):
+    state = make_state(dict(unit=UNITS[unit], initial=30 if unit != 'image' else 4))
+    assert asked_of(state, tiny.NAMES) == asked_of(state, tiny.NAMES[::-1])
+
+
+def test_names_that_are_drawn_stay_without_one_of_them():
+    state = State(dict(seed=3, config={}), '')
+    names = [f'{i}' for i in range(200)]
+    for purpose in (('initial', ), ('pool_size', 1), ('pool_size', 2), ('hold_out', 1)):
+        first = state.shuffled(names, *purpose)
+        assert sorted(first) == sorted(names) != first == state.shuffled(names[::-1], *purpose)
+        assert state.shuffled(names[:100] + names[101:], *purpose) == [name for name in first if name != '100']
+    assert state.shuffled(names, 'pool_size', 1) != state.shuffled(names, 'pool_size', 2)
+
+
+@each_unit
+@pytest.mark.parametrize('per_image', [False, True])
+def test_a_map_that_is_flat_is_asked_for_anywhere(make_state, unit, per_image):
+    """Over all images and, in them, over all quarters, in several rounds and so by several draws."""
+    if unit == 'image' and per_image:
+        return
+    budget = 4 if unit == 'image' else 2 if per_image else 24
+    state = make_state(dict(unit=UNITS[unit], initial=1, budget=budget, rounds=9, per_image=per_image,
+                            strategy='tiny:flat'), changes=tiny.NO_VAL)
+    torch.save(state.runner.model.state_dict(), osp.join(state.work_dir, 'untrained.pth'))
+    images, quarters = np.zeros(12), np.zeros(4)
+    for k in range(1, 10):
+        state.rounds = [dict(asked={}, checkpoints=dict(last='untrained.pth')) for _ in range(k)]
+        for name, ids in query(state, state.runner).items():
+            images[tiny.NAMES.index(name)] += 1 if ids is None else len(ids)
+            y, x = np.nonzero(state.mask_of(name, ids))
+            quarters += np.bincount(y // 16 * 2 + x // 24, minlength=4) / len(y)
+    assert images.sum() == budget * 9 * (12 if per_image else 1)
+    assert scipy.stats.chisquare(images).pvalue > 1e-3
+    assert unit == 'image' or scipy.stats.chisquare(quarters).pvalue > 1e-3
 
 
 # --- what is looked at -----------------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Selectors: against slow, literal ones, and by the frequency of what they draw."""
+import functools
 import itertools
 import math
+import struct
 
 import numpy as np
 import pytest
@@ -39,8 +41,34 @@ def vectors(n: int, d: int, seed=0) -> torch.Tensor:
     return (2 * uniform(n, d, seed=seed)).softmax(1).float()
 
 
-def draws(select, times: int, *args, **options) -> list:
-    return [tuple(select(*args[:2], generator(seed), *args[2:], **options).tolist()) for seed in range(times)]
+def chosen(select, scores_N: torch.Tensor, budget: int, draws_N: torch.Tensor, seed=0, **offered) -> list:
+    """What a selector picks when candidates come as the collector hands them over: in the order of their draws."""
+    order = draws_N.argsort()
+    offered = {key: value[order] if key.endswith(('_N', '_ND', '_NC')) else value for key, value in offered.items()}
+    options = {key: offered.pop(key) for key in {*offered} - {*al_patch.OFFERED}}
+    picks = al_patch.call_offering(functools.partial(select, **options), scores_N[order], budget, generator(seed),
+                                   draws_N=draws_N[order], **offered)
+    return order[picks].tolist()
+
+
+def draws(select, times: int, scores_N: torch.Tensor, budget: int, **offered) -> list:
+    return [tuple(chosen(select, scores_N, budget, uniform(len(scores_N), seed=seed), seed, **offered))
+            for seed in range(times)]
+
+
+def drawn(n: int, seed=0) -> torch.Tensor:
+    """Random numbers of candidates in their order."""
+    return uniform(n, seed=('drawn', seed)).sort().values
+
+
+def slow_uniform(seed: int, number: float) -> float:
+    """The number that SplitMix64 (its authors' C code) makes of a float's bits and a seed, in (0, 1)."""
+    [bits] = struct.unpack('<Q', struct.pack('<d', number))
+    state, mask = (seed + (bits + 1) * 0x9e3779b97f4a7c15) % 2**64, 2**64 - 1
+    state = (state ^ (state >> 30)) * 0xbf58476d1ce4e5b9 & mask
+    state = (state ^ (state >> 27)) * 0x94d049bb133111eb & mask
+    state ^= state >> 31
+    return ((state >> 12) + .5) / 2**52
 
 
 def is_plausible(picks: list, expected: dict) -> bool:
@@ -60,7 +88,7 @@ def offer(n: int, labelled: int, classes: int, seed: int, coarse: bool) -> dict:
     scores = uniform(n + labelled, seed=seed)
     scores = (scores * 3).floor() if coarse else scores
     return dict(scores_N=scores[:n], vectors_ND=some[:n], labelled_LD=some[n:], labelled_scores_L=scores[n:],
-                probs_NC=some[:n], progress=.5)
+                probs_NC=some[:n], draws_N=drawn(n, seed), progress=.5)
 
 
 @pytest.mark.parametrize('name', SELECTORS)
@@ -75,10 +103,63 @@ def test_a_budget_of_different_candidates_is_chosen_and_the_same_again(name, n, 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.floats(0, 1))
-def test_topk_with_ties_in_pool_order(scores, share):
+def test_topk_with_ties_in_the_order_of_rows(scores, share):
     budget = max(1, round(share * len(scores)))
     expected = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:budget]
     assert topk(torch.tensor(scores, dtype=torch.float64), budget, generator(0)).tolist() == expected
+
+
+@pytest.mark.parametrize('name', SELECTORS)
+def test_one_candidate_less_changes_few_picks(name):
+    """Each draws for itself: without one of 200 nearly all of the other picks are the same. If it was not picked all of
+    them are, but where candidates share what then moves: a batch, a class's number, clusters."""
+    offered, everything = offer(200, 3, 4, 0, False), torch.arange(200)
+    draws_N = uniform(200, seed='own')
+    if name == 'real':
+        offered.update(clusters=5, vectors_ND=offered['vectors_ND'] + 9 * torch.eye(5)[everything % 5, :4])
+
+    def choose(rows: torch.Tensor) -> set:
+        some = {key: value[rows] if key.endswith(('_N', '_ND', '_NC')) else value for key, value in offered.items()}
+        some.pop('draws_N')
+        return {*rows[chosen(SELECTORS[name], some.pop('scores_N'), 30, draws_N[rows], **some)].tolist()}
+
+    before = choose(everything)
+    shares = {gone: len(before & choose(everything[everything != gone])) / len(before - {gone})
+              for gone in range(0, 200, 3)}
+    unpicked = [share for gone, share in shares.items() if gone not in before]
+    assert np.mean([*shares.values()]) > .95 and len(unpicked) > 40
+    assert np.mean([share == 1 for share in unpicked]) > dict(stochastic_batches=.9, class_balance=.7, real=.5).get(
+        name, .99)
+
+
+@pytest.mark.parametrize('name', SELECTORS)
+def test_the_order_in_which_candidates_come_changes_nothing(name):
+    """Ties and copies among them: the collector sorts by draws."""
+    offered, draws_N = offer(60, 3, 4, 0, True), uniform(60, seed='own')
+    offered.pop('draws_N')
+    scores_N, order = offered.pop('scores_N'), torch.randperm(60, generator=generator(1))
+    turned = {key: value[order] if key.endswith(('_ND', '_NC')) else value for key, value in offered.items()}
+    first = chosen(SELECTORS[name], scores_N, 25, draws_N, **offered)
+    assert order[chosen(SELECTORS[name], scores_N[order], 25, draws_N[order], **turned)].tolist() == first
+
+
+@pytest.mark.parametrize('name', SELECTORS)
+def test_among_equals_every_candidate_has_its_chance(name):
+    """Not the first of the pool, nor the last."""
+    n, same = 40, torch.ones(40, dtype=torch.float64)
+    offered = dict(vectors_ND=torch.full((n, 3), 1 / 3), probs_NC=torch.full((n, 3), 1 / 3), progress=.5,
+                   labelled_LD=torch.full((2, 3), 1 / 3), labelled_scores_L=torch.ones(2, dtype=torch.float64))
+    counts = np.bincount(np.concatenate(draws(SELECTORS[name], 300, same, 4, **offered)), minlength=n)
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_other_random_numbers_of_the_same_candidates():
+    draws_N = uniform(50)
+    for stream in (0, 1, 999):
+        assert al_patch.redraw(draws_N, stream).tolist() == [slow_uniform(stream, u) for u in draws_N.tolist()]
+    many = [al_patch.redraw(uniform(20000), stream).numpy() for stream in range(3)]
+    assert all(scipy.stats.kstest(each, 'uniform').pvalue > .01 for each in many)
+    assert abs(np.corrcoef([uniform(20000).numpy(), *many])[np.triu_indices(4, 1)]).max() < .03
 
 
 # --- at random among the highest -------------------------------------------------------------------------------------
@@ -86,9 +167,12 @@ def test_topk_with_ties_in_pool_order(scores, share):
 
 def test_top_percent_draws_among_the_highest():
     scores_N = torch.randperm(1000, generator=generator(0)).double()
-    drawn = [scores_N[list(each)] for each in draws(top_percent, 40, scores_N, 10)]
-    assert set(torch.cat(drawn).tolist()) == set(range(950, 1000))  # all of them in turn, and no other
+    picked = [scores_N[list(each)] for each in draws(top_percent, 40, scores_N, 10)]
+    assert set(torch.cat(picked).tolist()) == set(range(950, 1000))  # all of them in turn, and no other
     assert set(scores_N[top_percent(scores_N, 10, generator(0), percent=1)].tolist()) == set(range(990, 1000))
+    draws_N = uniform(1000)
+    best = sorted(range(1000), key=lambda i: -scores_N[i])[:50]
+    assert chosen(top_percent, scores_N, 10, draws_N) == sorted(best, key=lambda i: draws_N[i])[:10]
 
 
 @pytest.mark.parametrize('budget', [1, 7, 49, 50, 51, 400, 1000])
@@ -101,9 +185,12 @@ def test_top_percent_draws_among_the_budget_at_least(budget):
 # --- Gumbel noise ----------------------------------------------------------------------------------------------------
 
 
+def literal_noise(draws_N: torch.Tensor, beta: float, stream: int = 0) -> list:
+    return [-math.log(-math.log(slow_uniform(stream, u))) / beta for u in draws_N.tolist()]
+
+
 def literal_order(select, scores: np.ndarray, beta: float, seed: int) -> list:
-    noise = [-math.log(-math.log(u)) / beta for u in
-             torch.rand(len(scores), generator=generator(seed), dtype=torch.float64).tolist()]
+    noise = literal_noise(drawn(len(scores), seed), beta)
     ranks = 1 + scipy.stats.rankdata(-scores, 'ordinal') - 1
     base = {power_draw: np.log(scores), softmax_draw: scores, softrank_draw: -np.log(ranks)}[select]
     return np.argsort(-(base + noise), kind='stable').tolist()
@@ -120,7 +207,7 @@ def test_the_highest_of_the_literal_formula_with_the_same_noise(select, beta):
     scores = uniform(300) + .01
     for seed, budget in itertools.product(range(5), (1, 40, 300)):
         expected = literal_order(select, scores.numpy(), beta, seed)[:budget]
-        assert select(scores, budget, generator(seed), beta=beta).tolist() == expected
+        assert select(scores, budget, generator(0), drawn(300, seed), beta=beta).tolist() == expected
 
 
 @each_law
@@ -135,23 +222,14 @@ def test_draws_are_in_proportion(select, beta):
 
 
 def test_the_noise_is_gumbels():
-    noise = al_patch.gumbel(20000, 4., generator(0), torch.zeros(1))
+    noise = al_patch.gumbel(drawn(20000), 4.)
     assert scipy.stats.kstest(noise.numpy(), scipy.stats.gumbel_r(scale=1 / 4).cdf).pvalue > .01
-
-
-@each_law
-@pytest.mark.parametrize('budget', [1, 7])
-def test_one_draw_a_candidate(select, budget):
-    used, expected = generator(0), generator(0)
-    select(uniform(30), budget, used)
-    torch.rand(30, generator=expected, dtype=torch.float64)
-    assert torch.equal(used.get_state(), expected.get_state())
 
 
 @each_law
 def test_without_noise_it_is_topk(select):
     scores = uniform(100)
-    assert select(scores, 20, generator(0), beta=1e9).tolist() == topk(scores, 20, generator(0)).tolist()
+    assert select(scores, 20, generator(0), drawn(100), beta=1e9).tolist() == topk(scores, 20, generator(0)).tolist()
 
 
 def test_power_takes_what_scores_nothing_last():
@@ -164,12 +242,12 @@ def test_power_takes_what_scores_nothing_last():
 
 @pytest.mark.parametrize('n, budget, batches', [(60, 7, 100), (60, 7, 3), (60, 1, 100), (60, 31, 10), (60, 60, 4)])
 def test_the_best_of_the_batches_that_were_drawn(n, budget, batches):
-    scores, drawn, g = uniform(n), [], generator(3)
-    while len(drawn) < batches:
-        order = torch.randperm(n, generator=g).tolist()
-        drawn += [order[i:i + budget] for i in range(0, n - budget + 1, budget)]
-    expected = max(drawn[:batches], key=lambda batch: scores[batch].mean())
-    assert stochastic_batches(scores, budget, generator(3), batches=batches).tolist() == expected
+    scores, draws_N = uniform(n), drawn(n)
+    numbers = [[slow_uniform(j, u) for u in draws_N.tolist()] for j in range(batches)]
+    candidates = [sorted(range(n), key=lambda i: each[i])[:budget] for each in numbers]
+    expected = max(candidates, key=lambda batch: scores[batch].mean())
+    picks = stochastic_batches(scores, budget, generator(0), draws_N, batches=batches).tolist()
+    assert sorted(picks) == sorted(expected)
 
 
 def test_one_batch_is_random_and_many_are_better():
@@ -272,30 +350,41 @@ def seeding_law(points: np.ndarray) -> dict:
 
 def test_the_second_and_third_pick_are_drawn_by_squared_distance():
     points = torch.tensor([[3., 0], [0, 1], [1, -1], [-2, 0], [-1, .5]])
-    picks = draws(kmeanspp, 600, torch.zeros(5), 3, points)
+    picks = draws(kmeanspp, 600, torch.zeros(5), 3, vectors_ND=points)
     assert {each[0] for each in picks} == {0}
     assert is_plausible([each[1:] for each in picks], seeding_law(points.double().numpy()))
 
 
-def test_a_third_pick_from_a_second_block_is_drawn_so_too(monkeypatch):
-    """One point is so far off that nearly all draws of a block are spent on it."""
-    blocks = []
-    approach = al_patch.approach
-    monkeypatch.setattr(al_patch, 'approach', lambda *args: blocks.append(1) or approach(*args))
+def test_a_third_pick_after_a_far_second_is_drawn_so_too():
+    """One point is so far off that the others' clocks have hardly run when it rings."""
     points = torch.tensor([[1010., 0], [-1000, 0], [1000, 14], [1004, -9], [990, 4], [1002, 12]])
-    picks = draws(kmeanspp, 500, torch.zeros(6), 3, points)
+    picks = draws(kmeanspp, 500, torch.zeros(6), 3, vectors_ND=points)
     law = {third: share for (second, third), share in seeding_law(points.double().numpy()).items() if second == 1}
     third = [each[2] for each in picks if each[:2] == (0, 1)]
-    assert len(third) > .98 * len(picks) and len(blocks) > 1.8 * len(picks)
+    assert len(third) > .98 * len(picks)
     assert is_plausible(third, {k: v / sum(law.values()) for k, v in law.items()})
 
 
-@pytest.mark.parametrize('n, budget', [(400, 300), (400, 400), (9000, 700)])
-def test_kmeanspp_of_many_blocks(n, budget):
-    points = vectors(n, 4)
-    picks = kmeanspp(torch.zeros(n), budget, generator(0), points).tolist()
-    assert len(set(picks)) == budget and picks[0] == int((points**2).sum(1).argmax())
-    assert picks != kmeanspp(torch.zeros(n), budget, generator(1), points).tolist()
+def literal_clocks(points: np.ndarray, draws_N: list, budget: int) -> list:
+    """All clocks run from one ring to the next."""
+    left, picks = [-math.log(u) for u in draws_N], [int((points**2).sum(1).argmax())]
+    rates = distances_to(points, points[picks[0]], 'euclidean')
+    while len(picks) < budget:
+        times = np.where(np.isin(range(len(points)), picks), np.inf, left / np.maximum(rates, 1e-30))
+        picks.append(int(times.argmin()))
+        left = left - np.maximum(rates, 1e-30) * times.min()
+        rates = np.minimum(rates, distances_to(points, points[picks[-1]], 'euclidean'))
+    return picks
+
+
+@pytest.mark.parametrize('n, d, budget', [(40, 2, 40), (400, 4, 300), (3000, 3, 200), (5000, 8, 700), (2000, 40, 60)])
+def test_kmeanspp_picks_as_the_literal_clocks(monkeypatch, n, d, budget):
+    points, draws_N, blocks, run = vectors(n, d), drawn(n), [], al_patch.run_clocks
+    monkeypatch.setattr(al_patch, 'run_clocks', lambda *args: blocks.append(len(args[3])) or run(*args))
+    picks = kmeanspp(torch.zeros(n), budget, generator(0), points, draws_N).tolist()
+    assert picks == literal_clocks(points.double().numpy(), draws_N.tolist(), budget)
+    assert sum(blocks) == budget and len(blocks) < budget / 2  # it waited, and looked again
+    assert picks != kmeanspp(torch.zeros(n), budget, generator(0), points, drawn(n, 1)).tolist()
 
 
 def test_kmeanspp_spreads_better_than_chance():
@@ -304,17 +393,17 @@ def test_kmeanspp_spreads_better_than_chance():
     def cost(picks) -> float:
         return np.min([distances_to(points, points[i], 'euclidean') for i in picks], 0).mean()
 
-    drawn = np.mean([cost(each) for each in draws(kmeanspp, 4, torch.zeros(2000), 150, torch.from_numpy(points))])
+    seeds = draws(kmeanspp, 4, torch.zeros(2000), 150, vectors_ND=torch.from_numpy(points))
     chance = np.mean([cost(np.random.default_rng(seed).choice(2000, 150, False)) for seed in range(4)])
-    assert drawn < .95 * chance
+    assert np.mean([cost(each) for each in seeds]) < .95 * chance
 
 
 def test_of_copies_kmeanspp_takes_each_once_and_the_rest_at_random():
     points = torch.tensor([[1., 0]] * 3 + [[0, 2]] * 3)
-    picks = draws(kmeanspp, 60, torch.zeros(6), 5, points)
-    assert {each[0] for each in picks} == {3} and {each[1] for each in picks} == {0, 1, 2}
-    assert all(len(set(each)) == 5 for each in picks) and {each[4] for each in picks} == {0, 1, 2, 4, 5}
-    assert len(set(draws(kmeanspp, 60, torch.zeros(6), 6, torch.ones(6, 2)))) > 40
+    picks = draws(kmeanspp, 60, torch.zeros(6), 5, vectors_ND=points)
+    assert {each[0] for each in picks} == {3, 4, 5} and {each[1] for each in picks} == {0, 1, 2}
+    assert all(len(set(each)) == 5 for each in picks) and {each[4] for each in picks} == set(range(6))
+    assert len(set(draws(kmeanspp, 60, torch.zeros(6), 6, vectors_ND=torch.ones(6, 2)))) > 40
 
 
 # --- REAL ------------------------------------------------------------------------------------------------------------
@@ -325,15 +414,17 @@ def clustered(monkeypatch):
     """A function that selects by REAL with given clusters."""
 
     def choose(cluster_N: list, probs_NC: torch.Tensor, budget: int, seed=0, clusters=None) -> list:
-        monkeypatch.setattr('scipy.cluster.vq.kmeans2', lambda *args, **kwargs: (None, np.array(cluster_N)))
+        n, draws_N = len(cluster_N), uniform(len(cluster_N), seed=seed)
+        clusters_N = np.array(cluster_N)[draws_N.argsort().numpy()]
+        monkeypatch.setattr('scipy.cluster.vq.kmeans2', lambda *args, **kwargs: (None, clusters_N))
         clusters = max(cluster_N) + 1 if clusters is None else clusters
-        args = torch.zeros(len(cluster_N)), budget, generator(seed), vectors(len(cluster_N), 3), probs_NC, clusters
-        return representative_errors(*args).tolist()
+        return chosen(representative_errors, torch.zeros(n), budget, draws_N, vectors_ND=vectors(n, 3),
+                      probs_NC=probs_NC, clusters=clusters)
 
     return choose
 
 
-def literal_real(cluster_N: list, p: np.ndarray, budget: int, g: torch.Generator) -> list:
+def literal_real(cluster_N: list, p: np.ndarray, budget: int, draws_N: list) -> list:
     n, clusters, doubt = len(p), range(max(cluster_N) + 1), np.zeros(len(p))
     predicted, value, errors = [int(each.argmax()) for each in p], {}, {}
     for j in clusters:
@@ -350,7 +441,7 @@ def literal_real(cluster_N: list, p: np.ndarray, budget: int, g: torch.Generator
     picks = []
     for j in clusters:
         if len(errors[j]) > quota[j]:
-            picks += [errors[j][i] for i in torch.randperm(len(errors[j]), generator=g)[:quota[j]].tolist()]
+            picks += sorted(errors[j], key=lambda i: draws_N[i])[:quota[j]]
         else:
             members = [i for i in range(n) if cluster_N[i] == j]
             picks += sorted(members, key=lambda i: -doubt[i])[:quota[j]]
@@ -364,9 +455,8 @@ def test_real_follows_its_definition(clustered, n, clusters, budget, sharpness):
     cluster_N = torch.randint(clusters, (n, ), generator=generator(n, clusters)).tolist()
     cluster_N[0] = clusters - 1
     probs = (sharpness * torch.randn(n, 4, generator=generator(0)) + torch.tensor([2., 0, 0, 0])).softmax(1)
-    g = generator(7)
-    kmeanspp(torch.zeros(n), clusters, g, vectors(n, 3))  # what clustering draws before
-    assert clustered(cluster_N, probs, budget, 7) == literal_real(cluster_N, probs.double().numpy(), budget, g)
+    expected = literal_real(cluster_N, probs.double().numpy(), budget, uniform(n, seed=7).tolist())
+    assert clustered(cluster_N, probs, budget, 7) == expected
 
 
 def test_the_quotas_of_real_by_hand(clustered):
@@ -406,7 +496,8 @@ def test_real_clusters_for_itself():
     probs = torch.tensor([[.9, .1]] * 50 + [[.1, .9]] * 50)
     wrong = [3, 20, 41, 60, 77, 98]
     probs[wrong] = probs[wrong].flip(1)
-    assert sorted(representative_errors(torch.zeros(100), 6, generator(0), points, probs, clusters=2).tolist()) == wrong
+    picks = representative_errors(torch.zeros(100), 6, generator(0), points, drawn(100), probs, clusters=2)
+    assert sorted(picks.tolist()) == wrong
 
 
 # --- class balance ---------------------------------------------------------------------------------------------------
@@ -427,13 +518,13 @@ def test_of_equally_informative_ones_those_of_the_rare_class_come_first():
     assert class_balance(torch.tensor([1., 1, 1, 1, 1, 1, 0]), 3, generator(0), probs).tolist() == [4, 2, 0]
 
 
-def literal_class_power(scores, vectors_ND, budget, g, beta, share) -> list:
+def literal_class_power(scores, vectors_ND, budget, g, draws_N, beta, share) -> list:
     (n, classes), picks = vectors_ND.shape, []
     balanced = int(budget * share)
     extra = torch.randperm(classes, generator=g)[:balanced % classes].tolist()
     quota = [balanced // classes + (c in extra) for c in range(classes)] + [budget - balanced]
-    for column, k in zip([*vectors_ND.T.tolist(), scores.tolist()], quota):
-        noise = [-math.log(-math.log(u)) / beta for u in torch.rand(n, generator=g, dtype=torch.float64).tolist()]
+    for c, (column, k) in enumerate(zip([*vectors_ND.T.tolist(), scores.tolist()], quota)):
+        noise = literal_noise(draws_N, beta, c)
         noisy = [math.log(value) + each for value, each in zip(column, noise)]
         left = sorted(set(range(n)) - set(picks), key=lambda i: (-noisy[i], i))
         picks += left[:k]
@@ -444,23 +535,23 @@ def literal_class_power(scores, vectors_ND, budget, g, beta, share) -> list:
 @pytest.mark.parametrize('budget', [1, 10, 47, 100])
 def test_class_balanced_power_follows_its_definition_and_its_beta_grows(progress, beta, budget):
     scores, some = uniform(100), uniform(100, 3, seed=1)
-    expected = literal_class_power(scores, some, budget, generator(5), beta, .66)
-    assert class_balanced_power(scores, budget, generator(5), some, progress).tolist() == expected
+    expected = literal_class_power(scores, some, budget, generator(5), drawn(100), beta, .66)
+    assert class_balanced_power(scores, budget, generator(5), some, drawn(100), progress).tolist() == expected
 
 
 def test_the_schedule_of_beta_can_be_set(monkeypatch):
     betas, gumbel = [], al_patch.gumbel
-    monkeypatch.setattr(al_patch, 'gumbel', lambda n, beta, *args: betas.append(beta) or gumbel(n, beta, *args))
+    monkeypatch.setattr(al_patch, 'gumbel', lambda draws, beta, *args: betas.append(beta) or gumbel(draws, beta, *args))
     for progress in (0, .5, 1):
-        class_balanced_power(uniform(9), 4, generator(0), uniform(9, 1), progress, betas=[4., 1.])
+        class_balanced_power(uniform(9), 4, generator(0), uniform(9, 1), drawn(9), progress, betas=[4., 1.])
     assert betas == pytest.approx([4, 4, 2, 2, 1, 1])
 
 
 @pytest.mark.parametrize('share', [0., 1.])
 def test_all_of_the_budget_can_go_by_score_or_by_class(share):
     scores, some = uniform(60), uniform(60, 3, seed=1)
-    expected = literal_class_power(scores, some, 20, generator(5), 10, share)
-    assert class_balanced_power(scores, 20, generator(5), some, .5, share=share).tolist() == expected
+    expected = literal_class_power(scores, some, 20, generator(5), drawn(60), 10, share)
+    assert class_balanced_power(scores, 20, generator(5), some, drawn(60), .5, share=share).tolist() == expected
 
 
 def test_every_class_gets_its_part_and_the_remainder_goes_to_any():
@@ -468,7 +559,7 @@ def test_every_class_gets_its_part_and_the_remainder_goes_to_any():
     some = torch.eye(4)[torch.arange(400) % 4]
     scores = some[:, 0]
     counts = [np.bincount(np.array(each) % 4, minlength=4).tolist()
-              for each in draws(class_balanced_power, 60, scores, 21, some, 1.)]
+              for each in draws(class_balanced_power, 60, scores, 21, vectors_ND=some, progress=1.)]
     assert {sum(each) for each in counts} == {21}  # int(.66 * 21) = 13 = 3 * 4 + 1, and 8 by score
     assert {tuple(each) for each in counts} == {(12, 3, 3, 3), (11, 4, 3, 3), (11, 3, 4, 3), (11, 3, 3, 4)}
 

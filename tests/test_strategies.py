@@ -51,11 +51,6 @@ def test_uniform_probabilities_score_highest(name, highest):
     assert SCORES[name](torch.full((1, 4, 2, 2), .25)).flatten().tolist() == pytest.approx([highest] * 4)
 
 
-def test_random_is_seeded_by_purpose():
-    draw = [SCORES['random'](5, generator(*key)).tolist() for key in ((0, 'a'), (0, 'a'), (1, 'a'), (0, 'b'))]
-    assert draw[0] == draw[1] and len(set(map(tuple, draw))) == 3
-
-
 # --- scores of several dropout passes --------------------------------------------------------------------------------
 
 

@@ -1,4 +1,5 @@
-"""Units: segments, greedy peaks, what can be asked for in an image, masks, and superpixels."""
+"""Units: segments, greedy peaks, draws, what can be asked for in an image, masks, and superpixels."""
+import functools
 import itertools
 import math
 import sys
@@ -6,12 +7,13 @@ import types
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import al_patch
-from al_patch import Peaks, Pool, Segments, Whole, dilate, generator, grid, peaks, resolve_unit
+from al_patch import Peaks, Pool, Segments, Whole, dilate, grid, peaks, resolve_unit, uniform
 
 CELLS = grid((3, 7), (2, 3))
 
@@ -62,12 +64,18 @@ def test_dilate(dtype):
 # --- greedy peaks ----------------------------------------------------------------------------------------------------
 
 
-def greedy(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, limit, floor: float) -> list:
-    """The whole map's argmax, again and again."""
+def in_reading_order(ids: np.ndarray) -> np.ndarray:
+    """Draws by which the first of equals is chosen."""
+    return (ids + 1) / 1e9
+
+
+def greedy(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, draw, limit, floor: float) -> list:
+    """The whole map's highest, with the smallest draw, again and again."""
     left, picks = np.where(blocked_HW, -np.inf, scores_HW.astype(float)), []
+    draws = draw(np.arange(left.size)).tolist()
     while (limit is None or len(picks) < limit) and left.max() >= floor and left.max() > -np.inf:
-        y, x = np.unravel_index(left.argmax(), left.shape)
-        picks.append(y * left.shape[1] + x)
+        picks.append(min(np.flatnonzero(left == left.max()).tolist(), key=lambda i: draws[i]))
+        y, x = divmod(picks[-1], left.shape[1])
         left[max(0, y - gap):y + gap + 1, max(0, x - gap):x + gap + 1] = -np.inf
     return picks
 
@@ -80,16 +88,65 @@ def test_peaks_are_the_greedy_ones(h, w, values, gap, seed, blocked, limit, floo
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, values + 1, (h, w)).astype(np.float32)  # with ties
     blocked_HW = rng.random((h, w)) < blocked
-    before = scores.copy()
-    assert peaks(scores, gap, blocked_HW, limit, floor).tolist() == greedy(scores, gap, blocked_HW, limit, floor)
+    before, args = scores.copy(), (scores, gap, blocked_HW, functools.partial(uniform, seed), limit, floor)
+    got, expected = peaks(*args).tolist(), greedy(*args)
+    assert got == expected if gap else sorted(got) == sorted(expected)
     assert np.array_equal(scores, before)
 
 
 @pytest.mark.parametrize('gap', [0, 1])
 def test_peaks_on_a_large_map(gap):
     scores = np.random.default_rng(0).random((60, 900), np.float32)
-    blocked = np.zeros(scores.shape, bool)
-    assert peaks(scores, gap, blocked, 40).tolist() == greedy(scores, gap, blocked, 40, -math.inf)
+    args = scores, gap, np.zeros(scores.shape, bool), functools.partial(uniform, 7), 40, -math.inf
+    assert set(peaks(*args)) == set(greedy(*args))
+
+
+@pytest.mark.parametrize('setting', ['pixel', dict(type='pixel', radius=2), dict(type='region', window=1)], ids=str)
+@pytest.mark.parametrize('limit', [5, 40])
+def test_on_a_flat_map_any_place_is_asked_for(setting, limit):
+    """Neither the first rows nor the borders: by thirds of rows and of columns, as often as places at random."""
+    units, found = units_of(setting, (60, 90)), []
+    for seed in range(40):
+        found += units.candidates(np.zeros(5400, np.float32), np.zeros((60, 90), bool),
+                                  functools.partial(uniform, seed), limit)[0].tolist()
+    assert len(found) == 40 * limit
+    y, x = np.divmod(found, 90)
+    counts = np.bincount(y // 20 * 3 + x // 30, minlength=9)
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_a_plateau_shares_what_the_higher_ones_leave():
+    scores = np.zeros((30, 40), np.float32)
+    scores[3, 4:9] = 1
+    picked = [set(peaks(scores, 0, scores > 1, functools.partial(uniform, seed), 12).tolist()) for seed in range(9)]
+    assert all(len(each) == 12 and each >= set(range(124, 129)) for each in picked)
+    assert len(set.union(*picked)) > 5 + 9 * 6  # hardly a place twice
+
+
+# --- draws -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_ids_draw_depends_on_nothing_beside_it():
+    ids = np.array([7, 0, 123456789012, 3])
+    first = uniform(5, ids)
+    assert first.dtype == np.float64 and ((0 < first) & (first < 1)).all()
+    assert uniform(5, ids[::-1]).tolist() == first[::-1].tolist() and uniform(5, ids[2:3]).tolist() == [first[2]]
+    assert len({*first, *uniform(6, ids)}) == 8
+
+
+def test_draws_are_those_of_splitmix64():
+    """The first numbers of its reference code for the state 1234567."""
+    expected = 6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431, 16408922859458223821
+    assert uniform(1234567, np.arange(5)).tolist() == [((number >> 12) + .5) / 2**52 for number in expected]
+
+
+def test_draws_are_uniform_and_independent():
+    for a, b in itertools.combinations([uniform(seed, np.arange(20000)) for seed in (0, 1, 2**48 - 1)], 2):
+        assert scipy.stats.kstest(a, 'uniform').pvalue > .01 < scipy.stats.kstest(b, 'uniform').pvalue
+        table = np.histogram2d(a, b, 10, [[0, 1], [0, 1]])[0]
+        assert scipy.stats.chisquare(table.reshape(-1)).pvalue > .001
+        table = np.histogram2d(a[1:], a[:-1], 10, [[0, 1], [0, 1]])[0]
+        assert scipy.stats.chisquare(table.reshape(-1)).pvalue > .001
 
 
 # --- what can be asked for -------------------------------------------------------------------------------------------
@@ -98,7 +155,8 @@ def test_peaks_on_a_large_map(gap):
 def candidates(units, scores, taken=None, reduce='mean', limit=None, floor=-math.inf) -> list:
     scores = torch.as_tensor(scores)
     taken = np.zeros(scores.shape, bool) if taken is None else taken
-    got = units.candidates(scores, taken, reduce, limit, floor)
+    values = units.values(scores, reduce) if scores.ndim == 2 else scores.numpy()
+    got = units.candidates(values, taken, in_reading_order, limit, floor)
     assert got[0].dtype == np.int64 and got[1].dtype == np.float64 and got[2].dtype == np.int32
     return [column.tolist() for column in got]
 
@@ -109,7 +167,8 @@ def test_a_whole_image_is_one_candidate_with_a_number_for_its_map(reduce, value)
     assert candidates(Whole(), scores, False, reduce) == [[0], [value], [1]]
     assert candidates(Whole(), scores, True, reduce) == [[], [], []]
     assert candidates(Whole(), torch.tensor([.25], dtype=torch.float64), False, reduce) == [[0], [.25], [1]]  # drawn
-    assert [column.tolist() for column in Whole().known(scores, True, reduce, None, None)] == [[0], [value], [1]]
+    known = Whole().known(Whole().values(scores, reduce), True, in_reading_order, None)
+    assert [column.tolist() for column in known] == [[0], [value], [1]]
     assert Whole().number == 1 and Whole().weights(np.zeros(1, np.int64), (2, 4), 'cpu') is None
 
 
@@ -121,7 +180,8 @@ def test_segments_score_the_mean_or_the_max_of_their_pixels(reduce, values):
     taken = np.zeros((3, 7), bool)
     taken[[0, 2], [0, 6]] = True  # one pixel is enough: cells 0 and 5 are gone
     assert candidates(segments, scores, taken, reduce) == [[1, 2, 3, 4], values[1:5], [6, 2, 3, 3]]
-    known = segments.known(torch.from_numpy(scores), CELLS < 2, reduce, 1, None)  # all, whatever the limit
+    of_all = segments.values(torch.from_numpy(scores), reduce)
+    known = segments.known(of_all, CELLS < 2, in_reading_order, 1)  # all, whatever the limit
     assert [column.tolist() for column in known] == [[0, 1], values[:2], [6, 6]]
 
 
@@ -178,16 +238,16 @@ def test_a_random_few_are_known_of_what_is_labelled(setting, radius):
     """Each lies in what is labelled, and they are apart: two labelled windows may touch, two labelled pixels, too."""
     rng, taken = np.random.default_rng(0), np.zeros((40, 50), bool)
     taken[5:25, 8:40] = True
-    scores = torch.from_numpy(rng.random((40, 50), np.float32))
+    scores = rng.random((40, 50), np.float32).reshape(-1)
     units = units_of(setting, (40, 50))
-    draws = [units.known(scores, taken, 'mean', 6, generator(seed)) for seed in (0, 0, 1)]
+    draws = [units.known(scores, taken, functools.partial(uniform, seed), 6) for seed in (0, 0, 1)]
     assert draws[0][0].tolist() == draws[1][0].tolist() != draws[2][0].tolist()
     for ids, values, pixels in draws:
         assert len(ids) == 6 and pixels.tolist() == [(2 * radius + 1)**2] * 6
-        assert values.tolist() == scores.double().reshape(-1)[ids].tolist()
+        assert values.tolist() == scores[ids].tolist()
         masks = [Peaks((40, 50), radius, 0).mask(np.array([i])) for i in ids]
         assert all((mask & ~taken).sum() == 0 for mask in masks) and sum(masks).max() == 1
-    everything = units.known(scores, taken, 'mean', None, generator(0))[0]
+    everything = units.known(scores, taken, in_reading_order, None)[0]
     assert len(everything) == taken.sum() if radius == 0 else 6 < len(everything) <= taken.sum() / (2 * radius + 1)**2
 
 

@@ -156,6 +156,11 @@ def brightest(probs_NCHW: torch.Tensor, power: float = 1.) -> torch.Tensor:
     return probs_NCHW[:, -1]**power
 
 
+def flat(probs_NCHW: torch.Tensor) -> torch.Tensor:
+    """A score that tells nothing."""
+    return 0 * probs_NCHW[:, 0]
+
+
 def not_a_number(probs_NCHW: torch.Tensor) -> torch.Tensor:
     return probs_NCHW[:, 0] * torch.nan
 

@@ -5,6 +5,7 @@
 One row a unit and strategy; a budget of 1 % of all pixels over the whole pool, as for 2,975 images of 2048 x 1024.
 """
 import argparse
+import functools
 import math
 import os
 import time
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument('--images', type=int, default=200)
     parser.add_argument('--size', nargs=2, type=int, default=[1024, 2048])
     parser.add_argument('--budget', type=float, default=0.01)
+    parser.add_argument('--flat', action='store_const', const=0, default=1, help='all scores are equal')
     args = parser.parse_args()
     (h, w), n = args.size, args.images
     table = PrettyTable(['unit', 'images', 'seconds', 'chosen', '% of pixels',
@@ -39,9 +41,11 @@ def main() -> None:
         for i in range(n):
             if i % math.ceil(n / 4) == 0:
                 memory.append(resident_mib())
-            found = units.candidates(torch.from_numpy(rng.random((h, w), np.float32)), free, 'mean', budget,
-                                     collector.floor)
-            collector.add(str(i), al_patch.Candidates(np.full(len(found[0]), i, np.int32), *found), nothing)
+            draw = functools.partial(al_patch.uniform, i)
+            scores = torch.from_numpy(args.flat * rng.random((h, w), np.float32))
+            found = units.candidates(units.values(scores, 'mean'), free, draw, budget, collector.floor)
+            image = np.full(len(found[0]), i, np.int32)
+            collector.add(str(i), al_patch.Candidates(image, *found, draw(found[0])), nothing)
         chosen = collector.result()
         memory.append(resident_mib())
         table.add_row([name, n, f'{time.perf_counter() - begin:.0f}', len(chosen.id),

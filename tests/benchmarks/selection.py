@@ -7,6 +7,7 @@ is 2 N (K + L) d operations (k-means++ knows no labelled ones: 2 N K d) at the r
 same run. The plain version updates every distance after every pick.
 """
 import argparse
+import functools
 import statistics
 import time
 
@@ -60,18 +61,20 @@ def main() -> None:
         k, draw = min(n // 20, 1000), torch.Generator().manual_seed(0)
         vectors, labelled = torch.randn(n, 128, generator=draw), torch.randn(k, 128, generator=draw)
         scores = torch.rand(n, generator=draw, dtype=torch.float64)
+        draws = torch.rand(n, generator=draw, dtype=torch.float64).sort().values
         assert al_patch.kcenter(scores, k, draw, vectors, labelled).tolist() == plain_kcenter(vectors, labelled, k)
         for ours, args_of_ours, plain, args_of_plain, operations in (
                 (al_patch.kcenter, (scores, k, draw, vectors, labelled), plain_kcenter, (vectors, labelled, k), 4),
-                (al_patch.kmeanspp, (scores, k, draw, vectors), plain_kmeanspp, (vectors, k), 2)):
+                (al_patch.kmeanspp, (scores, k, draw, vectors, draws), plain_kmeanspp, (vectors, k), 2)):
             times = [(timed(ours, *args_of_ours), timed(plain, *args_of_plain),
                       operations * n * k * 128 / multiply_rate()) for _ in range(args.repeat)]
             seconds, slow, limit = (statistics.median(column) for column in zip(*times))
             table.add_row([ours.__name__, n, k, f'{seconds:.3f}', f'{slow:.3f}', f'{seconds / slow:.2f}',
                            f'{seconds / limit:.1f}'])
     scores, draw = torch.rand(10**6, dtype=torch.float64), torch.Generator()
-    for name in ('topk', 'power', 'softmax', 'softrank'):
-        select = al_patch.AL_SELECTORS.get(name)
+    draws = torch.rand(10**6, dtype=torch.float64).sort().values
+    for name in ('topk', 'power', 'softmax', 'softrank', 'stochastic_batches'):
+        select = functools.partial(al_patch.call_offering, al_patch.AL_SELECTORS.get(name), draws_N=draws)
         seconds = statistics.median(timed(select, scores, 1000, draw) for _ in range(args.repeat))
         slow = statistics.median(timed(torch.sort, scores) for _ in range(args.repeat))
         table.add_row([name, 10**6, 1000, f'{seconds:.3f}', f'{slow:.3f} (sort)', f'{seconds / slow:.2f}', '-'])
