@@ -87,14 +87,18 @@ def main() -> None:
     except KeyboardInterrupt:  # the log said when the round started how to go on: no traceback
         raise SystemExit(130) from None
     except Exception as error:
+        error.__suppress_context__ = False  # al_patch has suppressed what lay behind it
+        whole = traceback.format_exc()
+        if '\nKeyboardInterrupt' in whole:  # mmengine makes a SyntaxError of it, while it formats a config
+            raise SystemExit(130) from None
         if runner and al_patch.is_main_process():
             with contextlib.suppress(OSError), open(osp.join(runner.log_dir, f'{runner.timestamp}.log'), 'a') as log:
-                traceback.print_exc(file=log)
+                log.write(whole)
         among_others = 'AL_ERRORS' in os.environ
         if among_others and not all_fail(error):
             raise
         if os.environ.get('AL_TRACEBACK') and os.environ.get('LOCAL_RANK', '0') == '0':
-            traceback.print_exc()
+            print(whole, file=sys.stderr)
         if among_others:
             torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
             raise SystemExit(0) from None
