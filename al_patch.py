@@ -50,6 +50,7 @@ import traceback
 import types
 import warnings
 import zipfile
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Annotated, Any, Callable, Iterator, NamedTuple
 
 import cv2
@@ -62,7 +63,7 @@ import scipy.sparse
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import BaseDataset, Compose, InfiniteSampler, pseudo_collate
+from mmengine.dataset import BaseDataset, Compose, DefaultSampler, InfiniteSampler, pseudo_collate
 from mmengine.dist import all_gather_object, barrier, broadcast, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
@@ -149,9 +150,18 @@ StopSetting = or_none(rule("a dict of 'metric' with 'value' and / or 'patience',
 
 
 def run_alone(runner: Runner) -> torch.nn.Module:
-    """``run_rounds``, as the only run in its work_dir."""
-    with only_run(runner), checkpoints_are_data():
-        return run_rounds(runner)
+    """``run_rounds``, as the only run in its work_dir. What it raises is shown alone, without what lay behind it.
+
+    Raises:
+        OSError: mmengine could not write a checkpoint or a log. (The system's own error names no file.)
+    """
+    try:
+        with only_run(runner), checkpoints_are_data():
+            return run_rounds(runner)
+    except Exception as error:
+        is_nameless = getattr(error, 'errno', None) and not error.filename
+        raise OSError(f'a file in {runner.work_dir} cannot be written ({error}): go on with --resume when it can'
+                      ) if is_nameless else error from None
 
 
 def run_rounds(runner: Runner) -> torch.nn.Module:
@@ -203,17 +213,16 @@ def start_or_resume(runner: Runner) -> State:
     al = parse_settings(runner.cfg.al)
     check_config(al, runner)
     pool, path = Pool(runner.cfg), osp.join(runner.work_dir, STATE_FILE)
-    found = [osp.isfile(path)]
-    broadcast_object_list(found)  # rank 0's view: it may write before another rank looks
-    if found[0] and not runner.cfg.get('resume'):
+    found = on_rank_0(lambda: osp.isfile(path))  # it may write before another rank looks
+    if found and not runner.cfg.get('resume'):
         raise FileExistsError(f'{path} holds an active learning run already: add --resume to go on with it, or choose '
                               'another --work-dir')
     seeds = al.seed, runner.cfg.get('randomness', {}).get('seed'), runner.seed
-    content = read_state(path) if found[0] else dict(seed=next(s for s in seeds if s is not None),
+    content = read_state(path) if found else dict(seed=next(s for s in seeds if s is not None),
                                                      config=config_digest(runner.cfg))
     state = State(content, runner.work_dir, al, runner, pool)
     state.companions = companions
-    if found[0]:
+    if found:
         resume_run(state, content)
     else:
         start_run(state)
@@ -615,6 +624,7 @@ class RoundHook(Hook):
         between would have lost the metrics and the best checkpoint."""
         if self.is_sparse:
             check_void(runner)
+        check_last_batch(runner)
         loop = runner.train_loop
         if runner.val_loop is None or not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
             return
@@ -923,26 +933,9 @@ def check_void(trainer: Runner) -> None:
     Raises:
         ValueError: It names the loss.
     """
-    model, dataset = unwrap(trainer.model), trainer.train_dataloader.dataset
-    numbers = python_random.getstate(), np.random.get_state()
-    batch = pseudo_collate([dataset[0], dataset[len(dataset) - 1]])
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-
-    def losses(fill: Callable) -> dict:
-        data = model.data_preprocessor(copy.deepcopy(batch), True)
-        for sample in data['data_samples']:
-            sample.gt_sem_seg.data = fill(sample.gt_sem_seg.data)
-        torch.manual_seed(0)  # of dropout
-        return {key: sum(map(torch.sum, value)) if isinstance(value, list) else value.sum()
-                for key, value in model(**data, mode='loss').items() if 'loss' in key}
-
-    with torch.random.fork_rng():
-        void = losses(lambda label: torch.full_like(label, getattr(decode_head(model), 'ignore_index', 255)))
-        some = losses(torch.zeros_like)
-    python_random.setstate(numbers[0])
-    np.random.set_state(numbers[1])
-    for buffer, before in buffers:
-        buffer.copy_(before)
+    model = unwrap(trainer.model)
+    void, some = trial_losses(trainer, 2, lambda label: torch.full_like(
+        label, getattr(decode_head(model), 'ignore_index', 255)), torch.zeros_like)
     for key in filter(void.get, void):
         if void[key] != some[key]:
             raise ValueError(f'{key} of {type(decode_head(model)).__name__} learns from pixels without a label: it is '
@@ -950,6 +943,47 @@ def check_void(trainer: Runner) -> None:
                              'loss out of the config')
         trainer.logger.info(f'{key} does not depend on labels, and is left alone')
     trainer.logger.info('Partly labelled images: losses see labelled pixels only, and are zero where there are none')
+
+
+def check_last_batch(trainer: Runner) -> None:
+    """Train on one image, but for the step, if the last batch of an epoch is so small: a BatchNorm after a pooling to
+    one pixel, as in PSPHead and ASPPHead, fails on it, and only trying tells.
+
+    Raises:
+        ValueError: It fails.
+    """
+    loader = trainer.train_dataloader
+    if isinstance(loader.sampler, DefaultSampler) and trainer.max_iters >= len(loader) and (
+            len(loader.sampler) - (len(loader) - 1) * (loader.batch_size or 0) == 1):
+        with reading('the last batch of an epoch, one image (set `train_dataloader.drop_last=True`, or another '
+                     '`batch_size`),', ValueError):
+            trial_losses(trainer, 1, None)
+
+
+@torch.no_grad()
+def trial_losses(trainer: Runner, n: int, *fills) -> list[dict]:
+    """The losses of ``n`` training images (first, last, ...), for each function that makes their label maps of other
+    ones, or None. Random numbers and the model's buffers are afterwards as before."""
+    model, dataset = unwrap(trainer.model), trainer.train_dataloader.dataset
+    numbers = python_random.getstate(), np.random.get_state()
+    batch = pseudo_collate([dataset[-i % len(dataset)] for i in range(n)])
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def losses(fill: Callable) -> dict:
+        data = model.data_preprocessor(copy.deepcopy(batch), True)
+        for sample in data['data_samples'] if fill else ():
+            sample.gt_sem_seg.data = fill(sample.gt_sem_seg.data)
+        torch.manual_seed(0)  # of dropout
+        return {key: sum(map(torch.sum, value)) if isinstance(value, list) else value.sum()
+                for key, value in model(**data, mode='loss').items() if 'loss' in key}
+
+    with torch.random.fork_rng():
+        found = [*map(losses, fills)]
+    python_random.setstate(numbers[0])
+    np.random.set_state(numbers[1])
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    return found
 
 
 def keep_pixels(old_HW: np.ndarray, new_HW: np.ndarray, ignore_index: int) -> np.ndarray:
@@ -1221,12 +1255,9 @@ class Collector:
         lows, highs, numbers = zip(*ranges)
         self.range = [min(lows), max(highs), sum(numbers)]
         candidates, known = map(Candidates.join, (parts, known))
-        # rank 0 decides; without its vectors, that no other rank has use for
-        chosen = [candidates if self.per_image or not is_main_process() else
-                  self.choose(candidates, self.budget(None), known)]
-        chosen[0] = chosen[0]._replace(vector=None, probs=None)
-        broadcast_object_list(chosen)
-        return chosen[0].sorted()
+        # without its vectors, that no rank has use for any more
+        return on_rank_0(lambda: (candidates if self.per_image else self.choose(candidates, self.budget(None), known)
+                                  )._replace(vector=None, probs=None)).sorted()
 
 
 class Candidates(NamedTuple):
@@ -2124,14 +2155,17 @@ def whole_images() -> tuple:
     return Whole, lambda state, name: Whole()
 
 
-def superpixels(n_segments: SegmentCount = 1024, compactness: Number = 10.) -> tuple:
+def superpixels(n_segments: SegmentCount = 1024, compactness: Positive = 10.) -> tuple:
     """SLIC segments, computed once and kept in ``work_dir/superpixels``."""
 
     def of(state: State, name: str) -> Segments:
         folder = osp.join(state.work_dir, 'superpixels', f'{n_segments}_{compactness}')
         path = png_path(folder, name, state.work_dir)
         if not osp.isfile(path):
-            write_png(path, slic(state.pool.load_image(name), n_segments, compactness))
+            image = state.pool.load_image(name)
+            with reading(state.pool.info(name)['img_path'], ValueError):
+                image = slic(image, n_segments, compactness)
+            write_png(path, image)
         with reading(path), Image.open(path) as image:
             return Segments(np.asarray(image).astype(np.int32))
 
@@ -3071,6 +3105,8 @@ def reading(path: str, errors: type = Exception):
         if isinstance(error, pickle.UnpicklingError):  # torch's own text, of many lines, tells to drop the protection
             what = ', '.join(re.findall(r'GLOBAL ([\w.]+)', why)) or 'what no checkpoint has'
             why = f'beside weights and training state it holds {what}: reading that could run any code'
+        if isinstance(error, Image.DecompressionBombError):
+            why += ' Set PIL.Image.MAX_IMAGE_PIXELS = None in a module of `custom_imports` if the file can be trusted'
         raise ValueError(f'{path} cannot be used ({" ".join(why.split())})') from error
 
 
@@ -3114,6 +3150,21 @@ def on_all_ranks(function: Callable, names: list[str]) -> dict:
     if errors:
         raise ValueError('; '.join(errors[:5]) + (f'; and {len(errors) - 5} more' if len(errors) > 5 else ''))
     return {name: share[0][name] for name in names for share in shares if name in share[0]}
+
+
+def on_rank_0(function: Callable):
+    """What a function makes on rank 0, on every rank. All ask each second whether it is ready, so that it may take
+    longer than processes wait for each other: it runs in a thread, where ``no_grad`` has to be said again.
+
+    Raises:
+        ValueError: On every rank, with what went wrong. (Another error than a ValueError, on rank 0.)
+    """
+    if get_dist_info()[1] == 1:
+        return function()
+    work = [ThreadPoolExecutor(1).submit(torch.no_grad()(function))] if is_main_process() else []
+    while not any(all_gather_object(len(wait(work, 1).done))):
+        pass
+    return on_all_ranks(lambda _: work[0].result(), ['rank 0'])['rank 0']
 
 
 def png_path(folder: str, name: str, root: str | None = None) -> str:
@@ -3187,31 +3238,35 @@ def read_mask(path: str) -> np.ndarray:
 
 @contextlib.contextmanager
 def only_run(runner: Runner):
-    """Hold ``work_dir/al.lock``, from rank 0.
+    """Hold ``work_dir/al.lock``, from rank 0. The others look whether it is theirs, too.
 
     It is a record lock (``lockf``): forked dataloader workers do not inherit it, as they would one of ``flock``, so
     that the kernel frees it in the instant in which the process dies, though its workers live on for seconds. Over NFS
     it counts for all machines, if the server locks at all. Closing any descriptor of the file would free it.
 
     Raises:
-        RuntimeError: Another run holds it.
+        RuntimeError: On every rank: another run holds it, or a rank looks for it elsewhere.
     """
-    path, file, holder = osp.join(runner.work_dir, LOCK_FILE), None, [None]
+    path, file, holder = osp.join(runner.work_dir, LOCK_FILE), None, None
     if is_main_process():
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(file, 0)
             os.write(file, f'process {os.getpid()} on {socket.gethostname()}'.encode())
+            os.fsync(file)  # for other machines
         except BlockingIOError:
-            holder = [os.read(file, 999).decode(errors='replace') or 'another process']
+            holder = os.read(file, 999).decode(errors='replace') or 'another process'
         except OSError as error:
             runner.logger.warning(f'{path} cannot be locked ({error}): take care that no other run uses this work_dir')
-    broadcast_object_list(holder)
+    holder = all_gather_object(holder)[0]
     try:
-        if holder[0]:
-            raise RuntimeError(f'{runner.work_dir} is in use by {holder[0]}: wait for that run, stop it, or choose '
+        if holder:
+            raise RuntimeError(f'{runner.work_dir} is in use by {holder}: wait for that run, stop it, or choose '
                                'another --work-dir')
+        if len(set(all_gather_object(osp.isfile(path) and osp.getmtime(path)))) > 1:
+            raise RuntimeError(f'{runner.work_dir} should be one folder on a disk that all machines share, but not all '
+                               f'processes find the {LOCK_FILE} of rank 0 in it: choose another --work-dir')
         yield
     finally:
         if file is not None:

@@ -1,26 +1,36 @@
 """Train with active learning: ``python al_train.py <config> [options]``, the options being those of tools/train.py.
 
-The config needs an ``al = dict(...)`` block; ``dist_al_train.sh`` starts several processes.
+The config needs an ``al = dict(...)`` block; ``dist_al_train.sh`` starts several processes. An error ends with one
+paragraph and exit code 2; with ``AL_TRACEBACK=1`` its traceback stands before it.
 """
 import argparse
+import contextlib
+import datetime
+import json
 import os
 import os.path as osp
+import re
+import sys
+import time
+import traceback
 
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, RUNNERS
 from mmengine.runner import Runner
 
-import al_patch  # noqa: F401  (patches Runner; with this line any script of yours does active learning)
+import al_patch  # (it patches Runner; with this line any script of yours does active learning)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description='Train a segmentor with active learning')
+    parser.error = wrong_option
     parser.add_argument('config', help='config file with an `al` block')
     parser.add_argument('--work-dir', help='where the state, logs and checkpoints go')
     parser.add_argument('--resume', action='store_true', help='go on with the run in the work dir')
     parser.add_argument('--amp', action='store_true', help='train and query in mixed precision')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override config keys: key=value ...')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, help='override config keys: key=value ...',
+                        type=key_and_value)
     parser.add_argument('--launcher', choices=['none', 'pytorch', 'slurm', 'mpi'], default='none')
     parser.add_argument('--local_rank', '--local-rank', type=int, default=0)
     args = parser.parse_args()
@@ -28,35 +38,98 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
+def key_and_value(option: str) -> str:
+    if '=' not in option:
+        raise argparse.ArgumentTypeError(f'should be key=value, but got {option!r}')
+    return option
+
+
+def wrong_option(message: str) -> None:
+    raise ValueError(f'{message} (--help shows all options)')
+
+
 def init_cpu_processes(cfg: Config) -> None:
     """Let ``--launcher`` do without a GPU, where mmengine asks for one: gloo, CPU gradients, and BN for SyncBN."""
     import mmcv.cnn  # noqa: F401  (where SyncBN gets its name; after al_patch)
-    torch.distributed.init_process_group('gloo')
+    seconds = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
+    if seconds is not None and not (al_patch.is_number(seconds) and seconds > 0):
+        raise ValueError(f'`env_cfg.dist_cfg.timeout` should be a number of seconds above 0, but got {seconds!r}')
+    torch.distributed.init_process_group('gloo', timeout=seconds and datetime.timedelta(seconds=seconds))
     cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False,
                                  find_unused_parameters=cfg.get('find_unused_parameters', False))
     MODELS.register_module('SyncBN', force=True, module=torch.nn.BatchNorm2d)
 
 
-def main() -> None:
-    args = parse_args()
-    cfg = Config.fromfile(args.config)
-    cfg.merge_from_dict(args.cfg_options or {})
+def build_runner(args: argparse.Namespace) -> Runner:
+    with al_patch.reading(args.config):
+        cfg = Config.fromfile(args.config)
+    with al_patch.reading('--cfg-options'):
+        cfg.merge_from_dict(args.cfg_options or {})
     if cfg.get('al') is None:
-        raise SystemExit(f"{args.config} has no `al` block: add al = dict(strategy='entropy'), or use tools/train.py")
+        raise ValueError(f"{args.config} has no `al` block: add al = dict(strategy='entropy'), or use tools/train.py")
     cfg.launcher, cfg.resume = args.launcher, args.resume
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
         'work_dirs', osp.splitext(osp.basename(args.config))[0])
     if args.amp:
         if cfg.optim_wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
-            raise SystemExit(f'--amp needs optim_wrapper.type to be OptimWrapper, but got {cfg.optim_wrapper.type}')
+            raise ValueError(f'--amp needs optim_wrapper.type to be OptimWrapper, but got {cfg.optim_wrapper.type}')
         cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale=cfg.optim_wrapper.get('loss_scale', 'dynamic'))
     if args.launcher == 'pytorch' and not torch.cuda.is_available():
         init_cpu_processes(cfg)
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+
+
+def main() -> None:
+    runner = None
     try:
+        runner = build_runner(parse_args())
         runner.train()
     except KeyboardInterrupt:  # the log said when the round started how to go on: no traceback
         raise SystemExit(130) from None
+    except Exception as error:
+        error.__suppress_context__ = False  # al_patch has suppressed what lay behind it
+        whole = traceback.format_exc()
+        if '\nKeyboardInterrupt' in whole:  # mmengine makes a SyntaxError of it, while it formats a config
+            raise SystemExit(130) from None
+        if runner and al_patch.is_main_process():
+            with contextlib.suppress(OSError), open(osp.join(runner.log_dir, f'{runner.timestamp}.log'), 'a') as log:
+                log.write(whole)
+        among_others = 'AL_ERRORS' in os.environ
+        if among_others and not all_fail(error):
+            raise
+        if os.environ.get('AL_TRACEBACK') and os.environ.get('LOCAL_RANK', '0') == '0':
+            print(whole, file=sys.stderr)
+        if among_others:
+            torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
+            raise SystemExit(0) from None
+        sys.stdout.flush()
+        print(in_one_line(error), file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def all_fail(error: Exception) -> bool:
+    """Whether all processes of this machine fail of one error, within some seconds. What to say then lies in files,
+    where dist_al_train.sh finds it; if not, the launcher has to end those that wait for this one."""
+    files = [osp.join(os.environ['AL_ERRORS'], str(i)) for i in range(int(os.environ['LOCAL_WORLD_SIZE']))]
+    mine, until = files[int(os.environ['LOCAL_RANK'])], time.time() + 10
+    with open(mine + '.tmp', 'w') as file:
+        json.dump([str(error), in_one_line(error)], file)
+    os.replace(mine + '.tmp', mine)
+    while not all(map(osp.isfile, files)) and time.time() < until:
+        time.sleep(.1)
+    return all(osp.isfile(file) and json.load(open(file))[0] == str(error) for file in files)
+
+
+def in_one_line(error: Exception) -> str:
+    """An error that the files beside this one raise is meant to be read so; any other has its type, too, and a hint.
+    What fails in a dataloader's worker has the worker's traceback in its text."""
+    text, whole = str(error), ''.join(traceback.format_exception(error))
+    if '\nOriginal Traceback' in text:
+        text = text.rstrip().rpartition('\n')[2].partition(': ')[2]
+    text, where = ' '.join(text.splitlines()), re.findall('^ *File "(.+?)", line', whole, re.M)[-1]
+    if osp.basename(where).startswith('al_') and isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
+        return f'al_train.py: {text}'
+    return f'al_train.py: {type(error).__name__}: {text} (AL_TRACEBACK=1 shows where)'
 
 
 if __name__ == '__main__':
