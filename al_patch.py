@@ -197,8 +197,8 @@ def start_or_resume(runner: Runner) -> State:
 
     Raises:
         FileExistsError: A state is there, but ``--resume`` is not.
-        ValueError: A setting has changed since the run began, labelled images have left the data set, or labels that
-            a human was asked for are not there yet.
+        ValueError: A setting or the classes have changed since the run began, labelled images have left the data set,
+            or labels that a human was asked for are not there yet.
     """
     companions = attach_companions(runner)
     al = parse_settings(runner.cfg.al)
@@ -236,6 +236,11 @@ def start_run(state: State) -> None:
 def resume_run(state: State, content: dict) -> None:
     """Say what has changed since the run stopped, and accept the labels that it waited for."""
     pool, known, logger = state.pool, content['pool'], state.logger
+    if content.get('classes') not in (None, state.classes):  # an older version's state does not hold them
+        raise ValueError(f'the data set should have the {len(content["classes"])} classes with which the run began, '
+                         f'but got {len(state.classes)}, and what differs is '
+                         f'{", ".join({*content["classes"]} ^ {*state.classes}) or "their order"}: go on with those, '
+                         'or start in another work_dir with `al.initial` = a split file of what is labelled')
     check_resume(content, state.al, pool)
     state.entry.setdefault('spent', state.spent())  # schema 1 had it after training alone
     changed = [key for key, digest in config_digest(state.runner.cfg).items() if state.config.get(key) != digest]
@@ -383,7 +388,8 @@ def hold_out(state: State) -> dict:
 
 
 def tell_hooks(state: State, point: str, *args) -> None:
-    """Call every hook of the caller's runner that has a method of this name: ``after_al_train(state, trainer)``,
+    """Call every hook of the caller's runner that has a method of this name: ``after_al_validate(state, trainer)``,
+    whose ``state.warn`` is saved with the round's figures, ``after_al_train(state, trainer)``,
     ``after_al_query(state, trainer, asked)`` or ``after_al_ask(state, trainer)``, on all ranks. One that fails is
     reported, and stops neither the run nor the others."""
     for hook in [hook for hook in state.runner.hooks if hasattr(hook, point)]:
@@ -610,6 +616,7 @@ def train_round(state: State, trainer: Runner) -> None:
     state.entry.update(metrics=hook.metrics, train_seconds=round(time.time() - begin, 1), checkpoints={
         key: osp.relpath(path, state.work_dir) for key, path in shared[0].items() if path})
     load_weights(state, state.checkpoint(state.round, 'last'))
+    tell_hooks(state, 'after_al_validate', trainer)
     state.phase = 'query'
     state.save()
     if is_main_process():
@@ -643,9 +650,27 @@ class RoundHook(Hook):
         if at > 0 and at >= loop.val_begin and (at % loop.val_interval == 0 or at == end):
             runner.val_loop.run()
 
+    def check_finite(self, runner: Runner) -> None:
+        """End a round that has diverged, and let a resumed run begin it anew. A loss now and then that is no number, as
+        that of an iteration that mixed precision skips, does not count.
+
+        Raises:
+            ValueError: On every rank: a weight is not finite, or none of the last ten losses is.
+        """
+        losses = runner.message_hub.log_scalars.get('train/loss', HistoryBuffer()).data[0][-10:]
+        weights = filter(torch.is_tensor, runner.model.state_dict().values())
+        if any(all_gather_object(len(losses) and not np.isfinite(losses).any() or not all(
+                weight.isfinite().all() for weight in weights))):
+            with contextlib.suppress(FileNotFoundError):  # another rank was first
+                os.remove(osp.join(runner.work_dir, 'last_checkpoint'))
+            raise ValueError(f'{osp.basename(runner.work_dir)} has diverged by iteration {runner.iter}: loss and '
+                             'weights should be finite; mend the config, e.g. by a lower `optim_wrapper.optimizer.lr`, '
+                             'and --resume trains the round anew')
+
     def before_val_epoch(self, runner: Runner) -> None:
         """Validate what rank 0 saves: without SyncBN, each process has running statistics of its own. After EMAHook, at
         its higher priority, has swapped in its own."""
+        self.check_finite(runner)
         for buffer in filter(torch.is_floating_point, unwrap(runner.model).buffers()):
             broadcast(buffer)
 
@@ -658,10 +683,13 @@ class RoundHook(Hook):
             batches.skip_iter = lambda skipped: collections.deque(itertools.islice(batches, skipped), maxlen=0)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        if runner.iter % 50 == 0:  # it waits for the device
+            self.check_finite(runner)
         torch.manual_seed(seed_of(self.seed, runner.rank, 'iter', runner.iter))
 
     def after_train(self, runner: Runner) -> None:
         """Save the last weights, which mmengine does not where EarlyStoppingHook ends a round between checkpoints."""
+        self.check_finite(runner)
         for hook in runner.hooks if getattr(runner.train_loop, 'stop_training', False) else ():
             if isinstance(hook, CheckpointHook) and hook.save_last:
                 step = runner.epoch if hook.by_epoch else runner.iter
@@ -957,11 +985,8 @@ def query(state: State, trainer: Runner | None) -> dict[str, np.ndarray | None]:
         Name of an image -> ids of its chosen units, or None for the whole image.
     """
     begin, this = time.time(), Query(state, trainer)
-    total, is_watched = sum(map(len, deal_batches(state, this.names))), sys.stdout.isatty() and is_main_process()
-    for done, (name, seen) in enumerate(track(this.look(), 'Query', total, disable=not is_watched), 1):
+    for name, seen in watched(state, 'query', this.look(), sum(map(len, deal_batches(state, this.names)))):
         this.collector.add(name, *this.candidates(name, seen))
-        if not is_watched:
-            log_progress(state, begin, done, total)
     asked = this.asked()
     if state.rounds:
         state.entry['query_seconds'] = round(time.time() - begin, 1)
@@ -1078,7 +1103,9 @@ class Query:
         state, strategy, units = self.state, self.strategy, self.state.units(name)
         map_HW, maps = self.maps(seen) if seen else (None, {})
         if any(not torch.isfinite(each).all() for each in (map_HW, *maps.values()) if each is not None):
-            raise ValueError(f'the score of image {name!r} is not finite: the model gives no finite logits')
+            raise ValueError(f'the score of image {name!r} is not finite: the model, or the strategy, gives no finite '
+                             'numbers; if it is the model, train its round again by: python al_label.py rewind '
+                             f'{shlex.quote(state.work_dir)} {state.round} --train')
         draw, limit = state.generator('random', len(state.rounds), name), self.limit(name, units)
         scores = random_scores(units.number, draw) if map_HW is None else map_HW.float()
         taken = state.mask(name) if state.counts_pixels else name in state.labelled()
@@ -1100,6 +1127,7 @@ class Query:
 
     def asked(self) -> dict[str, np.ndarray | None]:
         """The choice, after a line in the log. The highest score in each image stays in ``state.scores``."""
+        self.warn_of_equals()
         state, chosen = self.state, self.collector.result()
         seen = {} if self.strategy.score is random_scores else self.collector.seen
         state.scores = dict(collections.ChainMap(*all_gather_object(seen)))
@@ -1110,10 +1138,21 @@ class Query:
         what = f'{len(images)} of {len(self.open)} images'
         if state.counts_pixels:
             what = f'{len(chosen.id)} of {n} candidates ({chosen.pixels.sum()} pixels) in {what}'
-        state.logger.info(f'Query {len(state.rounds)}: {self.strategy.name} asks for {what}, scores '
-                          f'{scores.min():.4g} to {scores.max():.4g} (all: {low:.4g} to {high:.4g})')
+        if self.strategy.score is not random_scores:
+            what += f', scores {scores.min():.4g} to {scores.max():.4g} (all: {low:.4g} to {high:.4g})'
+        state.logger.info(f'Query {len(state.rounds)}: {self.strategy.name} asks for {what}')
         return {self.names[i]: ids if state.counts_pixels else None
                 for i, ids in zip(images, np.split(chosen.id, starts[1:]))}
+
+    def warn_of_equals(self) -> None:
+        """Warn where the choice is more or less a draw, by this rank's share of the candidates."""
+        n, vectors_ND = self.collector.range[2], Candidates.join(self.collector.parts).vector
+        if n > 1 and max(self.collector.equals.values()) > .9 * n:
+            self.state.warn(f'More than nine in ten scores of the {self.strategy.name} query are equal, and the choice '
+                            'among them is a draw: has the model learned anything?')
+        if n > 1 and vectors_ND is not None and (vectors_ND == vectors_ND[0]).all():
+            self.state.warn(f'All vectors of the {self.strategy.name} query are equal, and the choice among them is a '
+                            'draw: has the model learned anything?')
 
 
 class Collector:
@@ -1131,6 +1170,8 @@ class Collector:
     Attributes:
         floor: What scores lower cannot be chosen any more.
         seen: Name of an image -> the highest score in it.
+        equals: Score -> how many candidates have it, of the images of which it is the middle one. What most have is in
+            the middle.
         range: Lowest and highest score, and number, of all candidates.
         device: Where the selector computes.
     """
@@ -1141,6 +1182,7 @@ class Collector:
         self.seed, self.progress, self.device = seed, progress, 'cpu'
         self.parts, self.known, self.rows, self.kept = [], [], 0, 0
         self.floor, self.seen, self.range = -math.inf, {}, [math.inf, -math.inf, 0]
+        self.equals = collections.Counter()
 
     def add(self, name: str, candidates: Candidates, known: Candidates) -> None:
         """An image's candidates, and what is labelled of it where the selector wants to know."""
@@ -1149,6 +1191,8 @@ class Collector:
             self.known.append(known)
         if not len(scores):
             return
+        middle = np.median(scores)
+        self.equals[middle] += np.count_nonzero(scores == middle)
         self.seen[name] = float(scores.max())
         self.range = [min(self.range[0], scores.min()), max(self.range[1], scores.max()), self.range[2] + len(scores)]
         if self.per_image:
@@ -1227,13 +1271,16 @@ class Candidates(NamedTuple):
         return self.rows(np.lexsort((self.id, self.image)))
 
 
-def log_progress(state: State, begin: float, done: int, total: int) -> None:
-    """A log line of the query now and then, in the form of mmengine's."""
+def watched(state: State, what: str, looks: Iterator, total: int) -> Iterator:
+    """Go through images under a progress bar or, in files, with a log line now and then, in the form of mmengine's."""
+    begin, is_watched = time.time(), sys.stdout.isatty() and is_main_process()
     interval = next((hook.interval for hook in state.runner.hooks if isinstance(hook, LoggerHook)), 50)
-    if done == total or done % interval == 0:
-        each = (time.time() - begin) / done
-        eta = time.strftime('%H:%M:%S', time.gmtime(each * (total - done)))
-        state.logger.info(f'Iter(query) [{done:{len(str(total))}d}/{total}]  eta: {eta}  time: {each:.4f}')
+    for done, look in enumerate(track(looks, what.capitalize(), total, disable=not is_watched), 1):
+        yield look
+        if not is_watched and (done == total or done % interval == 0):
+            each = (time.time() - begin) / done
+            eta = time.strftime('%H:%M:%S', time.gmtime(each * (total - done)))
+            state.logger.info(f'Iter({what}) [{done:{len(str(total))}d}/{total}]  eta: {eta}  time: {each:.4f}')
 
 
 def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor:
@@ -1241,7 +1288,8 @@ def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor
     is at most ``strategy.alpha``, by conformal risk control (Angelopoulos et al., ICLR 2024) on the labelled images
     that the round did not train on; 0.001 for a class that they do not show often enough to tell. (C,)"""
     names, alpha, rates, images = state.entry['held_out'], strategy.alpha, 0, 0
-    for name, seen in Network(trainer, strategy).look(state, names, [to_image], shared=False):
+    looks = Network(trainer, strategy).look(state, names, [to_image], shared=False)
+    for name, seen in watched(state, 'calibration', looks, len(names)):
         probs_CHW, label_HW = seen.means[0]['probs_NCHW'][0], state.pool.load_label(name).astype(np.int64)
         label_HW = torch.from_numpy(np.where(state.mask(name), label_HW, -1))
         rate, shown = torch.ones(len(probs_CHW), 1001, dtype=torch.float64), torch.zeros(len(probs_CHW))
@@ -1257,8 +1305,8 @@ def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor
     state.logger.info(f'Calibrated on {len(names)} held-out images, thresholds: '
                       f'{", ".join(f"{t:.3f}" for t in thresholds_C.tolist())}')
     if (bound <= 0).all():
-        state.logger.warning(f'{len(names)} held-out images are too few to bound the rate of false negatives by '
-                             f'`al.strategy.alpha` = {alpha}: a class needs {math.ceil(1 / alpha)} that show it')
+        state.warn(f'{len(names)} held-out images are too few to bound the rate of false negatives by '
+                   f'`al.strategy.alpha` = {alpha}: a class needs {math.ceil(1 / alpha)} that show it')
     return thresholds_C.to(probs_CHW.device)
 
 
@@ -1285,9 +1333,21 @@ def check_model(model: torch.nn.Module, strategy: Strategy) -> None:
 
 
 def load_weights(state: State, path: str) -> None:
-    """Load a checkpoint into the run's model; an error names it."""
+    """Load a checkpoint of the state's round into the run's model.
+
+    Raises:
+        ValueError: It cannot be read, or holds more than the model would save, or less, or other shapes.
+    """
     with reading(path):
-        load_checkpoint(state.model, path, map_location='cpu', logger=state.logger)
+        checkpoint = load_checkpoint(state.model, path, map_location='cpu', logger=state.logger)
+    saved, own = ({f'{key.removeprefix("module.")} {[*getattr(value, "shape", ())]}' for key, value in each.items()}
+                  for each in (checkpoint.get('state_dict', checkpoint), state.model.state_dict()))
+    if saved != own:
+        raise ValueError(f'{path} should hold the weights of this model, but {len(own - saved)} of the model are not '
+                         f'there ({", ".join(sorted(own - saved)[:3])}) and {len(saved - own)} there not of the model '
+                         f'({", ".join(sorted(saved - own)[:3])}): go on with the config that round {state.round} was '
+                         'trained with, or train it again with this one by: python al_label.py rewind '
+                         f'{shlex.quote(state.work_dir)} {state.round} --train')
 
 
 class Network:
@@ -1648,7 +1708,7 @@ class State:
             content = dict(schema=SCHEMA, phase=self.phase, round=self.round, seed=self.seed, ended=self.ended,
                            settings=self.al.to_dict(), config=self.config, images=len(self.pool),
                            pixels=self.pool.pixels if self.counts_pixels else None, rounds=self.rounds,
-                           pool=self.pool.names)
+                           pool=self.pool.names, classes=self.classes)
             write_atomically(osp.join(self.work_dir, STATE_FILE), json.dumps(content, indent=1, ensure_ascii=False))
         barrier()
 
@@ -1668,6 +1728,11 @@ class State:
     @property
     def model(self) -> torch.nn.Module:
         return unwrap(self.runner.model)
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the data set's classes."""
+        return list(self.pool.leaves[0].metainfo.get('classes') or ())
 
     @functools.cached_property
     def strategy(self) -> Strategy:
@@ -1690,6 +1755,12 @@ class State:
     def full_res(self) -> bool:
         """Whether scores are made from the logits enlarged to the image, or at their own resolution."""
         return self.unit.kind.full_res if self.al.full_res is None else self.al.full_res
+
+    def warn(self, text: str) -> None:
+        """Log what is hardly as it should be, and keep it with the newest round, once."""
+        if text not in self.entry.setdefault('warnings', []):
+            self.entry['warnings'].append(text)
+            self.logger.warning(text)
 
     def units(self, name: str) -> Areas:
         """The units of an image."""
