@@ -420,7 +420,7 @@ class Inbox:
             void_HW = void_HW.all(2) if void_HW.ndim > 2 else void_HW
             if void_HW.all() and void_HW.shape == pool.sizes[name]:
                 return np.full(void_HW.shape, pool.ignore_index(name)), void_HW
-        labels = pool.check_label(name, self.state.classes, path, void_HW)
+        labels = pool.check_label(name, self.state.class_count, path, void_HW)
         known = labels != pool.ignore_index(name)
         return labels, known if void_HW is None else known | void_HW
 
@@ -435,7 +435,7 @@ class Inbox:
         if changed:
             kept = path('changed', name, '.json')
             write_atomically(kept, json.dumps({**read_json(kept), newest: changed}))
-        depth = np.uint8 if (self.state.classes or 256) < 256 else np.uint16
+        depth = np.uint8 if (self.state.class_count or 256) < 256 else np.uint16
         is_void = classes == self.state.pool.ignore_index(name)
         write_png(path('classes', name), np.where(is_void, np.iinfo(depth).max, classes).astype(depth))
         write_png(path('done', name), done)

@@ -206,8 +206,8 @@ def start_or_resume(runner: Runner) -> State:
 
     Raises:
         FileExistsError: A state is there, but ``--resume`` is not.
-        ValueError: A setting has changed since the run began, labelled images have left the data set, or labels that
-            a human was asked for are not there yet.
+        ValueError: A setting or the classes have changed since the run began, labelled images have left the data set,
+            or labels that a human was asked for are not there yet.
     """
     companions = attach_companions(runner)
     al = parse_settings(runner.cfg.al)
@@ -238,6 +238,11 @@ def start_run(state: State) -> None:
 def resume_run(state: State, content: dict) -> None:
     """Say what has changed since the run stopped, and accept the labels that it waited for."""
     pool, known, logger = state.pool, content['pool'], state.logger
+    if content.get('classes') not in (None, state.classes):  # an older version's state does not hold them
+        raise ValueError(f'the data set should have the {len(content["classes"])} classes with which the run began, '
+                         f'but got {len(state.classes)}, and what differs is '
+                         f'{", ".join({*content["classes"]} ^ {*state.classes}) or "their order"}: go on with those, '
+                         'or start in another work_dir with `al.initial` = a split file of what is labelled')
     check_resume(content, state.al, pool)
     state.entry.setdefault('spent', state.spent())  # schema 1 had it after training alone
     changed = [key for key, digest in config_digest(state.runner.cfg).items() if state.config.get(key) != digest]
@@ -392,9 +397,10 @@ def hold_out(state: State) -> dict:
 
 def tell_hooks(state: State, point: str, *args) -> None:
     """Call every hook of the caller's runner that has a method of this name: ``before_al_train(state, trainer)``,
-    ``after_al_train(state, trainer)``, ``after_al_query(state, trainer, asked)``, ``after_al_ask(state, trainer)``
-    or, where labels have to be waited for, ``before_al_wait(state)``, on all ranks. One that fails is reported, and
-    stops neither the run nor the others."""
+    ``after_al_validate(state, trainer)``, whose ``state.warn`` is saved with the round's figures,
+    ``after_al_train(state, trainer)``, ``after_al_query(state, trainer, asked)``, ``after_al_ask(state, trainer)`` or,
+    where labels have to be waited for, ``before_al_wait(state)``, on all ranks. One that fails is reported, and stops
+    neither the run nor the others."""
     for method in methods_of(state.runner, point):
         failed = None
         try:
@@ -599,6 +605,7 @@ def train_round(state: State, trainer: Runner) -> None:
     state.entry.update(metrics=hook.metrics, train_seconds=round(time.time() - begin, 1), checkpoints={
         key: osp.relpath(path, state.work_dir) for key, path in shared[0].items() if path})
     load_weights(state, state.checkpoint(state.round, 'last'))
+    tell_hooks(state, 'after_al_validate', trainer)
     state.phase = 'query'
     state.save()
     if is_main_process():
@@ -633,9 +640,27 @@ class RoundHook(Hook):
         if at > 0 and at >= loop.val_begin and (at % loop.val_interval == 0 or at == end):
             runner.val_loop.run()
 
+    def check_finite(self, runner: Runner) -> None:
+        """End a round that has diverged, and let a resumed run begin it anew. A loss now and then that is no number, as
+        that of an iteration that mixed precision skips, does not count.
+
+        Raises:
+            ValueError: On every rank: a weight is not finite, or none of the last ten losses is.
+        """
+        losses = runner.message_hub.log_scalars.get('train/loss', HistoryBuffer()).data[0][-10:]
+        weights = filter(torch.is_tensor, runner.model.state_dict().values())
+        if any(all_gather_object(len(losses) and not np.isfinite(losses).any() or not all(
+                weight.isfinite().all() for weight in weights))):
+            with contextlib.suppress(FileNotFoundError):  # another rank was first
+                os.remove(osp.join(runner.work_dir, 'last_checkpoint'))
+            raise ValueError(f'{osp.basename(runner.work_dir)} has diverged by iteration {runner.iter}: loss and '
+                             'weights should be finite; mend the config, e.g. by a lower `optim_wrapper.optimizer.lr`, '
+                             'and --resume trains the round anew')
+
     def before_val_epoch(self, runner: Runner) -> None:
         """Validate what rank 0 saves: without SyncBN, each process has running statistics of its own. After EMAHook, at
         its higher priority, has swapped in its own."""
+        self.check_finite(runner)
         for buffer in filter(torch.is_floating_point, unwrap(runner.model).buffers()):
             broadcast(buffer)
 
@@ -648,10 +673,13 @@ class RoundHook(Hook):
             batches.skip_iter = lambda skipped: collections.deque(itertools.islice(batches, skipped), maxlen=0)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
+        if runner.iter % 50 == 0:  # it waits for the device
+            self.check_finite(runner)
         torch.manual_seed(seed_of(self.seed, runner.rank, 'iter', runner.iter))
 
     def after_train(self, runner: Runner) -> None:
         """Save the last weights, which mmengine does not where EarlyStoppingHook ends a round between checkpoints."""
+        self.check_finite(runner)
         for hook in runner.hooks if getattr(runner.train_loop, 'stop_training', False) else ():
             if isinstance(hook, CheckpointHook) and hook.save_last:
                 step = runner.epoch if hook.by_epoch else runner.iter
@@ -1012,11 +1040,8 @@ def query(state: State, trainer: Runner | None) -> dict[str, np.ndarray | None]:
         Name of an image -> ids of its chosen units, or None for the whole image.
     """
     begin, this = time.time(), Query(state, trainer)
-    total, is_watched = sum(map(len, deal_batches(state, this.names))), sys.stdout.isatty() and is_main_process()
-    for done, (name, seen) in enumerate(track(this.look(), 'Query', total, disable=not is_watched), 1):
+    for name, seen in watched(state, 'query', this.look(), sum(map(len, deal_batches(state, this.names)))):
         this.collector.add(name, *this.candidates(name, seen))
-        if not is_watched:
-            log_progress(state, begin, done, total)
     asked = this.asked()
     if state.rounds:
         state.entry['query_seconds'] = round(time.time() - begin, 1)
@@ -1132,7 +1157,9 @@ class Query:
         state, strategy, units = self.state, self.strategy, self.state.units(name)
         map_HW, maps = self.maps(seen) if seen else (None, {})
         if any(not torch.isfinite(each).all() for each in (map_HW, *maps.values()) if each is not None):
-            raise ValueError(f'the score of image {name!r} is not finite: the model gives no finite logits')
+            raise ValueError(f'the score of image {name!r} is not finite: the model, or the strategy, gives no finite '
+                              'numbers; if it is the model, train its round again by: python al_label.py rewind '
+                              f'{shlex.quote(state.work_dir)} {state.round} --train')
         draw = functools.partial(uniform, seed_of(state.seed, 'draw', len(state.rounds), name))
         values = random_scores(draw(np.arange(units.number))) if map_HW is None else units.values(
             map_HW.float(), strategy.reduce)
@@ -1156,6 +1183,7 @@ class Query:
 
     def asked(self) -> dict[str, np.ndarray | None]:
         """The choice, after a line in the log. The highest score in each image stays in ``state.scores``."""
+        self.warn_of_equals()
         state, chosen = self.state, self.collector.result()
         seen = {} if self.strategy.score is random_scores else self.collector.seen
         state.scores = dict(collections.ChainMap(*all_gather_object(seen)))
@@ -1166,10 +1194,21 @@ class Query:
         what = f'{len(images)} of {len(self.open)} images'
         if state.counts_pixels:
             what = f'{len(chosen.id)} of {n} candidates ({chosen.pixels.sum()} pixels) in {what}'
-        state.logger.info(f'Query {len(state.rounds)}: {self.strategy.name} asks for {what}, scores '
-                          f'{scores.min():.4g} to {scores.max():.4g} (all: {low:.4g} to {high:.4g})')
+        if self.strategy.score is not random_scores:
+            what += f', scores {scores.min():.4g} to {scores.max():.4g} (all: {low:.4g} to {high:.4g})'
+        state.logger.info(f'Query {len(state.rounds)}: {self.strategy.name} asks for {what}')
         return {self.names[i]: ids if state.counts_pixels else None
                 for i, ids in zip(images, np.split(chosen.id, starts[1:]))}
+
+    def warn_of_equals(self) -> None:
+        """Warn where the choice is more or less a draw, by this rank's share of the candidates."""
+        n, vectors_ND = self.collector.range[2], Candidates.join(self.collector.parts).vector
+        if n > 1 and max(self.collector.equals.values()) > .9 * n:
+            self.state.warn(f'More than nine in ten scores of the {self.strategy.name} query are equal, and the choice '
+                            'among them is a draw: has the model learned anything?')
+        if n > 1 and vectors_ND is not None and (vectors_ND == vectors_ND[0]).all():
+            self.state.warn(f'All vectors of the {self.strategy.name} query are equal, and the choice among them is a '
+                            'draw: has the model learned anything?')
 
 
 class Collector:
@@ -1187,6 +1226,8 @@ class Collector:
     Attributes:
         floor: What scores lower cannot be chosen any more.
         seen: Name of an image -> the highest score in it.
+        equals: Score -> how many candidates have it, of the images of which it is the middle one. What most have is in
+            the middle.
         range: Lowest and highest score, and number, of all candidates.
         device: Where the selector computes.
     """
@@ -1197,6 +1238,7 @@ class Collector:
         self.seed, self.progress, self.device = seed, progress, 'cpu'
         self.parts, self.known, self.rows, self.kept = [], [], 0, 0
         self.floor, self.seen, self.range = -math.inf, {}, [math.inf, -math.inf, 0]
+        self.equals = collections.Counter()
 
     def add(self, name: str, candidates: Candidates, known: Candidates) -> None:
         """An image's candidates, and what is labelled of it where the selector wants to know."""
@@ -1205,6 +1247,8 @@ class Collector:
             self.known.append(known)
         if not len(scores):
             return
+        middle = np.median(scores)
+        self.equals[middle] += np.count_nonzero(scores == middle)
         self.seen[name] = float(scores.max())
         self.range = [min(self.range[0], scores.min()), max(self.range[1], scores.max()), self.range[2] + len(scores)]
         if self.per_image:
@@ -1286,13 +1330,16 @@ class Candidates(NamedTuple):
         return self.rows(np.lexsort((self.id, self.image)))
 
 
-def log_progress(state: State, begin: float, done: int, total: int) -> None:
-    """A log line of the query now and then, in the form of mmengine's."""
+def watched(state: State, what: str, looks: Iterator, total: int) -> Iterator:
+    """Go through images under a progress bar or, in files, with a log line now and then, in the form of mmengine's."""
+    begin, is_watched = time.time(), sys.stdout.isatty() and is_main_process()
     interval = next((hook.interval for hook in state.runner.hooks if isinstance(hook, LoggerHook)), 50)
-    if done == total or done % interval == 0:
-        each = (time.time() - begin) / done
-        eta = time.strftime('%H:%M:%S', time.gmtime(each * (total - done)))
-        state.logger.info(f'Iter(query) [{done:{len(str(total))}d}/{total}]  eta: {eta}  time: {each:.4f}')
+    for done, look in enumerate(track(looks, what.capitalize(), total, disable=not is_watched), 1):
+        yield look
+        if not is_watched and (done == total or done % interval == 0):
+            each = (time.time() - begin) / done
+            eta = time.strftime('%H:%M:%S', time.gmtime(each * (total - done)))
+            state.logger.info(f'Iter({what}) [{done:{len(str(total))}d}/{total}]  eta: {eta}  time: {each:.4f}')
 
 
 def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor:
@@ -1300,7 +1347,8 @@ def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor
     is at most ``strategy.alpha``, by conformal risk control (Angelopoulos et al., ICLR 2024) on the labelled images
     that the round did not train on; 0.001 for a class that they do not show often enough to tell. (C,)"""
     names, alpha, rates, images = state.entry['held_out'], strategy.alpha, 0, 0
-    for name, seen in Network(trainer, strategy).look(state, names, [to_image], shared=False):
+    looks = Network(trainer, strategy).look(state, names, [to_image], shared=False)
+    for name, seen in watched(state, 'calibration', looks, len(names)):
         probs_CHW, label_HW = seen.means[0]['probs_NCHW'][0], state.load_label(name).astype(np.int64)
         label_HW = torch.from_numpy(np.where(state.mask(name), label_HW, -1))
         rate, shown = torch.ones(len(probs_CHW), 1001, dtype=torch.float64), torch.zeros(len(probs_CHW))
@@ -1316,8 +1364,8 @@ def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor
     state.logger.info(f'Calibrated on {len(names)} held-out images, thresholds: '
                       f'{", ".join(f"{t:.3f}" for t in thresholds_C.tolist())}')
     if (bound <= 0).all():
-        state.logger.warning(f'{len(names)} held-out images are too few to bound the rate of false negatives by '
-                             f'`al.strategy.alpha` = {alpha}: a class needs {math.ceil(1 / alpha)} that show it')
+        state.warn(f'{len(names)} held-out images are too few to bound the rate of false negatives by '
+                   f'`al.strategy.alpha` = {alpha}: a class needs {math.ceil(1 / alpha)} that show it')
     return thresholds_C.to(probs_CHW.device)
 
 
@@ -1344,9 +1392,21 @@ def check_model(model: torch.nn.Module, strategy: Strategy) -> None:
 
 
 def load_weights(state: State, path: str) -> None:
-    """Load a checkpoint into the run's model; an error names it."""
+    """Load a checkpoint of the state's round into the run's model.
+
+    Raises:
+        ValueError: It cannot be read, or holds more than the model would save, or less, or other shapes.
+    """
     with reading(path):
-        load_checkpoint(state.model, path, map_location='cpu', logger=state.logger)
+        checkpoint = load_checkpoint(state.model, path, map_location='cpu', logger=state.logger)
+    saved, own = ({f'{key.removeprefix("module.")} {[*getattr(value, "shape", ())]}' for key, value in each.items()}
+                  for each in (checkpoint.get('state_dict', checkpoint), state.model.state_dict()))
+    if saved != own:
+        raise ValueError(f'{path} should hold the weights of this model, but {len(own - saved)} of the model are not '
+                         f'there ({", ".join(sorted(own - saved)[:3])}) and {len(saved - own)} there not of the model '
+                         f'({", ".join(sorted(saved - own)[:3])}): go on with the config that round {state.round} was '
+                         'trained with, or train it again with this one by: python al_label.py rewind '
+                         f'{shlex.quote(state.work_dir)} {state.round} --train')
 
 
 class Network:
@@ -1707,7 +1767,7 @@ class State:
             content = dict(schema=SCHEMA, phase=self.phase, round=self.round, seed=self.seed, ended=self.ended,
                            settings=self.al.to_dict(), config=self.config, images=len(self.pool),
                            pixels=self.pool.pixels if self.counts_pixels else None, rounds=self.rounds,
-                           pool=self.pool.names, dropped=self.dropped)
+                           pool=self.pool.names, classes=self.classes, dropped=self.dropped)
             write_atomically(osp.join(self.work_dir, STATE_FILE), json.dumps(content, indent=1, ensure_ascii=False))
         barrier()
 
@@ -1733,6 +1793,11 @@ class State:
         """Whether people give the labels."""
         return self.al.oracle['type'] == 'human'
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the data set's classes."""
+        return list(self.pool.leaves[0].metainfo.get('classes') or ())
+
     @functools.cached_property
     def strategy(self) -> Strategy:
         return resolve_strategy(self.al.strategy)
@@ -1754,6 +1819,12 @@ class State:
     def full_res(self) -> bool:
         """Whether scores are made from the logits enlarged to the image, or at their own resolution."""
         return self.unit.kind.full_res if self.al.full_res is None else self.al.full_res
+
+    def warn(self, text: str) -> None:
+        """Log what is hardly as it should be, and keep it with the newest round, once."""
+        if text not in self.entry.setdefault('warnings', []):
+            self.entry['warnings'].append(text)
+            self.logger.warning(text)
 
     def units(self, name: str) -> Areas:
         """The units of an image."""
@@ -1836,10 +1907,10 @@ class State:
 
     def count_void(self, name: str, mask_HW: np.ndarray) -> int:
         """How many pixels of what was asked for are void, after checking the label map."""
-        return int((self.pool.check_label(name, self.classes)[mask_HW] == self.pool.ignore_index(name)).sum())
+        return int((self.pool.check_label(name, self.class_count)[mask_HW] == self.pool.ignore_index(name)).sum())
 
     @property
-    def classes(self) -> int | None:
+    def class_count(self) -> int | None:
         """How many classes the model tells apart. One: its sigmoid tells it from 0."""
         classes = getattr(self.model, 'num_classes', None)
         return classes and max(2, classes)
@@ -2441,8 +2512,8 @@ def run_clocks(left_N: torch.Tensor, rate_N: torch.Tensor, rows_NE: torch.Tensor
                waits: list) -> None:
     """Let all clocks run, in place, for one time after the other; after each of them a centre slows those near it."""
     for left, rate, rows in zip(*(each.split(4096) for each in (left_N, rate_N, rows_NE))):
-        for near, wait in zip(columns_KE @ rows.T, waits):
-            left.sub_(rate, alpha=wait)
+        for near, time_left in zip(columns_KE @ rows.T, waits):
+            left.sub_(rate, alpha=time_left)
             torch.minimum(rate, near, out=rate)
         rate.clamp_min_(1e-30)
 

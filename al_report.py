@@ -83,7 +83,16 @@ def hook() -> mmengine.hooks.Hook:
     al_patch.MAY_CHANGE_ON_RESUME.append('visualize')
 
     class ReportHook(mmengine.hooks.Hook):
-        """Looks at a run from rank 0. ``al_patch`` turns what goes wrong in it into a warning."""
+        """Looks at a run. ``al_patch`` turns what goes wrong in it into a warning."""
+        shown = set()  # values of the validation labels of a round that this rank has seen
+
+        def before_train(self, runner) -> None:
+            self.shown = set()
+
+        def after_val_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+            for sample in outputs or ():
+                if hasattr(sample, 'gt_sem_seg'):
+                    self.shown.update(sample.gt_sem_seg.data.unique().tolist())
 
         def before_val_epoch(self, runner) -> None:
             """Have mmseg's IoUMetric, and those like it, keep the IoU of every class: they return means only."""
@@ -96,6 +105,9 @@ def hook() -> mmengine.hooks.Hook:
         def before_al_train(self, state: al_patch.State, trainer) -> None:
             if al_patch.is_main_process():
                 look_at_labels(state)
+
+        def after_al_validate(self, state: al_patch.State, trainer) -> None:
+            warn_of_figures(state, trainer, self.shown)
 
         @torch.no_grad()
         def after_al_train(self, state: al_patch.State, trainer) -> None:
@@ -123,6 +135,28 @@ def keep_class_iou(runner, metric, compute: Callable, *args, **kwargs) -> dict:
     except Exception as error:
         runner.logger.warning(f'keep_class_iou failed, the run goes on: {type(error).__name__}: {error}')
     return computed
+
+
+def warn_of_figures(state: al_patch.State, trainer, shown: set) -> None:
+    """Warn of what a training hardly comes to with right labels; on all ranks, with what each has ``shown``."""
+    losses = trainer.message_hub.log_scalars.get('train/loss')
+    shown, are_zero = zip(*al_patch.all_gather_object((shown, losses is not None and not np.any(losses.data[0]))))
+    shown = set().union(*shown)
+    absent = [name for c, name in enumerate(state.classes) if c not in shown]
+    if shown and absent:
+        state.warn(f'No label of the validation set is of {in_short(absent)}, whose IoU is nan or 0 in every round: '
+                   'check the values in its label files')
+    for key, value in state.entry['metrics'].items():
+        if value == 100 or value != value:
+            state.warn(f'{key} is {value:g}, as of labels that show one class or none: check the values in the label '
+                       'files of the validation set')
+    if all(are_zero):
+        state.warn('The loss is 0 in all iterations, as of labels that show one class or none: check the values in the '
+                   'label files of the training set')
+
+
+def in_short(names: list[str]) -> str:
+    return ', '.join(names[:10]) + (f' and {len(names) - 10} more' if len(names) > 10 else '')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -554,12 +588,17 @@ def status(path: str) -> str:
     config = max(glob.glob(osp.join(glob.escape(path), '*.py')), key=osp.getmtime, default='<config>')
     when = 'To go on with more `al.rounds`' if run['ended'] else \
         'With the labels in place' if run['phase'] == 'label' else 'If it has stopped, go on with'
+    warned = {}
+    for i, entry in enumerate(run['rounds']):
+        for text in entry.get('warnings', ()):
+            warned.setdefault(text, []).append(str(i))
     return '\n'.join([
         f'{path}: {in_words(al["strategy"])}, unit {in_words(al["unit"])}, seed {run["seed"]}',
         f'Ended after round {k}: {run["ended"]}' if run['ended'] else
         f'Round {k} of {al["rounds"]}: {PHASES.get(run["phase"], run["phase"])}; it last wrote {ago:.0f} s ago',
         *labels_of(path, run),
         *([str(rounds_table(done))] if done else []),
+        *(f'Warning in round {", ".join(rounds)}: {text}' for text, rounds in warned.items()),
         f'{when}: bash dist_al_train.sh {config} <GPUs> --work-dir {path} --resume'])
 
 

@@ -87,8 +87,8 @@ CLASSES = 4
 @pytest.fixture
 def calibrated(monkeypatch):
     """A function that calibrates on given probabilities (C, H, W) and labels (H, W), of which perhaps only some pixels
-    are labelled; and what was logged as a warning."""
-    warnings = []
+    are labelled; and what was logged, and warned of."""
+    warnings, told = [], []
 
     def thresholds(probs: list, labels: list, alpha: float, masks=None) -> list:
         masks = masks or [np.ones(label.shape, bool) for label in labels]
@@ -107,10 +107,10 @@ def calibrated(monkeypatch):
         state = SimpleNamespace(
             entry=dict(held_out=[f'{i}' for i in range(len(probs))]), mask=lambda name: masks[int(name)],
             pool=SimpleNamespace(load_label=lambda name: labels[int(name)]),
-            logger=SimpleNamespace(info=lambda text: None, warning=warnings.append))
+            logger=SimpleNamespace(info=told.append), warn=warnings.append, runner=SimpleNamespace(hooks=[]))
         return calibrate(state, None, resolve_strategy(dict(type='crc', alpha=alpha))).tolist()
 
-    thresholds.warnings = warnings
+    thresholds.warnings, thresholds.told = warnings, told
     return thresholds
 
 
@@ -202,6 +202,7 @@ def test_too_few_images_are_a_warning(calibrated):
     assert calibrated(probs, labels, .05) == pytest.approx([.001] * CLASSES)
     [text] = calibrated.warnings
     assert '6 held-out images are too few' in text and '`al.strategy.alpha` = 0.05' in text and 'needs 20' in text
+    assert calibrated.told[0].startswith('Iter(calibration) [6/6]  eta: 00:00:00')
 
 
 def test_the_rate_is_bounded_on_images_that_were_not_seen(calibrated):

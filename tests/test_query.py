@@ -2,6 +2,7 @@
 import functools
 import math
 import os.path as osp
+import re
 import types
 
 import cv2
@@ -402,6 +403,50 @@ def test_a_map_that_is_flat_is_asked_for_anywhere(make_state, unit, per_image):
     assert images.sum() == budget * 9 * (12 if per_image else 1)
     assert scipy.stats.chisquare(images).pvalue > 1e-3
     assert unit == 'image' or scipy.stats.chisquare(quarters).pvalue > 1e-3
+
+
+# --- what is said of a choice that is a draw -------------------------------------------------------------------------
+
+EQUAL = 'More than nine in ten scores of the tiny:brightest query are equal, and the choice among them is a draw'
+
+
+@pytest.mark.parametrize('unit, n', [('image', 12), (dict(type='region', size=[8, 8]), 288), ('pixel', 18432)],
+                         ids=['image', 'region', 'pixel'])
+@pytest.mark.parametrize('others, warns', [(0, True), (1, True), (2, False)])
+def test_nine_in_ten_equal_scores_are_a_warning(make_state, monkeypatch, unit, n, others, warns):
+    """The score is 0.5 but in some of the twelve images, of which the first and the last come."""
+    state = make_state(dict(unit=unit, strategy='tiny:brightest', budget=5), changes=tiny.NO_VAL)
+    state.rounds.append(dict(asked={}))
+    this = Query(state, None)
+    for i, name in enumerate(this.names):
+        units = state.units(name)
+        scores = torch.linspace(.1, .9, units.number) + i / 99 if i % 11 == 0 and i // 11 < others else \
+            torch.full((units.number, ), .5)
+        found = units.candidates(scores, np.full(state.pool.sizes[name], False) if unit != 'image' else False)
+        number = np.full(len(found[0]), i, np.int32)
+        this.collector.add(name, Candidates(number, *found), Candidates(number, *found).rows(slice(0)))
+    assert this.collector.range[2] == n and len(this.asked()) > 0
+    assert [EQUAL in text for text in state.entry.get('warnings', ())] == [True] * warns
+
+
+def test_drawn_scores_are_no_warning_and_no_figures_in_the_log(make_cfg, train):
+    cfg = make_cfg(dict(strategy='random', unit=dict(type='region', size=[8, 8]), initial=20), changes=tiny.NO_VAL)
+    _, rounds = train(cfg)
+    assert not any('warnings' in entry for entry in rounds)
+    told = re.findall(r'INFO - Query (\d): random asks for (\d+ of \d+ candidates \(\d+ pixels\)) in .* images\n',
+                      tiny.log_of(cfg.work_dir))
+    assert told == [('0', '20 of 288 candidates (1280 pixels)'), ('1', '2 of 268 candidates (128 pixels)')]
+
+
+@pytest.mark.parametrize('unit, initial', [('image', 4), (dict(type='region', size=[8, 8]), 20)],
+                         ids=['image', 'region'])
+@pytest.mark.parametrize('embed, warns', [('tiny:one_vector', True), ('features', False)])
+def test_equal_vectors_are_a_warning(make_cfg, train, unit, initial, embed, warns):
+    strategy = dict(type='coreset', embed=embed)
+    _, rounds = train(make_cfg(dict(strategy=strategy, unit=unit, initial=initial), changes=tiny.NO_VAL))
+    assert rounds[0].get('warnings', []) == [
+        'All vectors of the coreset query are equal, and the choice among them is a draw: has the model learned '
+        'anything?'] * warns
 
 
 # --- what is looked at -----------------------------------------------------------------------------------------------

@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 
+import cv2
 import mmengine
 import numpy as np
 import pytest
 import tiny
+import torch
 from mmengine.config import Config
 from PIL import Image
 from tensorboard.backend.event_processing import event_accumulator
@@ -391,6 +393,45 @@ def test_tensorboard_shows_numbers_and_figures(make_cfg, train, no_failure):
     assert [e.step for e in events.Images('al_learning_curve')] == steps
 
 
+def void_outside(root: str, folder, split: str, keep: tuple) -> None:
+    """Make all labels of a split void but some."""
+    for where, _, files in os.walk(folder / 'ann' / split):
+        for file in files:
+            label = cv2.imread(osp.join(where, file), cv2.IMREAD_UNCHANGED)
+            cv2.imwrite(osp.join(where, file), np.where(np.isin(label, keep), label, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize('keep, texts', [
+    ((0, 1, 2), []), ((0, 2), ['No label of the validation set is of grey, whose IoU is nan or 0 in every']),
+    ((0, ), ['No label of the validation set is of grey, bright, whose', 'aAcc is 100,', 'mIoU is 100,',
+              'mAcc is 100,', 'The loss is 0 in all iterations']),
+    ((), ['No label of the validation set is of dark, grey, bright, whose', 'aAcc is nan', 'mIoU is nan',
+          'mAcc is nan'])], ids=['right', 'one class missing', 'one class', 'void'])
+def test_figures_that_right_labels_do_not_give_are_warnings(make_cfg, train, shared_data, tmp_path, capsys, monkeypatch,
+                                                            keep, texts):
+    """In the log, with their round in the state, and once each in `status`. A model that knows of no second class has
+    no loss, and is right with labels of the first."""
+    root, told = shutil.copytree(shared_data, tmp_path / 'data'), []
+    void_outside(shared_data, root, 'val', keep)
+    if keep == (0, ):
+        monkeypatch.setattr('mmseg.models.decode_heads.FCNHead.forward', lambda self, x: self.conv_seg(
+            self.convs(x[0])) * 0 + torch.tensor([99., 0, 0]).view(3, 1, 1))
+        void_outside(shared_data, root, 'train', keep)
+    monkeypatch.setattr('mmengine.logging.MMLogger.warning', lambda self, text, *args: told.append(text))
+    cfg = make_cfg(dict(initial=4), root=str(root), changes={'default_hooks.checkpoint.save_best': None})
+    _, rounds = train(cfg)
+    queries = [text for text in rounds[0].get('warnings', ()) if 'query are equal' in text]
+    assert bool(queries) == (keep == (0, ))
+    for entry in rounds:
+        warned = [text for text in entry.get('warnings', ()) if text not in queries]
+        assert len(warned) == len(texts) and all(map(str.startswith, warned, texts))
+        assert all(told.count(text) == 2 for text in warned)
+    main(['status', cfg.work_dir])
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if line.startswith('Warning')] == [
+        f'Warning in round 0, 1: {text}' for text in warned] + [f'Warning in round 0: {text}' for text in queries]
+
+
 def test_without_validation_there_is_a_table_but_no_curve(make_cfg, train, no_failure):
     cfg = make_cfg({}, changes=tiny.NO_VAL)
     train(cfg)
@@ -398,15 +439,20 @@ def test_without_validation_there_is_a_table_but_no_curve(make_cfg, train, no_fa
     assert not osp.exists(osp.join(cfg.work_dir, 'learning_curve.png'))
 
 
+@pytest.mark.parametrize('al, totals', [
+    ({}, [8]), (dict(strategy='random'), [8]),  # the first images are not chosen by a query
+    (dict(strategy='random', unit=CELL, initial=20), [12, 12]), (dict(unit='pixel', initial=20), [12, 12])],
+    ids=['model', 'random', 'random regions', 'pixels'])
 @pytest.mark.parametrize('watched', [True, False])
-def test_progress_is_a_bar_for_people_and_lines_for_files(make_cfg, train, monkeypatch, capsys, watched):
+def test_progress_is_a_bar_for_people_and_lines_for_files(make_cfg, train, monkeypatch, capsys, watched, al, totals):
     lines = []
     monkeypatch.setattr('mmengine.logging.MMLogger.info', lambda self, text, *args: lines.append(text))
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: watched, raising=False)
-    train(make_cfg({}))  # which has eight images to score, and logs every second iteration
-    told = [line.split(']')[0] for line in lines if 'Iter(query)' in line]  # a line would break the bar
-    assert told == ([] if watched else [f'Iter(query) [{done}/8' for done in (2, 4, 6, 8)])
-    assert ('100%' in capsys.readouterr().out) == watched
+    train(make_cfg(al, changes=tiny.NO_VAL))  # which logs every second iteration
+    told = [line.split(']')[0].replace('[ ', '[') for line in lines if 'Iter(query)' in line]
+    assert told == ([] if watched else [f'Iter(query) [{done}/{n}' for n in totals for done in range(2, n + 1, 2)])
+    bars = capsys.readouterr().out.split('Query ')[1:]  # a line would break the bar
+    assert sum('100%' in bar for bar in bars) >= len(totals) * watched and bool(bars) == watched
 
 
 def test_visualize_is_a_setting():

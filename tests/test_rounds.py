@@ -1,8 +1,10 @@
 """Whole runs in one process: what a round trains on, starts from, is scored with, and when it all ends."""
+import math
 import os
 import os.path as osp
 import re
 import shutil
+import types
 
 import cv2
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import tiny
 import torch
 from mmengine.hooks import Hook
+from mmengine.logging import HistoryBuffer
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 from tiny import counts, same, weights_at
@@ -95,6 +98,63 @@ def test_why_stop(stop, history, reason):
     assert why_stop(state(len(history), rounds=9)).startswith('the pool is empty after')
 
 
+# --- a round that diverges -------------------------------------------------------------------------------------------
+
+ANEW = 'round_0 has diverged by iteration {}: loss and weights should be finite; mend the config, .* and --resume'
+
+
+def config_with(make_cfg, tag: str, lr: float, **changes):
+    return make_cfg({}, work_dir=make_cfg().work_dir + tag, changes={'optim_wrapper.optimizer.lr': lr, **changes})
+
+
+@pytest.mark.parametrize('changes, at', [
+    (tiny.NO_VAL, 4), ({}, 4), ({**tiny.NO_VAL, 'train_cfg.max_iters': 150}, 50),
+    ({'train_cfg.max_iters': 150, 'train_cfg.val_interval': 20}, 20),
+    ({**tiny.NO_VAL, 'custom_hooks': [dict(type='EMAHook', momentum=.5)]}, 4)],
+    ids=['end', 'validation', 'on the way', 'validation on the way', 'ema'])
+def test_a_round_that_diverges_ends_there_and_is_trained_anew(make_cfg, train, changes, at):
+    """Also one that was killed before it could say so, with a checkpoint of no use."""
+    changes = {'default_hooks.checkpoint.save_best': None, **changes}
+    with pytest.raises(ValueError, match=ANEW.format(at)):
+        train(config_with(make_cfg, '', 1e30, **changes))
+    cfg = config_with(make_cfg, '', .1, resume=True, **changes)
+    state, folder = al_patch.read_state(osp.join(cfg.work_dir, 'al_state.json')), osp.join(cfg.work_dir, 'round_0')
+    assert state['phase'] == 'train' and [list(entry) for entry in state['rounds']] == [['asked', 'strategy', 'spent']]
+    checkpoints = [file for file in os.listdir(folder) if file.endswith('.pth')]
+    assert checkpoints and not osp.isfile(osp.join(folder, 'last_checkpoint'))
+    if at == 4:
+        with open(osp.join(folder, 'last_checkpoint'), 'w') as file:
+            file.write(osp.join(folder, 'iter_4.pth'))
+        with pytest.raises(ValueError, match=ANEW.format(at)):
+            train(cfg)
+    _, rounds = train(cfg)
+    _, expected = train(config_with(make_cfg, 'other', .1, **changes))
+    assert rounds[0]['metrics'] == expected[0]['metrics'] and asked_of(rounds) == asked_of(expected)
+
+
+@pytest.mark.parametrize('losses, weights, diverged', [
+    ([.5] * 20, {}, False), ([], {}, False), ([.5] * 19 + [math.nan], {}, False), ([.5] + [math.nan] * 9, {}, False),
+    ([.5] + [math.nan] * 10, {}, True), ([math.inf] * 3, {}, True), ([.5], dict(weight=math.nan), True),
+    ([.5], dict(weight=math.inf), True), ([.5], dict(running_var=math.nan), True), ([.5], dict(mask=-math.inf), False)])
+@pytest.mark.parametrize('other_rank', [False, True])
+def test_what_a_divergence_is(tmp_path, monkeypatch, losses, weights, diverged, other_rank):
+    """A loss now and then, as of an iteration that mixed precision skips, is none; nor is a mask that is not saved."""
+    model = torch.nn.BatchNorm2d(3)
+    model.register_buffer('mask', torch.zeros(3), persistent=False)
+    for name, value in weights.items():
+        getattr(model, name).data[1] = value
+    hub = types.SimpleNamespace(log_scalars={'train/loss': HistoryBuffer(losses, [1] * len(losses))} if losses else {})
+    runner = types.SimpleNamespace(model=model, message_hub=hub, work_dir=str(tmp_path), iter=7)
+    monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: [mine, other_rank])
+    (tmp_path / 'last_checkpoint').touch()
+    if diverged or other_rank:
+        with pytest.raises(ValueError, match=f'^{tmp_path.name} has diverged by iteration 7'):
+            al_patch.RoundHook(0, False).check_finite(runner)
+    else:
+        al_patch.RoundHook(0, False).check_finite(runner)
+    assert (tmp_path / 'last_checkpoint').exists() != (diverged or other_rank)
+
+
 # --- what a round is built from --------------------------------------------------------------------------------------
 
 
@@ -134,6 +194,65 @@ def test_the_checkpoint_that_scores(make_cfg, train, monkeypatch, which):
     runner, rounds = train(cfg)
     after_training, after_last = (osp.join(cfg.work_dir, entry['checkpoints']['last']) for entry in rounds)
     assert loaded == [after_training, osp.join(cfg.work_dir, rounds[0]['checkpoints'][which]), after_last]
+
+
+class Adapted(tiny.TinyBackbone):
+    """A backbone that saves its adapter alone, as of a large frozen one."""
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        for key in [key for key in state if 'stem' in key.split('.')]:
+            del state[key]
+        return state
+
+
+@pytest.mark.parametrize('change, match', [
+    (lambda w: w, None), (lambda w: {f'module.{key}': value for key, value in w.items()}, None),
+    (lambda w: {**w, 'decode_head.conv_seg.bias': torch.zeros(4)},
+     r'1 of the model are not there \(decode_head.conv_seg.bias \[3\]\) and 1 there not of the model '
+     r'\(decode_head.conv_seg.bias \[4\]\): go on with the config that round 1 was trained with, or train it again '
+     r'with this one by: python al_label.py rewind /\S+ 1 --train'),
+    (lambda w: {key: value for key, value in w.items() if 'bn' not in key},
+     r'5 of the model are not there \(decode_head.convs.0.bn.bias \[8\], .*\) and 0 there not of the model \(\)'),
+    (lambda w: {**w, 'neck.weight': torch.zeros(2, 2)}, r'1 there not of the model \(neck.weight \[2, 2\]\)')],
+    ids=['same', 'wrapped', 'shape', 'missing', 'unexpected'])
+@pytest.mark.parametrize('is_bare', [False, True])
+def test_a_checkpoint_that_does_not_fit_is_refused(make_state, change, match, is_bare):
+    state = make_state({}, [tiny.NAMES[:4], tiny.NAMES[4:6]])
+    weights = change({key: value + 1 for key, value in state.model.state_dict().items()})
+    path = osp.join(state.work_dir, 'other.pth')
+    torch.save(weights if is_bare else dict(state_dict=weights, meta={}), path)
+    if match:
+        with pytest.raises(ValueError, match=f'^{path} should hold the weights of this model, but .*{match}'):
+            al_patch.load_weights(state, path)
+    else:
+        al_patch.load_weights(state, path)
+        own = state.model.state_dict()
+        assert all(torch.equal(own[key.removeprefix('module.')], value) for key, value in weights.items())
+
+
+def test_what_a_model_does_not_save_is_no_fault(make_cfg, train, monkeypatch):
+    MODELS.register_module('Adapted', module=Adapted)
+    try:
+        cfg = make_cfg({}, changes={**tiny.NO_VAL, 'model.backbone.type': 'Adapted'})
+        assert counts(train(cfg)[1]) == [4, 2]
+    finally:
+        MODELS.module_dict.pop('Adapted')
+    assert not any('stem' in key for key in weights_at(cfg, 'round_0/iter_4.pth'))
+
+
+@pytest.mark.parametrize('rounds', [1, 2])
+def test_another_model_does_not_score_what_is_left(make_cfg, train, monkeypatch, rounds):
+    """Nor does it end a run as its last."""
+    train(make_cfg({}, changes=tiny.NO_VAL))
+    cfg = make_cfg(dict(rounds=rounds), resume=True, changes={**tiny.NO_VAL, 'model.decode_head.channels': 4})
+    before = al_patch.read_state(osp.join(cfg.work_dir, 'al_state.json'))
+    monkeypatch.setattr(EncoderDecoder, 'inference', lambda *args: pytest.fail('the model was asked'))
+    with pytest.raises(ValueError, match=r'round_1/iter_4.pth should hold the weights of this model, but 6 of the model'
+                                         r' are not there \(decode_head.conv_seg.weight \[3, 4, 1, 1\], '):
+        train(cfg)
+    after = al_patch.read_state(osp.join(cfg.work_dir, 'al_state.json'))
+    assert [after[key] for key in ('rounds', 'phase')] == [before[key] for key in ('rounds', 'phase')]
 
 
 @pytest.mark.parametrize('own, al, seed', [(0, 5, 0), (1, 5, 1), (None, 5, 5), (3, None, 3)])

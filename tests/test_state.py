@@ -197,6 +197,41 @@ def test_a_changed_config_is_said(make_cfg, train):
     assert 'The config has changed since the run began: optim_wrapper\n' in tiny.log_of(cfg.work_dir)
 
 
+@pytest.mark.parametrize('classes, match', [
+    (('dark', 'grey', 'bright', 'dog'), 'the 3 classes .* but got 4, and what differs is dog: go on with those, or'),
+    (('dark', 'grey'), 'but got 2, and what differs is bright: '),
+    (('grey', 'dark', 'bright'), 'but got 3, and what differs is their order: ')])
+def test_other_classes_are_refused_before_anything_runs(make_cfg, train, monkeypatch, classes, match):
+    train(make_cfg(dict(rounds=0), changes=tiny.NO_VAL))
+    monkeypatch.setattr(al_patch, 'build_round', fail)
+    cfg = make_cfg(dict(rounds=1), resume=True, changes=tiny.NO_VAL)
+    cfg.train_dataloader.dataset.metainfo = dict(classes=classes)
+    before = state_on_disk(cfg)
+    with pytest.raises(ValueError, match=match):
+        train(cfg)
+    assert state_on_disk(cfg) == before
+
+
+def test_classes_that_an_older_version_did_not_note_are_taken_over(make_cfg, train):
+    cfg = make_cfg(dict(rounds=0), changes=tiny.NO_VAL)
+    train(cfg)
+    state = state_on_disk(cfg)
+    del state['classes']
+    write_atomically(osp.join(cfg.work_dir, STATE_FILE), json.dumps(state))
+    train(make_cfg(dict(rounds=0), resume=True, changes=tiny.NO_VAL))
+    assert state_on_disk(cfg)['classes'] == ['dark', 'grey', 'bright']
+
+
+def test_a_warning_is_logged_and_kept_once(make_state, monkeypatch):
+    told, state = [], make_state({}, [tiny.NAMES[:4], tiny.NAMES[4:6]])
+    monkeypatch.setattr('mmengine.logging.MMLogger.warning', lambda self, text: told.append(text))
+    for text in 'aba':
+        state.warn(text)
+    state.save()
+    assert [entry.get('warnings') for entry in read_state(osp.join(state.work_dir, STATE_FILE))['rounds']] == [
+        None, ['a', 'b']] and told == ['a', 'b']
+
+
 def test_the_state_on_disk_is_json_with_all_settings(make_cfg, train):
     """Those of the `al` block and of the unit filled in; the strategy's in its shortest form, and resolved by round."""
     cfg = make_cfg(dict(rounds=1, strategy=dict(type='power_entropy', beta=2, reduce='mean'), stop=dict(value=99),
@@ -204,7 +239,7 @@ def test_the_state_on_disk_is_json_with_all_settings(make_cfg, train):
     train(cfg)
     state = state_on_disk(cfg)
     assert list(state) == ['schema', 'phase', 'round', 'seed', 'ended', 'settings', 'config', 'images', 'pixels',
-                           'rounds', 'pool']
+                           'rounds', 'pool', 'classes']
     defaults = {key: default for key, (default, _) in al_patch.block_settings().items()}
     assert state['settings'] == {
         **defaults, 'unit': {'type': 'image'}, 'initial': 4, 'budget': 2, 'rounds': 1,
@@ -212,6 +247,7 @@ def test_the_state_on_disk_is_json_with_all_settings(make_cfg, train):
         'overrides': {'0': {'train_cfg.max_iters': 2}}}
     assert (state['schema'], state['seed'], state['images'], state['pixels'], state['pool']) == (
         2, 0, 12, None, tiny.NAMES)
+    assert state['classes'] == ['dark', 'grey', 'bright']
     assert (state['phase'], state['round'], state['ended']) == ('query', 1, 'all 1 rounds of queries are done')
     first, second = state['rounds']
     assert list(first) == ['asked', 'strategy', 'spent', 'metrics', 'train_seconds', 'checkpoints', 'query_seconds']

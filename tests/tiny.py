@@ -165,6 +165,11 @@ def not_a_number(probs_NCHW: torch.Tensor) -> torch.Tensor:
     return probs_NCHW[:, 0] * torch.nan
 
 
+def one_vector(probs_CHW: torch.Tensor, weights_NP: Optional[torch.Tensor]) -> torch.Tensor:
+    """An embedding in which all are alike."""
+    return torch.ones(1 if weights_NP is None else len(weights_NP), 2)
+
+
 def always_first(scores_N: torch.Tensor, budget: int, generator: torch.Generator) -> torch.Tensor:
     """A wrong selection: it names one candidate again and again."""
     return torch.zeros(budget, dtype=torch.long)
