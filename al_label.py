@@ -590,7 +590,7 @@ def label_values(pool: Pool, name: str) -> tuple[np.ndarray, np.ndarray]:
     info, ignore = pool.info(name), pool.ignore_index(name)
     classes, own = np.r_[255, :254, 255] if info.get('reduce_zero_label') else np.r_[:256], info.get('label_map') or {}
     classes = np.array([own.get(c, c) for c in classes.tolist()]).astype(np.uint8)
-    values = np.full(256, ignore, np.uint8)
+    values = np.full(256, ignore).astype(np.uint8)  # as numpy wraps it, also where it is -1 or 65535
     known, values_of_known = np.unique(classes, return_index=True)  # the smallest, where several stand for one class
     values[known] = values_of_known
     if classes[255] == ignore:

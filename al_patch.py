@@ -1954,7 +1954,7 @@ class Pool(Dataset):
         if 'gt_seg_map' not in results:
             raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
         label = results['gt_seg_map']
-        return label if void_HW is None else np.where(void_HW, ignore_index, label)
+        return label if void_HW is None else np.where(void_HW, ignore_index, label.astype(np.int64))
 
     def check_label(self, name: str, classes: int | None, path: str | None = None,
                     void_HW: np.ndarray | None = None) -> np.ndarray:

@@ -305,8 +305,9 @@ def draw_picture(state: al_patch.State, asked: dict, name: str, prediction_HW: n
     new, n = state.mask_of(name, asked[name]) & ~old if name in asked else np.zeros_like(old), len(classes)
     titles = f'asked for now: {100 * new.mean():.3g} %', f'labelled so far: {100 * (old | new).mean():.3g} %'
     known = old if state.is_human else old | new  # a human has yet to label what is new
-    label = state.load_label(name) if known.any() else n  # that of an image that was not asked for stays closed
-    truth_HW = np.where(known, label, n).clip(0, n)
+    # that of an image that was not asked for stays closed
+    label = state.load_label(name).astype(np.int64) if known.any() else np.full(known.shape, n)
+    truth_HW = np.where(known & (label >= 0), label, n).clip(max=n)
     if state.unit.kind.is_dense:  # make single pixels large enough to be seen
         radius, strength = max(old.shape) // 120, 1
         where = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
@@ -651,7 +652,7 @@ def classes_of(pool: al_patch.Pool) -> list[str]:
 
 def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:
     """How many labels there are of every class; void is none. (C,)"""
-    return np.bincount(labels[labels < classes], minlength=classes)
+    return np.bincount(labels[(labels >= 0) & (labels < classes)], minlength=classes)
 
 
 if __name__ == '__main__':
