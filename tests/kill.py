@@ -301,13 +301,14 @@ class Project:
         try:
             while True:
                 delay, aim, how = 1e9, (None, ), ''
+                part = rng.random()**2  # of a start: the early ones, which cost little, come to all of a run in the end
                 if len(line['kills']) < kills and rng.random() < .5:
-                    how, delay = 'instant', rng.uniform(0, self.whole.seconds)
+                    how, delay = 'instant', part * self.whole.seconds
                 elif len(line['kills']) < kills:
                     rank = rng.randrange(self.cell.processes)
                     rank = rank if self.whole.writes[rank] else 0
-                    aim = rank, rng.randint(1, self.whole.writes[rank]), rng.choice([0, rng.random() * .003])
-                    how = 'write'
+                    how, after = 'write', rng.choice([0, rng.random() * .003])
+                    aim = rank, 1 + int(part * self.whole.writes[rank]), after
                 phase, _ = self.start(work_dir, delay, aim)
                 line['starts'] += 1
                 state = self.state(work_dir)
@@ -427,18 +428,18 @@ def difference(expected: Any, found: Any) -> str:
 
 def warm_up() -> None:
     """Import, once for all that is forked from here, what a run would import, and spare what only takes time."""
-    import matplotlib.backends.backend_agg
-    import matplotlib.figure
-    import matplotlib.pyplot  # noqa: F401
+    import matplotlib.pyplot
     import skimage.segmentation  # noqa: F401
     import torch._dynamo  # noqa: F401
     from mmseg.utils import register_all_modules
     torch.set_num_threads(1)
     register_all_modules(init_default_scope=False)
     picture = io.BytesIO()
-    matplotlib.figure.Figure((1, 1)).savefig(picture)
-    al_report.rendered = lambda figure, kind='png': picture.getvalue()
+    matplotlib.pyplot.figure(figsize=(1, 1)).savefig(picture)
+    al_report.draw_asked = al_report.draw_curves = lambda *args: None
+    al_report.rendered = lambda figure, kind='png': picture.getvalue()  # every report is written, and none drawn
     mmengine.runner.runner.collect_env = dict  # it asks compilers for their version: slow
+    mmengine.runner.runner.get_git_hash = str  # it starts git, at every checkpoint
     mmengine.config.config.FormatCode = lambda text, **kwargs: (text, True)  # so is yapf
     gc.collect()
     gc.freeze()  # every data set of mmengine's collects garbage, which would otherwise visit all of torch each time
@@ -466,10 +467,9 @@ def measure(cells: list, kills: int, seed: int, folder: str, workers: int, resul
         line = projects[cell].run_killed(number, seed, min(kills - had[cell], 12))
         with open(results, 'a') as file:
             file.write(json.dumps(line) + '\n')
-        total = sum(had.values()) + len(line['kills'])
-        what = ', '.join(f'{n} {key}' for key in ('moved', 'copied', 'halves') if (n := line[key]))
+        total, places = sum(had.values()) + len(line['kills']), line['moved'] + line['copied']
         print(f'[{total}/{kills * len(cells)}, {time.time() - begin:.0f} s] {cell} run {number}: {len(line["kills"])} '
-              f'kills, {what or "one place"}, {line["seconds"]} s: {"; ".join(line["wrong"]) or "the same"}', flush=True)
+              f'kills, {places} moves, {line["seconds"]} s: {"; ".join(line["wrong"]) or "the same"}', flush=True)
 
 
 def read_lines(results: str) -> list:
