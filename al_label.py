@@ -646,7 +646,8 @@ def label_values(pool: Pool, name: str) -> tuple[np.ndarray, np.ndarray]:
 @functools.lru_cache(8)
 def label_values_of(pool: Pool, leaf: int) -> tuple[np.ndarray, np.ndarray]:
     name = next(name for name in pool.names if pool.where[name][0] == leaf)
-    ignore, depth = pool.ignore_index(name), np.uint8 if len(class_colours(pool)[0]) < 256 else np.uint16
+    depth = np.uint8 if len(class_colours(pool)[0]) < 256 else np.uint16
+    ignore = np.array(pool.ignore_index(name)).astype(depth)  # as numpy wraps it, also where it is -1 or 65535
     given = np.arange(np.iinfo(depth).max + 1).astype(depth)
     classes, found = given.copy(), np.zeros(len(given), bool)
     # all at once or, where a step refuses some, one by one; if it refuses all, as with colours, they are classes

@@ -356,8 +356,9 @@ def draw_picture(state: al_patch.State, asked: dict, name: str, prediction_HW: n
     new, n = state.mask_of(name, asked[name]) & ~old if name in asked else np.zeros_like(old), len(classes)
     titles = f'asked for now: {100 * new.mean():.3g} %', f'labelled so far: {100 * (old | new).mean():.3g} %'
     known = old if state.is_human else old | new  # a human has yet to label what is new
-    label = state.load_label(name) if known.any() else n  # that of an image that was not asked for stays closed
-    truth_HW = np.where(known, label, n).clip(0, n)
+    # that of an image that was not asked for stays closed
+    label = state.load_label(name).astype(np.int64) if known.any() else np.full(known.shape, n)
+    truth_HW = np.where(known & (label >= 0), label, n).clip(max=n)
     if state.unit.kind.is_dense:  # make single pixels large enough to be seen
         radius, strength = max(old.shape) // 120, 1
         where = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)

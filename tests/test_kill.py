@@ -28,10 +28,11 @@ AL = 'dict(initial=4, budget=2, rounds=1)'
 
 
 def test_killed_runs_end_as_those_that_are_not():
-    """By hand: `python tests/kill.py --kills 50`."""
-    done = shell(sys.executable, osp.join(ROOT, 'tests', 'kill.py'), '--kills', '4', '--unit', 'region', '--processes',
+    """By hand: `python tests/kill.py --kills 1000 --results kills.jsonl`."""
+    done = shell(sys.executable, osp.join(ROOT, 'tests', 'kill.py'), '--kills', '4', '--units', 'region', '--processes',
                  '2', check=False)
-    assert done.returncode == 0 and re.search(r'region \| 2 \| 4 \|.* \| yes', done.stdout), done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r'all .*\|   4   \|.*\|   0   \|\n', done.stdout), done.stdout
 
 
 @pytest.mark.parametrize('loop, at', [('iters', 2), ('epochs', 1)])
