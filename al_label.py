@@ -576,13 +576,19 @@ def write_predictions(state: State, trainer: Runner | None) -> None:
     # one call on each rank, which waits for no other: whatever fails in it, nobody hangs
     al_patch.on_all_ranks(write_share, [str(rank) for rank in range(al_patch.get_dist_info()[1])])
     if al_patch.is_main_process():
-        exported = read_json(exported_path(state))
-        for name in names:
-            version = version_of(pathlib.Path(png_path(state, 'prediction', name)).read_bytes())
-            exported[name] = list(dict.fromkeys([*exported.get(name, ()), version]))
-        al_patch.write_atomically(exported_path(state), json.dumps(exported, indent=1))
+        note_exported(state, names)
     if not trainer:
         al_patch.close_round(past.runner)
+
+
+def note_exported(state: State, names: list[str]) -> None:
+    """Note versions of label maps to start from, so that one that comes back untouched is known."""
+    import al_patch
+    exported = read_json(exported_path(state))
+    for name in names:
+        version = version_of(pathlib.Path(png_path(state, 'prediction', name)).read_bytes())
+        exported[name] = list(dict.fromkeys([*exported.get(name, ()), version]))
+    al_patch.write_atomically(exported_path(state), json.dumps(exported, indent=1))
 
 
 def write_prediction(state: State, name: str, pred_HW: np.ndarray) -> None:
