@@ -331,7 +331,8 @@ class Inbox:
             al_patch.write_png(state.mask_path(state.round, name), mask)
         was, had, answered = classes.copy(), done.copy(), np.zeros_like(done)
         try:
-            for source, path, content, version in self.new_files(name, report) if reads else ():
+            waits = bool(((rows >= 0) & ~done).any())
+            for source, path, content, version in self.new_files(name, report, waits) if reads else ():
                 labels, known = self.read(name, path)
                 if source != DATA_SET:
                     report['outside'] += int((known & ~mask).sum())
@@ -361,11 +362,12 @@ class Inbox:
             report['unchanged'] = int((is_done & (pixels(same) == size)).sum())
         return report
 
-    def new_files(self, name: str, report: dict) -> Iterator[tuple[str, str, bytes, str]]:
+    def new_files(self, name: str, report: dict, is_new: bool) -> Iterator[tuple[str, str, bytes, str]]:
         """An image's files that have something new, and those that count more than these: source, path, content, and
-        the name of this version."""
+        the name of this version. All of them are ``is_new`` where something is waited for: it may have been in a file,
+        kept aside, before anybody asked for it."""
         from mmengine import fileio
-        before, is_new = read_json(self.state.label_path('read', name, '.json')), False
+        before = read_json(self.state.label_path('read', name, '.json'))
         for source, path in self.sources(name, before):
             content = b''
             with contextlib.suppress(FileNotFoundError):  # a data set may have no label maps yet
@@ -646,9 +648,8 @@ def label_values_of(pool: Pool, leaf: int) -> tuple[np.ndarray, np.ndarray]:
 
 def classes_of_values(pool: Pool, name: str, values_N: np.ndarray) -> np.ndarray:
     """The classes that training reads in a label file of these values, (N,)."""
-    import al_patch
     with tempfile.TemporaryDirectory() as folder:
-        al_patch.write_png(path := osp.join(folder, 'values.png'), np.tile(values_N, (2, 2)))
+        Image.fromarray(np.tile(values_N, (2, 2))).save(path := osp.join(folder, 'values.png'))
         return pool.load_label(name, path)[0, :len(values_N)]
 
 

@@ -141,8 +141,8 @@ def report_asked(state: al_patch.State, trainer) -> None:
     """Draw what the run has asked for, and hand the numbers to its visualizer."""
     pool, rounds, classes = state.pool, state.round + 1, classes_of(state.pool)
     keep(state, 'asked_classes.json', sum(
-        class_counts(state.load_label(name)[state.asked_mask(name)], len(classes)) for name in state.entry['asked']
-    ).tolist())
+        (class_counts(state.load_label(name)[state.asked_mask(name)], len(classes))
+         for name in state.entry['asked'] if name not in state.dropped), np.zeros(len(classes), int)).tolist())
     queries = kept(state, 'query_scores.json', state.round)
     asked = Asked(
         classes, np.array([each or [0] * len(classes) for each in kept(state, 'asked_classes.json', rounds)]),

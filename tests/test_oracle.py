@@ -358,8 +358,8 @@ def test_a_labelled_image_that_is_gone_is_an_error(train, human, blind, truth):
     train(cfg)
     name = annotate(blind, truth, cfg.work_dir, 0)[0]
     os.remove(osp.join(blind, 'img', 'train', f'{name}.png'))
-    why = f'^1 images that were asked for are not in the data set any more: {name}. Bring them back, or take them out ' \
-        f'of the run: python al_label.py drop WORK_DIR {name}$'
+    why = f'^1 images that were asked for are not in the data set any more: {name}. Bring them back, or take them ' \
+        f'out of the run: python al_label.py drop WORK_DIR {name}$'
     with pytest.raises(ValueError, match=why):
         train(go_on)
 
@@ -397,7 +397,8 @@ def predicted(cfg, name: str) -> np.ndarray:
 
 def expected_labels(cfg, masks: dict, blind) -> dict:
     """Name -> old labels, the prediction where labels are asked for, 255 elsewhere."""
-    labels = {name: np.where(old, read_label(blind, name) if old.any() else 255, 255) for name, (old, _) in masks.items()}
+    labels = {name: np.where(old, read_label(blind, name) if old.any() else 255, 255)
+              for name, (old, _) in masks.items()}
     return {name: np.where(new, predicted(cfg, name), np.where(labels[name] == NO_CLASS, 255, labels[name]))
             for name, (_, new) in masks.items()}
 
