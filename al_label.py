@@ -355,8 +355,8 @@ class Inbox:
             al_patch.write_png(state.mask_path(state.round, name), mask)
         was, had, answered = classes.copy(), done.copy(), np.zeros_like(done)
         try:
-            is_open = bool(((rows >= 0) & ~had).any())
-            for source, path, content, version in self.new_files(name, report, is_open) if reads else ():
+            waits = bool(((rows >= 0) & ~done).any())
+            for source, path, content, version in self.new_files(name, report, waits) if reads else ():
                 labels, known = self.read(name, path)
                 if source != DATA_SET:
                     report['outside'] += int((known & ~mask).sum())
@@ -387,8 +387,9 @@ class Inbox:
         return report
 
     def new_files(self, name: str, report: dict, is_new: bool) -> Iterator[tuple[str, str, bytes, str]]:
-        """An image's files that have something new, and those that count more than these, or all if more is asked for
-        by now (``is_new``): source, path, content, and the name of this version."""
+        """An image's files that have something new, and those that count more than these: source, path, content, and
+        the name of this version. All of them are ``is_new`` where something is waited for: it may have been in a file,
+        kept aside, before anybody asked for it."""
         from mmengine import fileio
         before = read_json(self.state.label_path('read', name, '.json'))
         for source, path in self.sources(name, before):
@@ -601,13 +602,19 @@ def write_predictions(state: State, trainer: Runner | None) -> None:
     # one call on each rank, which waits for no other: whatever fails in it, nobody hangs
     al_patch.on_all_ranks(write_share, [str(rank) for rank in range(al_patch.get_dist_info()[1])])
     if al_patch.is_main_process():
-        exported = read_json(exported_path(state))
-        for name in names:
-            version = version_of(pathlib.Path(png_path(state, 'prediction', name)).read_bytes())
-            exported[name] = list(dict.fromkeys([*exported.get(name, ()), version]))
-        al_patch.write_atomically(exported_path(state), json.dumps(exported, indent=1))
+        note_exported(state, names)
     if not trainer:
         al_patch.close_round(past.runner)
+
+
+def note_exported(state: State, names: list[str]) -> None:
+    """Note versions of label maps to start from, so that one that comes back untouched is known."""
+    import al_patch
+    exported = read_json(exported_path(state))
+    for name in names:
+        version = version_of(pathlib.Path(png_path(state, 'prediction', name)).read_bytes())
+        exported[name] = list(dict.fromkeys([*exported.get(name, ()), version]))
+    al_patch.write_atomically(exported_path(state), json.dumps(exported, indent=1))
 
 
 def write_prediction(state: State, name: str, pred_HW: np.ndarray) -> None:
@@ -666,9 +673,8 @@ def label_values_of(pool: Pool, leaf: int) -> tuple[np.ndarray, np.ndarray]:
 
 def classes_of_values(pool: Pool, name: str, values_N: np.ndarray) -> np.ndarray:
     """The classes that training reads in a label file of these values, (N,)."""
-    import al_patch
     with tempfile.TemporaryDirectory() as folder:
-        al_patch.write_png(path := osp.join(folder, 'values.png'), np.tile(values_N, (2, 2)))
+        Image.fromarray(np.tile(values_N, (2, 2))).save(path := osp.join(folder, 'values.png'))
         return pool.load_label(name, path)[0, :len(values_N)]
 
 

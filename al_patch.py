@@ -2084,10 +2084,12 @@ class Pool(Dataset):
                 raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}'
                                  f'{": a thumbnail?" if is_small else ""}')
             strange = np.setdiff1d(label, [*range(classes or 0), ignore_index])
+            with contextlib.suppress(Exception), Image.open(path) as image:
+                known = (label != ignore_index) & (image.mode[0] == 'I')
+                raw = np.asarray(image)[known]
+                if raw.max() > 255 and (raw % 256 == label[known]).all():  # mmseg's loader cuts 16 bits to 8
+                    strange = np.unique(raw[raw > 255])
             if classes and len(strange):
-                with contextlib.suppress(Exception), Image.open(path) as image:  # a loader may have cut them to 8 bits
-                    raw = np.setdiff1d(image, label)
-                    strange = raw if len(raw) and raw.max() > 255 else strange
                 raise ValueError(f'labels should be below {classes}, the number of classes, or {ignore_index} for none,'
                                  f' but got {", ".join(map(str, strange[:5]))}'
                                  f'{": divide by 255?" if 255 in strange else ""}')

@@ -193,9 +193,10 @@ def look_at_labels(state: al_patch.State) -> None:
     classes = classes_of(state.pool)
     counts = {name: class_counts(state.load_label(name)[state.asked_mask(name)], len(classes))
               for name in state.entry['asked'] if name not in state.dropped}
-    shown, total = np.array([(each > 0).sum() for each in counts.values()]), sum(counts.values())
+    shown = np.array([(each > 0).sum() for each in counts.values()])
+    total = sum(counts.values(), np.zeros(len(classes), int))
     keep(state, 'asked_classes.json', total.tolist())
-    if (total > 0).sum() <= 1 and len(counts) > 1:
+    if (total > 0).sum() <= 1 < len(counts):
         absent = [name for name, n in zip(classes, total) if not n]
         state.logger.warning(f'All labels that round {state.round} got are {classes[int(total.argmax())]!r}: none is '
                              f'{" or ".join(map(repr, absent[:5]))}. If label files hold 0 and 255, divide them by '

@@ -397,8 +397,10 @@ def predicted(cfg, name: str) -> np.ndarray:
 
 def expected_labels(cfg, masks: dict, blind) -> dict:
     """Name -> old labels, the prediction where labels are asked for, 255 elsewhere."""
-    return {name: np.where(new, predicted(cfg, name), np.where(old, read_label(blind, name) if old.any() else 255, 255))
-            for name, (old, new) in masks.items()}
+    labels = {name: np.where(old, read_label(blind, name) if old.any() else 255, 255)
+              for name, (old, _) in masks.items()}
+    return {name: np.where(new, predicted(cfg, name), np.where(labels[name] == NO_CLASS, 255, labels[name]))
+            for name, (_, new) in masks.items()}
 
 
 def test_masks_and_predictions(asked, blind):
