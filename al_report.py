@@ -198,13 +198,13 @@ def look_at_labels(state: al_patch.State) -> None:
     keep(state, 'asked_classes.json', total.tolist())
     if (total > 0).sum() <= 1 < len(counts):
         absent = [name for name, n in zip(classes, total) if not n]
-        state.logger.warning(f'All labels that round {state.round} got are {classes[int(total.argmax())]!r}: none is '
-                             f'{" or ".join(map(repr, absent[:5]))}. If label files hold 0 and 255, divide them by '
-                             '255, which is no label')
+        state.warn(f'All labels that round {state.round} got are {classes[int(total.argmax())]!r}: none is '
+                   f'{" or ".join(map(repr, absent[:5]))}. If label files hold 0 and 255, divide them by 255, which is '
+                   'no label')
     elif not state.counts_pixels and np.median(shown) > 2 and shown.min() <= 1:
         odd = [name for name, n in zip(counts, shown) if n <= 1]
-        state.logger.warning(f'Labelled with one class or none, where most images have {np.median(shown):.0f}: '
-                             f'{", ".join(odd[:10])}')
+        state.warn(f'Labelled with one class or none, where most images have {np.median(shown):.0f}: '
+                   f'{", ".join(odd[:10])}')
 
 
 def ranking_overlap(before: dict, after: dict) -> tuple[float, float]:
