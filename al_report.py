@@ -80,7 +80,6 @@ def hook() -> mmengine.hooks.Hook:
     """The hook of every run. With it, ``visualize`` is a key of the ``al`` block: how many images to draw after each
     query."""
     al_patch.block_settings()['visualize'] = (0, al_patch.Count)
-    al_patch.MAY_CHANGE_ON_RESUME.append('visualize')
 
     class ReportHook(mmengine.hooks.Hook):
         """Looks at a run from rank 0. ``al_patch`` turns what goes wrong in it into a warning."""
@@ -570,7 +569,7 @@ def in_words(setting) -> str:
 
 
 def read_run(work_dir: str) -> dict:
-    """What a run's state file holds: of schema 1 as of 2, as far as it is looked at here.
+    """What a run's state file holds: of any schema as of 3, as far as it is looked at here.
 
     Raises:
         ValueError: It is damaged, or of a newer schema.
@@ -579,7 +578,7 @@ def read_run(work_dir: str) -> dict:
     try:
         with open(path, encoding='utf-8') as file:
             run = json.load(file)
-        if run['schema'] > 2:
+        if run['schema'] > 3:
             raise ValueError(f'its schema {run["schema"]} is newer than this al_report.py')
         for entry in run['rounds']:
             images.update(entry['asked'])

@@ -441,7 +441,7 @@ def asked(train, human, blind, truth):
 def predicted(cfg, name: str) -> np.ndarray:
     """The model's own classes, (32, 48), through none of the module's code."""
     model = MODELS.build({**cfg.model, 'data_preprocessor': None}).eval()
-    path = osp.join(cfg.work_dir, state_of(cfg)['rounds'][0]['checkpoints']['last'])
+    path = tiny.checkpoint_of(cfg, state_of(cfg)['rounds'], 0)
     model.load_state_dict(torch.load(path, weights_only=False)['state_dict'])
     image = cv2.imread(osp.join(cfg.train_dataloader.dataset.data_root, 'img', 'train', f'{name}.png'))
     with torch.no_grad():
