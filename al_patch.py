@@ -3171,7 +3171,7 @@ def write_atomically(path: str, content: str | bytes) -> None:
     Raises:
         OSError: There is no space left, or the like. What was there is left as it was.
     """
-    content, temporary = content.encode() if isinstance(content, str) else content, path + TEMPORARY
+    content, temporary = content.encode() if isinstance(content, str) else content, f'{path}{TEMPORARY}'
     try:
         with contextlib.suppress(FileNotFoundError):
             os.remove(temporary)  # left by a run that was killed; or a link, which is not to be written through

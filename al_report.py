@@ -133,7 +133,19 @@ def report_curve(state: al_patch.State) -> None:
     if metric:
         points = curve(state.rounds, metric)
         figure = draw_curves({in_words(state.al.strategy): points[None]}, metric, full_level([points]))
+        mark_changes(figure, state.rounds, metric, points)
         show(state, figure, osp.join(state.work_dir, 'learning_curve.png'), 'learning_curve')
+
+
+def mark_changes(figure: figures.Figure, rounds: list[dict], metric: str, points: np.ndarray) -> None:
+    """Write beside the rounds that differ from the one before what is another in them."""
+    done = [words for entry, words in zip(rounds, changes(rounds)) if metric in entry.get('metrics', ())]
+    for row, axes in enumerate(figure.axes):
+        for k, words in enumerate(done):
+            if words:
+                axes.axvline(points[row, k], color='#999999', linestyle='--', linewidth=.8)
+                axes.annotate(words, (points[row, k], 0), xycoords=('data', 'axes fraction'), xytext=(2, 2),
+                              textcoords='offset points', rotation=90, size=7, color='#555555')
 
 
 def report_asked(state: al_patch.State, trainer) -> None:
@@ -411,7 +423,10 @@ def group_runs(runs: dict, metric: str) -> dict[str, np.ndarray]:
     for path, run in runs.items():
         points = curve(run['rounds'], metric)
         if points.size and not (points.shape[1] == 1 and points[0, 0] == 100):
-            settings = {key: value for key, value in run['settings'].items() if key not in ('seed', 'visualize')}
+            settings = {key: value for key, value in run['settings'].items()
+                        if key not in ('seed', 'visualize', 'keep')}
+            settings.update(changed='; '.join(f'round {k}: {words}' for k, words in enumerate(changes(run['rounds']))
+                                              if words))
             config = {key: value for key, value in run['config'].items() if key != 'randomness'}
             groups.setdefault(json.dumps([settings, config], sort_keys=True), []).append((path, settings, points))
     every = [members[0][1] for members in groups.values()]
@@ -552,12 +567,23 @@ PHASES = dict(train='training on what is labelled', query='scoring the pool',
 def rounds_table(rounds: list[dict]) -> prettytable.PrettyTable:
     """Finished rounds, one row each."""
     metrics = list(dict.fromkeys(key for entry in rounds for key in entry['metrics']))
-    table = prettytable.PrettyTable(['round', *rounds[-1]['spent'], *metrics, 'train s', 'query s'], align='r',
-                                    none_format='-')
-    for k, entry in enumerate(rounds):
+    columns = ['round', *rounds[-1]['spent'], *metrics, 'train s', 'query s', 'changed']
+    table = prettytable.PrettyTable(columns, align='r', none_format='-')
+    for k, (entry, words) in enumerate(zip(rounds, changes(rounds))):
         table.add_row([k, *entry['spent'].values(), *map(entry['metrics'].get, metrics), entry['train_seconds'],
-                       entry.get('query_seconds')])
+                       entry.get('query_seconds'), words])
+    if not any(changes(rounds)):
+        table.del_column('changed')
     return table
+
+
+def changes(rounds: list[dict]) -> list[str]:
+    """What is another in each round than in the one before: the strategy that asked, from the second query on, and keys
+    of the config, of which `model` and the schedule are some."""
+    asked_by = [None, None, *(entry.get('strategy') for entry in rounds[1:])]  # before the first there is none
+    return [', '.join([in_words({key: value for key, value in entry['strategy'].items() if key == 'type'})
+                       for _ in range(before not in (None, {}, entry.get('strategy')))] + entry.get('changed', []))
+            for before, entry in zip(asked_by, rounds)]
 
 
 def in_words(setting) -> str:
@@ -631,7 +657,7 @@ def add_scalars(state: al_patch.State, scalars: dict[str, float]) -> None:
 
 def save_figure(figure: figures.Figure, path: str) -> None:
     """Write a figure, as a whole or not at all."""
-    content, temporary = rendered(figure, osp.splitext(path)[1][1:] or 'png'), f'{path}.{os.getpid()}.tmp'
+    content, temporary = rendered(figure, osp.splitext(path)[1][1:] or 'png'), f'{path}.tmp'
     os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
     with open(temporary, 'wb') as file:
         file.write(content)

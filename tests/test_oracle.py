@@ -268,7 +268,7 @@ def test_the_command_exports_again(asks, capsys):
     ('state', r'.*No such file or directory: .{dir}/al_state.json.'),
     ('config', '{dir} does not hold the config, a .py file, that mmengine writes there'),
     ('checkpoint', 'the checkpoint {dir}/round_0/iter_2.pth that the run needs to go on is gone: .*'),
-    ('settings', '`al.rounds` and `al.budget` should .* but got .*')])
+    ('settings', '`al.budget` was .* when round 1 used it and cannot change on resume, but got .*')])
 def test_the_command_says_in_a_line_why_it_cannot(asks, train, capsys, wrong, why):
     cfg, _, expected = asks
     train(cfg)

@@ -21,7 +21,6 @@ from al_patch import (
     write_atomically,
 )
 
-
 SMALL = tiny.saved([{'a/00': None}])
 
 
