@@ -196,8 +196,9 @@ def waiting_run(work_dir: str) -> State:
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     al_patch.attach_companions(runner)  # keys of the `al` block may be theirs
     al, pool = al_patch.parse_settings(cfg.al), al_patch.Pool(cfg)
-    al_patch.check_resume(content, al, pool)
-    return al_patch.State(content, runner.work_dir, al, runner, pool)
+    state = al_patch.State(content, runner.work_dir, al, runner, pool)
+    al_patch.check_resume(state, content)
+    return state
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -712,7 +713,8 @@ def export_cvat(state: State) -> None:
     al_patch.write_atomically(folder / 'cvat_labels.json', json.dumps(labels, ensure_ascii=False))
     nothing, colours = 'unlabelled' if 'background' in classes else 'background', np.insert(colours, 0, 0, 0)  # CVAT's
     lines = [f'{label}:{r},{g},{b}::\n' for label, (r, g, b) in zip([nothing, *classes], colours)]
-    with zipfile.ZipFile(folder / 'cvat.zip.tmp', 'w', zipfile.ZIP_DEFLATED) as archive:
+    temporary = folder / f'cvat.zip{al_patch.TEMPORARY}'
+    with zipfile.ZipFile(temporary, 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('labelmap.txt', ''.join(['# label:color_rgb:parts:actions\n', *lines]))
         archive.writestr('ImageSets/Segmentation/default.txt', ''.join(f'{image_stem(pool, name)}\n' for name in names))
         for name in names:
@@ -721,7 +723,7 @@ def export_cvat(state: State) -> None:
             for kind, table in dict(SegmentationClass=colours, SegmentationObject=voc_colours()).items():
                 png = cv2.imencode('.png', table[label][..., ::-1])[1]
                 archive.writestr(f'{kind}/{image_stem(pool, name)}.png', png.tobytes())
-    os.replace(folder / 'cvat.zip.tmp', folder / 'cvat.zip')
+    os.replace(temporary, folder / 'cvat.zip')
 
 
 def image_stem(pool: Pool, name: str) -> str:

@@ -29,6 +29,7 @@ import difflib
 import fcntl
 import functools
 import gc
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -69,7 +70,7 @@ from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import DATASETS, OPTIM_WRAPPERS, DefaultScope, Registry
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, find_latest_checkpoint, load_checkpoint
+from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, load_checkpoint
 from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
 from PIL import Image
@@ -118,6 +119,7 @@ class Block:
     rounds: Count = 5                # queries; training runs rounds + 1 times (a budget list sets it, too)
     weights: Start = 'scratch'       # what a round starts from: scratch (= the config's own) | last | best
     query_with: Which = 'last'       # checkpoint that scores the pool: last | best
+    keep: Keep = 'all'               # checkpoints: all that CheckpointHook keeps | needed: those of the newest round
     pool_size: MaybeAmount = None    # score only a random subset of the pool: int | fraction of the images
     full_res: MaybeFlag = None       # score the enlarged logits, not the native ones; default: as the unit has it
     oracle: TypeName = 'simulated'   # simulated: labels are on disk, hidden until asked for | human: wait for them
@@ -130,6 +132,7 @@ Flag = rule('True or False', lambda v: isinstance(v, bool))
 MaybeFlag = or_none(Flag)
 Start = one_of('scratch', 'last', 'best')
 Which = one_of('last', 'best')
+Keep = one_of('all', 'needed')
 MaybeAmount = or_none(rule('a positive int, or a fraction in (0, 1]', lambda v: is_amount(v)))
 Budget = rule('a positive int, a fraction in (0, 1], or a list of these with one entry a round',
               lambda v: is_amount(v) or is_list_of(v, is_amount))
@@ -180,6 +183,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
             tell_hooks(state, 'before_al_train', trainer)
             train_round(state, trainer)
             tell_hooks(state, 'after_al_train', trainer)
+        delete_checkpoints(state)
         reason = why_stop(state)
         if reason:
             break
@@ -218,10 +222,17 @@ def start_or_resume(runner: Runner) -> State:
         raise FileExistsError(f'{path} holds an active learning run already: add --resume to go on with it, or choose '
                               'another --work-dir')
     seeds = al.seed, runner.cfg.get('randomness', {}).get('seed'), runner.seed
-    content = read_state(path) if found else dict(seed=next(s for s in seeds if s is not None),
-                                                     config=config_digest(runner.cfg))
+    content = read_state(path) if found else dict(seed=next(s for s in seeds if s is not None), config={})
     state = State(content, runner.work_dir, al, runner, pool)
     state.companions = companions
+    if found:
+        check_resume(state, content)
+    for method in methods_of(runner, 'before_al_run'):
+        method(state)
+    for folder, _, files in os.walk(state.work_dir) if is_main_process() else ():
+        for file in files:
+            if file.endswith(TEMPORARY):
+                os.remove(osp.join(folder, file))  # left by a run that was killed
     if found:
         resume_run(state, content)
     else:
@@ -238,16 +249,11 @@ def start_run(state: State) -> None:
 def resume_run(state: State, content: dict) -> None:
     """Say what has changed since the run stopped, and accept the labels that it waited for."""
     pool, known, logger = state.pool, content['pool'], state.logger
-    if content.get('classes') not in (None, state.classes):  # an older version's state does not hold them
-        raise ValueError(f'the data set should have the {len(content["classes"])} classes with which the run began, '
-                         f'but got {len(state.classes)}, and what differs is '
-                         f'{", ".join({*content["classes"]} ^ {*state.classes}) or "their order"}: go on with those, '
-                         'or start in another work_dir with `al.initial` = a split file of what is labelled')
-    check_resume(content, state.al, pool)
-    state.entry.setdefault('spent', state.spent())  # schema 1 had it after training alone
-    changed = [key for key, digest in config_digest(state.runner.cfg).items() if state.config.get(key) != digest]
+    state.entry['spent'] = state.entry['spent'] or state.spent()  # schema 1 had it after training alone
+    changed = [f'al.{key} was {value!r} and is {state.al[key]!r}' for key, value in content['settings'].items()
+               if key in state.al and value != state.al[key]]
     if changed:
-        logger.warning(f'The config has changed since the run began: {", ".join(changed)}')
+        logger.warning(f'Settings have changed since the run last started: {"; ".join(changed)}')
     if state.phase == 'label':
         tell_hooks(state, 'after_al_ask', None)  # where the run was killed before, or a hook failed
     if state.is_human:
@@ -288,12 +294,16 @@ def check_config(al: dict, runner: Runner) -> None:
         if not isinstance(cfg.get(key), dict):
             raise ValueError(f'active learning builds a new runner every round, so the config needs `{key}` as a dict, '
                              f'but got {type(cfg.get(key)).__name__}')
-    checkpoint_hooks = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
-    if not any(hook.save_last for hook in checkpoint_hooks):
+    hooks = checkpoint_hooks(runner)
+    if not any(hook.save_last for hook in hooks):
         raise ValueError('`default_hooks.checkpoint` should be a CheckpointHook with save_last=True (its default): '
                          "a round's weights have to be on disk to score the pool and to resume")
+    for hook in hooks:
+        if hook.out_dir:
+            raise ValueError("`default_hooks.checkpoint.out_dir` should be None: a round's checkpoints lie in its own "
+                             f'folder, but got {hook.out_dir!r}; choose another --work-dir, or make it a link')
     for key in ('weights', 'query_with'):
-        if al[key] == 'best' and (cfg.get('val_cfg') is None or not any(hook.save_best for hook in checkpoint_hooks)):
+        if al[key] == 'best' and (cfg.get('val_cfg') is None or not any(hook.save_best for hook in hooks)):
             raise ValueError(f"`al.{key}='best'` needs validation (`val_cfg`) and `default_hooks.checkpoint.save_best`,"
                              " e.g. save_best='mIoU'")
     check_model(unwrap(runner.model), resolve_strategy(al.strategy))
@@ -441,24 +451,42 @@ def end_rounds(state: State, trainer: Runner, reason: str) -> None:
     state.runner._has_loaded = True  # `runner.test()` goes on with this model, not with `load_from`
 
 
-def check_resume(content: dict, al: dict, pool: Pool) -> None:
-    """Refuse to go on with settings under which the rounds so far would have been others."""
-    began = {**al, **parse_settings({k: v for k, v in content['settings'].items() if k in al})}
-    for key, value in began.items():
-        if key not in MAY_CHANGE_ON_RESUME and al[key] != value:
-            raise ValueError(f'`al.{key}` was {value!r} when the run began and cannot change on resume, but got '
-                             f'{al[key]!r}')
-    past = len(content['rounds']) - 1
-    before, now = (budgets(settings)[:past] for settings in (began, al))
-    if before != now:
-        raise ValueError(f'`al.rounds` and `al.budget` should leave the {past} queries that were made as they were '
-                         f'({before}), but got {now}')
-    gone = [name for entry in content['rounds'] for name in entry['asked']
-            if name not in pool.where and name not in content.get('dropped', ())]
+def check_resume(state: State, content: dict) -> None:
+    """Refuse to rewrite what rounds have used, and to go on with other images, classes or masks.
+
+    Args:
+        content: The state as it was saved.
+
+    Raises:
+        ValueError: It names the setting and the round that used it, or what does not agree.
+    """
+    path, rounds, settings = osp.join(state.work_dir, STATE_FILE), state.rounds, content['settings']
+    with reading(path):
+        began = parse_settings({key: settings[key] for key in state.al if key in settings and key != 'strategy'})
+    for k in range(len(rounds)):
+        begun = k < state.round or state.phase == 'query' or resumable_checkpoint(state.folder())
+        was, now = (dict(unit=al.unit, initial=al.initial, seed=al.seed, oracle=al.oracle.type,
+                         budget=[0, *budgets(al)][k:k + 1], overrides=begun and (al.overrides or {}).get(str(k)))
+                    for al in (began, state.al))
+        for key in was:
+            if was[key] != now[key]:
+                raise ValueError(f'`al.{key}` was {was[key]!r} when round {k} used it and cannot change on resume, but '
+                                 f'got {now[key]!r}')
+    if state.strategy.calibration and 'held_out' not in state.entry:
+        raise ValueError(f'`al.strategy` should not calibrate, for round {state.round} has begun without images to do '
+                         f'so, but got {state.strategy.name!r}')
+    if content.get('classes') not in (None, state.classes):  # an older version's state does not hold them
+        raise ValueError(f'the data set should have the {len(content["classes"])} classes with which the run began, '
+                         f'but got {len(state.classes)}, and what differs is '
+                         f'{", ".join({*content["classes"]} ^ {*state.classes}) or "their order"}: go on with those, '
+                         'or start in another work_dir with `al.initial` = a split file of what is labelled')
+    gone = [name for entry in rounds for names in (entry['asked'], entry.get('held_out') or ()) for name in names
+            if name not in state.pool.where and name not in state.dropped]
     if gone:
         raise ValueError(f'{len(gone)} images that were asked for are not in the data set any more: '
-                         f'{", ".join(gone[:5])}. Bring them back, or take them out of the run: python al_label.py '
-                         f'drop WORK_DIR {shlex.join(gone[:5])}')
+                         f'{", ".join(gone[:5])} (`rounds` of {path}). Bring them back, or take them out of the run: '
+                         f'python al_label.py drop {shlex.join([state.work_dir, *gone[:5]])}')
+    state.check_masks()
 
 
 def parse_settings(block: dict) -> ConfigDict:
@@ -498,7 +526,6 @@ def block_settings() -> dict[str, tuple]:
     return settings_of(Block)
 
 
-MAY_CHANGE_ON_RESUME = ['rounds', 'budget', 'stop']  # they extend a run; a companion adds what only looks at one
 
 
 def accept_labels(state: State, **how) -> None:
@@ -572,6 +599,10 @@ def round_config(state: State) -> Config:
     k, cfg = state.round, copy.deepcopy(state.runner.cfg)
     cfg.pop('al')
     cfg.merge_from_dict((state.al.overrides or {}).get(str(k), {}))
+    state.digest = config_digest(cfg)
+    state.changed = [key for key, digest in state.digest.items() if state.config and state.config.get(key) != digest]
+    if state.changed:
+        state.logger.warning(f'The config has changed since the last training: {", ".join(state.changed)}')
     cfg.work_dir = state.folder()
     cfg.experiment_name = f'{state.runner.experiment_name}_round_{k}'
     if isinstance(cfg.get('visualizer'), dict):
@@ -596,14 +627,15 @@ def train_round(state: State, trainer: Runner) -> None:
     hook = next(hook for hook in trainer.hooks if isinstance(hook, RoundHook))
     if trainer.val_loop is not None and hook.validated_at != trainer.iter:  # e.g. resumed after the last iteration
         trainer.val_loop.run()
-    checkpoints = dict(last=find_latest_checkpoint(trainer.work_dir))
-    for checkpoint_hook in (h for h in trainer.hooks if isinstance(h, CheckpointHook)):
+    checkpoints = dict(last=resumable_checkpoint(trainer.work_dir))
+    for checkpoint_hook in checkpoint_hooks(trainer):
         best = getattr(checkpoint_hook, 'best_ckpt_path', None)
         checkpoints['best'] = best or next(iter(getattr(checkpoint_hook, 'best_ckpt_path_dict', {}).values()), None)
     shared = [checkpoints]
     broadcast_object_list(shared)  # only rank 0 saves, so only it knows
-    state.entry.update(metrics=hook.metrics, train_seconds=round(time.time() - begin, 1), checkpoints={
-        key: osp.relpath(path, state.work_dir) for key, path in shared[0].items() if path})
+    state.entry.update(metrics=hook.metrics, train_seconds=round(time.time() - begin, 1), changed=state.changed,
+                       checkpoints={key: osp.basename(path) for key, path in shared[0].items() if path})
+    state.config = state.digest
     load_weights(state, state.checkpoint(state.round, 'last'))
     tell_hooks(state, 'after_al_validate', trainer)
     state.phase = 'query'
@@ -680,8 +712,8 @@ class RoundHook(Hook):
     def after_train(self, runner: Runner) -> None:
         """Save the last weights, which mmengine does not where EarlyStoppingHook ends a round between checkpoints."""
         self.check_finite(runner)
-        for hook in runner.hooks if getattr(runner.train_loop, 'stop_training', False) else ():
-            if isinstance(hook, CheckpointHook) and hook.save_last:
+        for hook in checkpoint_hooks(runner) if getattr(runner.train_loop, 'stop_training', False) else ():
+            if hook.save_last:
                 step = runner.epoch if hook.by_epoch else runner.iter
                 if hook.last_ckpt != hook.file_backend.join_path(hook.out_dir, hook.filename_tmpl.format(step)):
                     hook._save_checkpoint_with_step(runner, step, dict(epoch=runner.epoch, iter=runner.iter))
@@ -691,8 +723,13 @@ class RoundHook(Hook):
         checkpoint['early_stopping'] = [(float(h.best_score), h.wait_count) for h in self.early_stopping(runner)]
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        for hook, counted in zip(self.early_stopping(runner), checkpoint.get('early_stopping', ())):
-            if runner._resume:
+        """And find what lies beside a checkpoint beside it, though its work_dir was moved or copied: CheckpointHook
+        deletes the best when a better one comes."""
+        if runner._resume:
+            found = checkpoint['message_hub']['runtime_info']
+            found.update({key: osp.join(runner.work_dir, osp.basename(path)) for key, path in found.items()
+                          if '_ckpt' in key and isinstance(path, str)})
+            for hook, counted in zip(self.early_stopping(runner), checkpoint.get('early_stopping', ())):
                 hook.best_score, hook.wait_count = counted
 
     @staticmethod
@@ -732,10 +769,24 @@ def close_round(trainer: Runner) -> None:
         owner._instance_dict.pop(trainer.visualizer.instance_name, None)
 
 
-def resumable_checkpoint(directory: str) -> str | None:
-    """The checkpoint that mmengine would resume from, if it is there and was written to its end."""
-    path = find_latest_checkpoint(directory)
-    return path if path and zipfile.is_zipfile(path) else None
+def resumable_checkpoint(folder: str) -> str | None:
+    """The checkpoint that mmengine wrote last, if it is there and was written to its end: the folder may have been
+    moved or copied, so that only the name counts of the path that ``last_checkpoint`` holds."""
+    path = osp.join(folder, 'last_checkpoint')
+    path = osp.join(folder, osp.basename(mmengine.get_text(path).strip()) if osp.isfile(path) else path)
+    return path if zipfile.is_zipfile(path) else None
+
+
+def delete_checkpoints(state: State) -> None:
+    """With ``al.keep='needed'``, delete those of all rounds before the newest, which is trained."""
+    for k in range(state.round) if state.al.keep == 'needed' and is_main_process() else ():
+        for path in glob.glob(osp.join(glob.escape(state.folder(k)), '*.pth')):
+            os.remove(path)
+            state.logger.info(f"Deleted {path}: al.keep='needed', and a later round is trained")
+
+
+def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
+    return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1744,7 +1795,9 @@ class State:
 
     Attributes:
         rounds: One dict a round: ``asked`` ({image name: None for the whole image, or [units, pixels]}), ``strategy``
-            that asked, ``spent`` by then, and after training ``metrics``, ``checkpoints`` and times.
+            that asked, ``spent`` by then, and after training ``metrics``, ``checkpoints`` and times; see
+            ``ROUND_FIELDS``.
+        config: Digests of the config that trained last; ``digest``: of the round's, ``changed``: its keys that differ.
         phase: What the newest round waits for: its labels (``label``), ``train`` or ``query``.
         is_resumed: Whether the newest round was begun by an earlier start of the run.
         companions: Hooks that go along in every round.
@@ -1840,7 +1893,7 @@ class State:
 
     def checkpoint(self, k: int, which: str) -> str:
         """A round's ``last`` or ``best`` checkpoint."""
-        path = osp.join(self.work_dir, self.rounds[k]['checkpoints'][which])
+        path = osp.join(self.folder(k), self.rounds[k]['checkpoints'].get(which, which))
         if not osp.isfile(path):
             raise FileNotFoundError(f'the checkpoint {path} that the run needs to go on is gone: put it back, or start '
                                     'in another work_dir')
@@ -1870,6 +1923,23 @@ class State:
         if have.get(name) is not None:
             return read_mask(self.mask_path(have[name], name))
         return np.full(self.pool.sizes[name], name in have)
+
+    def check_masks(self) -> None:
+        """Compare the masks of all that is labelled with what was asked for.
+
+        Raises:
+            ValueError: On every rank; it names those that are missing or damaged, or do not agree.
+        """
+
+        def check(name: str) -> None:
+            path, size = self.mask_path(self.labelled()[name], name), self.pool.sizes[name]
+            mask, pixels = read_mask(path), sum(entry['asked'].get(name, (0, 0))[1] for entry in self.rounds)
+            if mask.shape != size or mask.sum() != pixels:
+                raise ValueError(f'the mask {path} should show the {pixels} pixels of {size} that {STATE_FILE} has in '
+                                 f'`asked`, but shows {mask.sum()} of {mask.shape}: restore both from one copy')
+
+        now = self.round if self.phase == 'label' else None  # people's answers may shrink what is asked for just now
+        on_all_ranks(check, [name for name, k in self.labelled().items() if k not in (None, now)])
 
     def mask_of(self, name: str, ids: np.ndarray | None) -> np.ndarray:
         """The pixels of some units of an image, or all where ``ids`` is None, (H, W) booleans."""
@@ -1936,30 +2006,109 @@ def read_state(path: str) -> dict:
     """
     try:
         with open(path, encoding='utf-8') as file:
-            content = json.load(file)
+            content = json.load(file, object_pairs_hook=without_duplicates)
         schema = content['schema']
-        if type(content.get('round', 0)) is not int:  # it names a directory
-            raise ValueError(f'its round is {content["round"]!r}')
-        if schema == 1:
+        if schema in (1, 2):
             for entry in content['rounds']:
                 if isinstance(entry['asked'], list):  # whole images
                     entry['asked'] = dict.fromkeys(entry['asked'])
                 if 'pixels' in entry:
                     entry.setdefault('void_pixels', 0)
-                if 'labelled' in entry:
-                    entry['spent'] = entry.pop('labelled')
-            content.update(schema=SCHEMA, ended=None)
-            content.setdefault('pool', [])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+                entry.setdefault('spent', entry.pop('labelled', {}))
+                entry.setdefault('strategy', {})
+                for which, file in entry.get('checkpoints', {}).items():
+                    entry['checkpoints'][which] = osp.basename(file)
+            content = {'pool': [], 'ended': None, **content, 'schema': SCHEMA}
+        if type(schema) is not int or schema <= SCHEMA:
+            check_fields(content, STATE_FIELDS, 'state')
+            last = len(content['rounds']) - 1
+            for k, entry in enumerate(content['rounds']):
+                is_trained = k < last or content['phase'] == 'query'
+                check_fields(entry, ROUND_FIELDS + TRAINED_FIELDS * is_trained, f'rounds[{k}]')
+            if content['round'] != last:
+                raise ValueError(f'`state.round` should be {last}, the last of `rounds`, but is {content["round"]}')
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is damaged ({error}): restore a copy, or start in another work_dir') from error
-    if content['schema'] != SCHEMA:
+    if schema > SCHEMA:
         raise ValueError(f'{path} should have schema {SCHEMA} or less, but got {schema}: use the al_patch.py that wrote'
                          ' it')
     return content
 
 
+def without_duplicates(pairs: list) -> dict:
+    """A JSON object, in which no key stands twice."""
+    content = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f'`{key}` stands twice in one object')
+        content[key] = value
+    return content
+
+
+def check_fields(given: dict, fields: str, where: str) -> None:
+    """
+    Raises:
+        ValueError: A field is not what ``fields``, a line each, say of it.
+    """
+    for field, kind in (line.split(None, 1) for line in fields.splitlines()):
+        if not is_kind(given.get(field), kind):
+            raise ValueError(f'`{where}.{field}` should be {kind}, but is {given.get(field)!r:.200}')
+
+
+def is_kind(value, kind: str) -> bool:
+    """Whether a value out of JSON is a literal, of a type, or of one of ``KINDS``; {} and [] have such in them."""
+    if kind[0] in '{[':
+        parts = value.values() if isinstance(value, dict) else value
+        return isinstance(value, dict if kind[0] == '{' else list) and all(is_kind(part, kind[1:-1]) for part in parts)
+    first, _, rest = kind.partition(' | ')
+    is_first = first in (repr(value), type(value).__name__) or first in KINDS and KINDS[first](value)
+    return is_first or rest != '' and is_kind(value, rest)
+
+
+KINDS = dict(
+    count=lambda v: is_int(v), units_and_pixels=lambda v: is_list_of(v, is_int, 2),
+    amount=lambda v: is_number(v) and 0 <= v < 2**63,
+    file_name=lambda v: isinstance(v, str) and '/' not in v and v.strip('.'))
+STATE_FIELDS = """\
+schema         3
+phase          'label' | 'train' | 'query'
+round          count
+seed           count
+ended          None | str
+settings       dict
+config         {str}
+images         count
+pixels         None | count
+rounds         [dict]
+pool           [str]
+dropped        None | [str]
+classes        None | [str]
+"""
+# `asked`: of each image units and pixels, or None for the whole; `pixels`: below image level; `held_out`: images that
+# the round does not train on; `ids`: of the units that people are asked for
+ROUND_FIELDS = """\
+asked          {None | units_and_pixels}
+strategy       dict
+spent          {amount}
+pixels         None | count
+void_pixels    None | count
+held_out       None | [str]
+ids            None | {[count]}
+returned       None | {None | units_and_pixels}
+unchanged      None | count
+from_store     None | count
+warnings       None | [str]
+"""
+# `checkpoints`: last and best, in the round's own folder; `changed`: keys of the config, since the round before
+TRAINED_FIELDS = """\
+metrics        {float}
+checkpoints    {file_name}
+train_seconds  amount
+query_seconds  None | amount
+changed        None | [str]
+"""
 STATE_FILE = 'al_state.json'
-SCHEMA = 2
+SCHEMA = 3
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pool: all training images by name; where images and the labels that were asked for come from
@@ -3090,7 +3239,7 @@ def is_amount(value) -> bool:
 
 
 def is_int(value, least: int = 0) -> bool:
-    return type(value) is int and value >= least
+    return type(value) is int and least <= value < 2**63
 
 
 def split_setting(setting: str | dict) -> tuple[str, dict]:
@@ -3271,7 +3420,7 @@ def write_atomically(path: str, content: str | bytes) -> None:
     Raises:
         OSError: There is no space left, or the like. What was there is left as it was.
     """
-    content, temporary = content.encode() if isinstance(content, str) else content, f'{path}.tmp'
+    content, temporary = content.encode() if isinstance(content, str) else content, f'{path}{TEMPORARY}'
     try:
         os.makedirs(osp.dirname(path), exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
@@ -3289,6 +3438,9 @@ def write_atomically(path: str, content: str | bytes) -> None:
     directory = os.open(osp.dirname(path), os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
+
+
+TEMPORARY = '.al.tmp'
 
 
 def read_mask(path: str) -> np.ndarray:

@@ -23,6 +23,7 @@ import math
 import os
 import os.path as osp
 import re
+import shutil
 import sys
 import time
 from typing import Callable, Iterator, NamedTuple
@@ -80,7 +81,6 @@ def hook() -> mmengine.hooks.Hook:
     """The hook of every run. With it, ``visualize`` is a key of the ``al`` block: how many images to draw after each
     query."""
     al_patch.block_settings()['visualize'] = (0, al_patch.Count)
-    al_patch.MAY_CHANGE_ON_RESUME.append('visualize')
 
     class ReportHook(mmengine.hooks.Hook):
         """Looks at a run. ``al_patch`` turns what goes wrong in it into a warning."""
@@ -102,6 +102,9 @@ def hook() -> mmengine.hooks.Hook:
                 if compute and 'total_area_to_metrics' not in vars(metric):
                     metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
 
+        def before_al_run(self, state: al_patch.State) -> None:
+            check_disk(state)
+
         def before_al_train(self, state: al_patch.State, trainer) -> None:
             if al_patch.is_main_process():
                 look_at_labels(state)
@@ -122,6 +125,32 @@ def hook() -> mmengine.hooks.Hook:
                 draw_pictures(state, trainer, asked)
 
     return ReportHook()
+
+
+def check_disk(state: al_patch.State) -> None:
+    """Compare what the rounds to come will write with what is free: their checkpoints and, at a hundredth of a byte a
+    pixel, masks and superpixels. An optimizer keeps as much as the weights take, Adam twice.
+
+    Raises:
+        OSError: It does not fit.
+    """
+    al, cfg, copies, free = state.al, state.runner.cfg, 0, [shutil.disk_usage(state.work_dir).free]
+    for hook in al_patch.checkpoint_hooks(state.runner):
+        saved = cfg.train_cfg.get('max_epochs' if hook.by_epoch else 'max_iters', 1) // hook.interval
+        saved = max(1, min(saved, hook.max_keep_ckpts % 2**31))  # -1 of both: the last, and all
+        copies += saved * (1 + hook.save_optimizer * (1 + ('Adam' in str(cfg.optim_wrapper))))
+        copies += len(hook.save_best or ())
+    left = al.rounds + 1 - sum('metrics' in entry for entry in state.rounds)
+    need = copies * sum(weight.nbytes for weight in state.model.state_dict().values())
+    need *= left if al.keep == 'all' else min(2, left)
+    if state.counts_pixels:
+        need += left * state.pool.pixels // 100
+    al_patch.broadcast_object_list(free)  # as rank 0 sees it
+    if need > free[0]:
+        raise OSError(
+            f'{state.work_dir} should have {need / 1e9:.2f} GB free for {left} rounds with {copies} times the weights '
+            f'each, but has {free[0] / 1e9:.2f}: lower `default_hooks.checkpoint.max_keep_ckpts`, set '
+            "`al.keep='needed'`, or choose another --work-dir")
 
 
 def keep_class_iou(runner, metric, compute: Callable, *args, **kwargs) -> dict:
@@ -172,7 +201,19 @@ def report_curve(state: al_patch.State) -> None:
     if metric:
         points = curve(state.rounds, metric)
         figure = draw_curves({in_words(state.al.strategy): points[None]}, metric, full_level([points]))
+        mark_changes(figure, state.rounds, metric, points)
         show(state, figure, osp.join(state.work_dir, 'learning_curve.png'), 'learning_curve')
+
+
+def mark_changes(figure: figures.Figure, rounds: list[dict], metric: str, points: np.ndarray) -> None:
+    """Write beside the rounds that differ from the one before what is another in them."""
+    done = [words for entry, words in zip(rounds, changes(rounds)) if metric in entry.get('metrics', ())]
+    for row, axes in enumerate(figure.axes):
+        for k, words in enumerate(done):
+            if words:
+                axes.axvline(points[row, k], color='#999999', linestyle='--', linewidth=.8)
+                axes.annotate(words, (points[row, k], 0), xycoords=('data', 'axes fraction'), xytext=(2, 2),
+                              textcoords='offset points', rotation=90, size=7, color='#555555')
 
 
 def report_asked(state: al_patch.State, trainer) -> None:
@@ -465,7 +506,10 @@ def group_runs(runs: dict, metric: str) -> dict[str, np.ndarray]:
     for path, run in runs.items():
         points = curve(run['rounds'], metric)
         if points.size and not (points.shape[1] == 1 and points[0, 0] == 100):
-            settings = {key: value for key, value in run['settings'].items() if key not in ('seed', 'visualize')}
+            settings = {key: value for key, value in run['settings'].items()
+                        if key not in ('seed', 'visualize', 'keep')}
+            settings.update(changed='; '.join(f'round {k}: {words}' for k, words in enumerate(changes(run['rounds']))
+                                              if words))
             config = {key: value for key, value in run['config'].items() if key != 'randomness'}
             groups.setdefault(json.dumps([settings, config], sort_keys=True), []).append((path, settings, points))
     every = [members[0][1] for members in groups.values()]
@@ -642,12 +686,23 @@ PHASES = dict(train='training on what is labelled', query='scoring the pool',
 def rounds_table(rounds: list[dict]) -> prettytable.PrettyTable:
     """Finished rounds, one row each."""
     metrics = list(dict.fromkeys(key for entry in rounds for key in entry['metrics']))
-    table = prettytable.PrettyTable(['round', *rounds[-1]['spent'], *metrics, 'train s', 'query s'], align='r',
-                                    none_format='-')
-    for k, entry in enumerate(rounds):
+    columns = ['round', *rounds[-1]['spent'], *metrics, 'train s', 'query s', 'changed']
+    table = prettytable.PrettyTable(columns, align='r', none_format='-')
+    for k, (entry, words) in enumerate(zip(rounds, changes(rounds))):
         table.add_row([k, *entry['spent'].values(), *map(entry['metrics'].get, metrics), entry['train_seconds'],
-                       entry.get('query_seconds')])
+                       entry.get('query_seconds'), words])
+    if not any(changes(rounds)):
+        table.del_column('changed')
     return table
+
+
+def changes(rounds: list[dict]) -> list[str]:
+    """What is another in each round than in the one before: the strategy that asked, from the second query on, and keys
+    of the config, of which `model` and the schedule are some."""
+    asked_by = [None, None, *(entry.get('strategy') for entry in rounds[1:])]  # before the first there is none
+    return [', '.join([in_words({key: value for key, value in entry['strategy'].items() if key == 'type'})
+                       for _ in range(before not in (None, {}, entry.get('strategy')))] + entry.get('changed', []))
+            for before, entry in zip(asked_by, rounds)]
 
 
 def in_words(setting) -> str:
@@ -659,7 +714,7 @@ def in_words(setting) -> str:
 
 
 def read_run(work_dir: str) -> dict:
-    """What a run's state file holds: of schema 1 as of 2, as far as it is looked at here.
+    """What a run's state file holds: of any schema as of 3, as far as it is looked at here.
 
     Raises:
         ValueError: It is damaged, or of a newer schema.
@@ -668,7 +723,7 @@ def read_run(work_dir: str) -> dict:
     try:
         with open(path, encoding='utf-8') as file:
             run = json.load(file)
-        if run['schema'] > 2:
+        if run['schema'] > 3:
             raise ValueError(f'its schema {run["schema"]} is newer than this al_report.py')
         for entry in run['rounds']:
             if isinstance(entry['asked'], list):  # whole images
@@ -723,7 +778,7 @@ def add_scalars(state: al_patch.State, scalars: dict[str, float]) -> None:
 
 def save_figure(figure: figures.Figure, path: str) -> None:
     """Write a figure, as a whole or not at all."""
-    content, temporary = rendered(figure, osp.splitext(path)[1][1:] or 'png'), f'{path}.{os.getpid()}.tmp'
+    content, temporary = rendered(figure, osp.splitext(path)[1][1:] or 'png'), f'{path}.tmp'
     os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
     with open(temporary, 'wb') as file:
         file.write(content)

@@ -277,14 +277,15 @@ def read_state(where: str) -> dict:
     return read_json(path) if osp.isfile(path) else dict(schema=None, rounds=[])
 
 
-def in_schema_2(entry: dict) -> dict:
-    """A round of a state in the form of schema 2: what was asked for is a dict, name -> None for a whole image, else
+def in_schema_3(entry: dict) -> dict:
+    """A round of a state in the form of schema 3: what was asked for is a dict, name -> None for a whole image, else
     [units, pixels]; in schema 1, a list of names stands for whole images. What is spent was called `labelled`, and
-    void in whole images that `initial` names was not counted.
+    void in whole images that `initial` names was not counted. A checkpoint's path was relative to the work_dir.
     """
     asked = entry['asked']
     entry = dict(entry, asked=dict.fromkeys(asked) if isinstance(asked, list) else asked)
     entry['spent'] = entry.get('labelled', entry.get('spent', {})) if 'metrics' in entry else {}
+    entry['checkpoints'] = {which: osp.basename(path) for which, path in entry.get('checkpoints', {}).items()}
     return entry
 
 
@@ -355,7 +356,7 @@ def first_difference(a: dict, b: dict) -> str:
 def state_differences(a: dict, b: dict) -> Iterator[str]:
     """In what the states of two runs differ, round by round."""
     for k, (ours, theirs) in enumerate(zip(a['rounds'], b['rounds'])):
-        ours, theirs = in_schema_2(ours), in_schema_2(theirs)
+        ours, theirs = in_schema_3(ours), in_schema_3(theirs)
         for key in ('asked', 'spent', 'metrics', 'checkpoints'):
             difference = first_difference(ours.get(key, {}), theirs.get(key, {}))
             if difference:
@@ -384,9 +385,9 @@ def file_differences(wheres: list, alone: bool) -> Iterator[str]:
                 yield f'{kind}: {name}'
 
 
-def weights_of(where: str, entry: dict) -> Optional[dict]:
+def weights_of(where: str, k: int, entry: dict) -> Optional[dict]:
     """The tensors of a round's last checkpoint; None if the round has not got that far."""
-    path = osp.join(where, 'work', entry.get('checkpoints', {}).get('last', 'none'))
+    path = osp.join(where, 'work', f'round_{k}', in_schema_3(entry)['checkpoints'].get('last', 'none'))
     if not osp.isfile(path):
         return None
     return torch.load(path, map_location='cpu', weights_only=False)['state_dict']  # written by us, just now
@@ -396,8 +397,8 @@ def weight_difference(wheres: list, states: list) -> float:
     """The largest difference of any weight in any round's last checkpoint; relative to the largest weight of its tensor
     where that is above 1, as BatchNorm's variances may be by far."""
     largest = 0.
-    for entries in zip(*(state['rounds'] for state in states)):
-        a, b = map(weights_of, wheres, entries)
+    for k, entries in enumerate(zip(*(state['rounds'] for state in states))):
+        a, b = (weights_of(where, k, entry) for where, entry in zip(wheres, entries))
         if not a or not b:
             continue
         if {key: value.shape for key, value in a.items()} != {key: value.shape for key, value in b.items()}:

@@ -286,7 +286,7 @@ def test_links_that_stay_inside_and_a_linked_work_dir_are_followed(tmp_path):
 
 def test_a_temporary_file_is_not_written_through_a_link(tmp_path):
     (tmp_path / 'outside').write_text('mine')
-    (tmp_path / 'al_state.json.tmp').symlink_to(tmp_path / 'outside')
+    (tmp_path / 'al_state.json.al.tmp').symlink_to(tmp_path / 'outside')
     write_atomically(str(tmp_path / 'al_state.json'), 'new')
     assert (tmp_path / 'outside').read_text() == 'mine' and (tmp_path / 'al_state.json').read_text() == 'new'
 
@@ -306,7 +306,7 @@ def test_the_round_of_a_state_cannot_lead_out(make_cfg, train, k):
     train(cfg)
     path = osp.join(cfg.work_dir, STATE_FILE)
     write_atomically(path, json.dumps(dict(read_state(path), round=k)))
-    with pytest.raises(ValueError, match='al_state.json is damaged .its round is'):
+    with pytest.raises(ValueError, match='al_state.json is damaged .`state.round` should be count, but is'):
         train(make_cfg(dict(rounds=0), changes={**SHORT, 'resume': True}))
 
 

@@ -58,9 +58,9 @@ def test_a_run_killed_before_its_validation_keeps_the_best_checkpoint(make_cfg, 
         train(cfg)
     cfg.resume = True
     _, rounds = train(cfg)
-    best = f'round_0/best_mIoU_{dict(iters="iter", epochs="epoch")[loop]}_{at}.pth'
+    best = f'best_mIoU_{dict(iters="iter", epochs="epoch")[loop]}_{at}.pth'
     assert expected[0]['checkpoints']['best'] == rounds[0]['checkpoints']['best'] == best
-    assert osp.isfile(osp.join(cfg.work_dir, best))
+    assert osp.isfile(osp.join(cfg.work_dir, 'round_0', best))
 
 
 # --- SIGTERM and Ctrl-C ----------------------------------------------------------------------------------------------

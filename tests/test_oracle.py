@@ -265,7 +265,7 @@ def test_the_command_exports_again(asks, capsys):
     ('state', r'.*No such file or directory: .{dir}/al_state.json.'),
     ('config', '{dir} does not hold the config, a .py file, that mmengine writes there'),
     ('checkpoint', 'the checkpoint {dir}/round_0/iter_2.pth that the run needs to go on is gone: .*'),
-    ('settings', '`al.rounds` and `al.budget` should .* but got .*')])
+    ('settings', '`al.budget` was .* when round 1 used it and cannot change on resume, but got .*')])
 def test_the_command_says_in_a_line_why_it_cannot(asks, train, capsys, wrong, why):
     cfg, _, expected = asks
     train(cfg)
@@ -386,7 +386,7 @@ def asked(train, human, blind, truth):
 def predicted(cfg, name: str) -> np.ndarray:
     """The model's own classes, (32, 48), through none of the module's code."""
     model = MODELS.build({**cfg.model, 'data_preprocessor': None}).eval()
-    path = osp.join(cfg.work_dir, state_of(cfg)['rounds'][0]['checkpoints']['last'])
+    path = tiny.checkpoint_of(cfg, state_of(cfg)['rounds'], 0)
     model.load_state_dict(torch.load(path, weights_only=False)['state_dict'])
     image = cv2.imread(osp.join(cfg.train_dataloader.dataset.data_root, 'img', 'train', f'{name}.png'))
     with torch.no_grad():

@@ -29,8 +29,8 @@ def filtered(tmp_path):
     """A function that builds a data set's dataloader where these names are labelled."""
 
     def build(dataset: dict, names: list) -> object:
-        path, state = tmp_path / 'al_state.json', dict(schema=2, seed=0, config={})
-        write_atomically(str(path), json.dumps(dict(state, rounds=[dict(asked=dict.fromkeys(names))])))
+        path = tmp_path / 'al_state.json'
+        write_atomically(str(path), json.dumps(tiny.saved([dict.fromkeys(names)])))
         return Runner.build_dataloader(dict(
             batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset,
             al=dict(state=str(path), round=0)))

@@ -222,7 +222,8 @@ def planted(make_cfg, build, tmp_path, monkeypatch):
         for parameter in layer.parameters():
             torch.nn.init.zeros_(parameter)
         layer.weight.data[0] = -5 / 8
-        torch.save(runner.model.state_dict(), tmp_path / 'planted.pth')
+        (tmp_path / 'round_0').mkdir(exist_ok=True)
+        torch.save(runner.model.state_dict(), tmp_path / 'round_0' / 'planted.pth')
         first = dict(asked={}, checkpoints=dict(last='planted.pth'))
         state = State(dict(seed=0, config={}, rounds=[first]), str(tmp_path), parse_settings(cfg.al), runner,
                       Pool(runner.cfg))

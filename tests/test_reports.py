@@ -42,7 +42,7 @@ def make_state(shares: list, values: list, seed: int = 0, phase: str = 'query', 
     k, ended = len(rounds) - 1, None
     if phase == 'query' and k >= al['rounds']:
         ended = f'all {al["rounds"]} rounds of queries are done'
-    return dict(schema=2, phase=phase, round=k, seed=seed, ended=ended, settings=al, images=100, rounds=rounds,
+    return dict(schema=3, phase=phase, round=k, seed=seed, ended=ended, settings=al, images=100, rounds=rounds,
                 config=dict(model='m', randomness=f'r{seed}'))
 
 
@@ -173,7 +173,7 @@ def test_states_of_the_first_schema_are_compared_too(tmp_path, capsys):
     assert tables[0] == tables[1] and '10 to 20' in tables[0]
 
 
-@pytest.mark.parametrize('schema', [1, 2])
+@pytest.mark.parametrize('schema', [1, 3])
 @pytest.mark.parametrize('phase, rounds, text', [
     ('train', 2, 'Round 1 of 2: training on what is labelled; it last wrote'),
     ('query', 2, 'Round 1 of 2: scoring the pool; it last wrote'),
@@ -183,18 +183,39 @@ def test_status(tmp_path, capsys, phase, rounds, text, schema):
     state = make_state([10, 20], [40, 60], phase=phase, rounds=rounds)
     if phase != 'query':
         state['rounds'][1] = {key: state['rounds'][1][key] for key in ('asked', 'spent')}
-    path = write_state(tmp_path / 'run', state if schema == 2 else of_schema_1(state))
+    path = write_state(tmp_path / 'run', state if schema == 3 else of_schema_1(state))
     (tmp_path / 'run' / 'my.py').touch()
     main(['status', path])
     out = capsys.readouterr().out
     assert text in out and 'entropy, unit image, seed 0' in out
     images = 10 if phase == 'label' else 20  # what is asked for is not labelled yet
-    assert f'Labelled: {images} images' + f', {images}.0 % of images' * (schema == 2 or phase == 'query') in out
+    assert f'Labelled: {images} images' + f', {images}.0 % of images' * (schema == 3 or phase == 'query') in out
     assert f'bash dist_al_train.sh {path}/my.py <GPUs> --work-dir {path} --resume' in out
     assert ('To go on with more `al.rounds`: bash' in out) == ('Ended' in text)
     assert ('|     1 |     20 |' in out) == (phase == 'query')
-    if schema == 2 or phase == 'query':
+    if schema == 3 or phase == 'query':
         assert '|     0 |     10 |        10.0 |' in out
+
+
+def test_tables_and_curves_show_where_something_changed(tmp_path, capsys):
+    """Another strategy from query 2 on, and another schedule in round 3; that round 0 is drawn is no change."""
+    state = make_state([10, 20, 30, 40], [40, 50, 60, 70])
+    asked_by = ['random', 'entropy', 'margin', 'margin']
+    for entry, name, keys in zip(state['rounds'], asked_by, [[], [], [], ['param_scheduler', 'train_cfg']]):
+        entry.update(strategy=dict(type=name, mc=1), changed=keys)
+    expected = ['', '', 'margin', 'param_scheduler, train_cfg']
+    assert al_report.changes(state['rounds']) == expected
+    table = al_report.rounds_table(state['rounds'])
+    assert [row[-1] for row in table.rows] == expected and table.field_names[-1] == 'changed'
+    assert 'changed' not in al_report.rounds_table(make_state([10, 20], [40, 50])['rounds']).field_names
+    points = al_report.curve(state['rounds'], 'mIoU')
+    figure = al_report.draw_curves(dict(run=points[None]), 'mIoU', None)
+    al_report.mark_changes(figure, state['rounds'], 'mIoU', points)
+    assert [(text.xy[0], text.get_text()) for text in figure.axes[0].texts] == [
+        (30, 'margin'), (40, 'param_scheduler, train_cfg')]
+    main(['compare', write_state(tmp_path / 'a', state), write_state(tmp_path / 'b', make_state([10, 20], [40, 50])),
+          '-o', str(tmp_path / 'curves.png')])
+    assert 'changed=round 2: margin; round 3: param_scheduler, train_cfg' in capsys.readouterr().out
 
 
 def test_status_says_why_a_run_has_ended(tmp_path, capsys):
@@ -207,12 +228,12 @@ def test_status_says_why_a_run_has_ended(tmp_path, capsys):
     (['status', 'nowhere'], 'No such file'), (['compare', 'nowhere'], 'No such file'),
     (['compare', '{run}', '--metric', 'mDice'], 'no run has finished a round with mDice'),
     (['compare', '{run}', '-o', 'x.docx'], 'docx'), (['status', '{cut}'], 'cut/al_state.json cannot be read'),
-    (['status', '{newer}'], 'its schema 3 is newer than this al_report.py')])
+    (['status', '{newer}'], 'its schema 4 is newer than this al_report.py')])
 def test_what_cannot_be_shown_is_an_error_in_words(tmp_path, monkeypatch, command, error):
     monkeypatch.chdir(tmp_path)
     state = make_state([10, 20], [40, 60])
     runs = dict(run=write_state(tmp_path / 'a', state), cut=write_state(tmp_path / 'cut', state),
-                newer=write_state(tmp_path / 'newer', dict(state, schema=3)))
+                newer=write_state(tmp_path / 'newer', dict(state, schema=4)))
     (tmp_path / 'cut' / STATE_FILE).write_text('{"schema": 2, "pha')
     with pytest.raises(SystemExit, match=f'^al_report.py {command[0]}: .*{error}'):
         main([part.format(**runs) for part in command])

@@ -15,7 +15,7 @@ from mmengine.hooks import Hook
 from mmengine.logging import HistoryBuffer
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
-from tiny import counts, same, weights_at
+from tiny import checkpoint_of, counts, same, weights_at
 
 import al_patch
 from al_patch import State, parse_settings, query, why_stop
@@ -37,9 +37,9 @@ def test_a_run(make_cfg, train, loop, last, validates):
     names = sum(asked_of(rounds), [])
     assert counts(rounds) == [4, 2, 2] and len(set(names)) == 8 and set(names) <= set(tiny.NAMES)
     for k, entry in enumerate(rounds):
-        assert entry['spent']['images'] == 4 + 2 * k and entry['checkpoints']['last'] == f'round_{k}/{last}'
+        assert entry['spent']['images'] == 4 + 2 * k and entry['checkpoints']['last'] == last
         assert ('mIoU' in entry['metrics']) == ('best' in entry['checkpoints']) == validates
-        assert all(osp.isfile(osp.join(cfg.work_dir, path)) for path in entry['checkpoints'].values())
+        assert all(osp.isfile(checkpoint_of(cfg, rounds, k, which)) for which in entry['checkpoints'])
     assert same(runner.model.state_dict(), weights_at(cfg, f'round_2/{last}'))
 
 
@@ -164,8 +164,8 @@ def test_what_a_round_starts_from(make_cfg, train, weights):
     cfg = make_cfg(dict(weights=weights, overrides={1: {'optim_wrapper.optimizer.lr': 0.}}),
                    changes={'train_cfg.val_interval': 1})
     runner, rounds = train(cfg)
-    checkpoints = rounds[0]['checkpoints']
-    end = weights_at(cfg, rounds[1]['checkpoints']['last'])
+    end, checkpoints = weights_at(cfg, checkpoint_of(cfg, rounds, 1)), {
+        which: checkpoint_of(cfg, rounds, 0, which) for which in ('last', 'best')}
     if weights == 'scratch':
         assert not any(same(end, weights_at(cfg, path), 'stem.weight') for path in checkpoints.values())
     else:
@@ -178,12 +178,12 @@ def test_the_best_checkpoint_is_the_best(make_cfg, train):
     [log] = [osp.join(d, f) for d, _, files in os.walk(osp.join(cfg.work_dir, 'round_0')) for f in files
              if f == 'scalars.json']
     scores = [float(line.split('"mIoU": ')[1].split(',')[0]) for line in open(log) if 'mIoU' in line]
-    assert rounds[0]['checkpoints']['best'] == f'round_0/best_mIoU_iter_{1 + scores.index(max(scores))}.pth'
+    assert rounds[0]['checkpoints']['best'] == f'best_mIoU_iter_{1 + scores.index(max(scores))}.pth'
 
 
 def test_overrides_hold_for_their_round(make_cfg, train):
     runner, rounds = train(make_cfg(dict(overrides={1: {'train_cfg.max_iters': 6}}), changes=tiny.NO_VAL))
-    assert [entry['checkpoints']['last'] for entry in rounds] == ['round_0/iter_4.pth', 'round_1/iter_6.pth']
+    assert [entry['checkpoints']['last'] for entry in rounds] == ['iter_4.pth', 'iter_6.pth']
 
 
 @pytest.mark.parametrize('which', ['last', 'best'])
@@ -192,8 +192,8 @@ def test_the_checkpoint_that_scores(make_cfg, train, monkeypatch, which):
     monkeypatch.setattr(al_patch, 'load_checkpoint', lambda m, path, **k: loaded.append(path) or load(m, path, **k))
     cfg = make_cfg(dict(query_with=which), changes={'train_cfg.val_interval': 1})
     runner, rounds = train(cfg)
-    after_training, after_last = (osp.join(cfg.work_dir, entry['checkpoints']['last']) for entry in rounds)
-    assert loaded == [after_training, osp.join(cfg.work_dir, rounds[0]['checkpoints'][which]), after_last]
+    after_training, after_last = (checkpoint_of(cfg, rounds, k) for k in range(2))
+    assert loaded == [after_training, checkpoint_of(cfg, rounds, 0, which), after_last]
 
 
 class Adapted(tiny.TinyBackbone):
@@ -403,7 +403,8 @@ def scored(make_state):
         torch.manual_seed(1)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=.5)
-        torch.save(dict(state_dict=model.state_dict()), osp.join(state.work_dir, 'drawn.pth'))
+        os.makedirs(state.folder(0), exist_ok=True)
+        torch.save(dict(state_dict=model.state_dict()), osp.join(state.folder(0), 'drawn.pth'))
         state.rounds.append(dict(asked={tiny.NAMES[0]: None}, checkpoints=dict(last='drawn.pth')))
         asked = query(state, state.runner)
         assert list(state.scores) == OTHERS and set(asked) == set(sorted(OTHERS, key=state.scores.get)[-2:])

@@ -6,16 +6,28 @@ import os.path as osp
 import numpy as np
 import pytest
 import tiny
+import torch
 from mmengine.hooks import Hook
 
 import al_patch
-from al_patch import STATE_FILE, Pool, State, check_resume, initial_images, parse_settings, read_state, write_atomically
+from al_patch import (
+    STATE_FILE,
+    Pool,
+    State,
+    check_resume,
+    initial_images,
+    parse_settings,
+    read_state,
+    write_atomically,
+)
+
+SMALL = tiny.saved([{'a/00': None}])
 
 
 @pytest.fixture
 def path(tmp_path):
     path = tmp_path / 'al_state.json'
-    path.write_text('{"schema": 2, "rounds": []}')
+    path.write_text(json.dumps(SMALL))
     return str(path)
 
 
@@ -27,10 +39,10 @@ def fail(*args):
 def test_a_write_that_fails_leaves_the_old_state_and_the_next_one_works(path, monkeypatch, step):
     with monkeypatch.context() as patch, pytest.raises(OSError, match='disk full'):
         patch.setattr(step, fail)
-        write_atomically(path, '{"schema": 2, "rounds": [{}]}')
-    assert read_state(path) == dict(schema=2, rounds=[]) and os.listdir(osp.dirname(path)) == ['al_state.json']
-    write_atomically(path, '{"schema": 2, "rounds": [1]}')
-    assert read_state(path) == dict(schema=2, rounds=[1]) and os.listdir(osp.dirname(path)) == ['al_state.json']
+        write_atomically(path, json.dumps(dict(SMALL, seed=1)))
+    assert read_state(path) == SMALL and os.listdir(osp.dirname(path)) == ['al_state.json']
+    write_atomically(path, json.dumps(dict(SMALL, seed=2)))
+    assert read_state(path) == dict(SMALL, seed=2) and os.listdir(osp.dirname(path)) == ['al_state.json']
 
 
 @pytest.mark.parametrize('text', ['', '{"schema": 2', '[]', '{}', 'null', '3', '{"schema": 1}', '\ud83d'])
@@ -42,8 +54,8 @@ def test_a_damaged_state_is_named(path, text):
 
 
 def test_a_newer_state_is_named(path):
-    write_atomically(path, '{"schema": 3}')
-    with pytest.raises(ValueError, match='al_state.json should have schema 2 or less, but got 3'):
+    write_atomically(path, '{"schema": 4}')
+    with pytest.raises(ValueError, match='al_state.json should have schema 3 or less, but got 4'):
         read_state(path)
 
 
@@ -52,7 +64,8 @@ def test_names_beyond_ascii_are_kept(make_state):
     state.rounds.append(dict(asked=names))
     state.save()
     path = osp.join(state.work_dir, STATE_FILE)
-    assert read_state(path)['rounds'] == [dict(asked=names)] and 'straße/日本' in open(path, encoding='utf-8').read()
+    text = open(path, encoding='utf-8').read()
+    assert json.loads(text)['rounds'] == [dict(asked=names)] and 'straße/日本' in text
 
 
 def test_labelled():
@@ -113,45 +126,86 @@ def test_wrong_initials_are_refused(initial, setting, match):
         initial(setting)
 
 
-SETTINGS = dict(initial=4, budget=2, rounds=2)
+SETTINGS = dict(initial=4, budget=2, rounds=2, overrides={'0': {'a': 1}, '2': {'a': 2}})
 
 
-def state_with(settings=None, queries=1) -> dict:
-    asked = [tiny.NAMES[:4], *(tiny.NAMES[4 + 2 * k:6 + 2 * k] for k in range(queries))]
-    return dict(settings=parse_settings(settings or SETTINGS).to_dict(),
-                rounds=[dict(asked=dict.fromkeys(names)) for names in asked])
+@pytest.fixture
+def resume(pool, tmp_path):
+    """A function that resumes, with other settings, a run that has made some queries."""
+
+    def check(changes=None, queries=1, phase='query', **damage) -> State:
+        asked = [tiny.NAMES[:4], *(tiny.NAMES[4 + 2 * k:6 + 2 * k] for k in range(queries))]
+        content = tiny.saved([*map(dict.fromkeys, asked)], phase, settings=parse_settings(SETTINGS).to_dict())
+        content['rounds'][-1].update(damage)
+        al = parse_settings({**SETTINGS, **(changes or {})})
+        state = State(content, str(tmp_path), al, pool=pool)
+        check_resume(state, content['settings'])
+        return state
+
+    return check
 
 
 @pytest.mark.parametrize('changes', [
     dict(), dict(rounds=5), dict(rounds=1), dict(stop=dict(value=90)), dict(budget=[2, 4, 3], rounds=3),
-    dict(budget=[2, 1 / 6])])
-def test_a_run_may_be_extended(pool, changes):
-    check_resume(state_with(), parse_settings({**SETTINGS, **changes}), pool)
+    dict(budget=[2, 1 / 6]), dict(strategy='margin'), dict(strategy='coreset', pool_size=5), dict(weights='last'),
+    dict(query_with='best'), dict(full_res=True), dict(keep='needed'), dict(overrides={'0': {'a': 1}}),
+    dict(overrides={0: {'a': 1}, 2: {'b': 3}})])
+def test_what_no_round_has_used_may_change(resume, changes):
+    resume(changes)
 
 
 @pytest.mark.parametrize('changes, match', [
-    (dict(initial=5), '`al.initial` was 4 when the run began and cannot change on resume, but got 5'),
-    (dict(strategy='margin'), "`al.strategy` was 'entropy' when"), (dict(seed=3), '`al.seed` was None when'),
-    (dict(weights='last'), "`al.weights` was 'scratch' when"), (dict(pool_size=.5), '`al.pool_size` was None'),
-    (dict(query_with='best'), "`al.query_with` was 'last'"), (dict(overrides={1: {}}), '`al.overrides` was None'),
-    (dict(budget=3), r'`al.rounds` and `al.budget` should leave the 1 queries .*\(\[2\]\), but got \[3\]'),
-    (dict(rounds=0), r'should leave the 1 queries .*\(\[2\]\), but got \[\]')])
-def test_a_run_may_not_be_rewritten(pool, changes, match):
+    (dict(initial=5), '`al.initial` was 4 when round 0 used it and cannot change on resume, but got 5'),
+    (dict(unit='pixel'), "`al.unit` was {'type': 'image'} when round 0 used it"),
+    (dict(seed=3), '`al.seed` was None when round 0'),
+    (dict(oracle='human'), "`al.oracle` was 'simulated' when round 0"),
+    (dict(overrides={1: {}}), "`al.overrides` was {'a': 1} when round 0 used it and cannot .* but got None"),
+    (dict(overrides={0: {'a': 1}, 1: {}}), '`al.overrides` was None when round 1 used it'),
+    (dict(budget=3), r'`al.budget` was \[2\] when round 1 used it and cannot change on resume, but got \[3\]'),
+    (dict(rounds=0), r'`al.budget` was \[2\] when round 1 used it .* but got \[\]')])
+def test_what_a_round_has_used_cannot_change(resume, changes, match):
     with pytest.raises(ValueError, match=match):
-        check_resume(state_with(), parse_settings({**SETTINGS, **changes}), pool)
+        resume(changes)
 
 
-def test_labelled_images_must_still_be_there(pool):
-    state = state_with()
-    state['rounds'][1]['asked']['c/99'] = None
-    with pytest.raises(ValueError, match='1 labelled images are not in the data set any more: c/99'):
-        check_resume(state, parse_settings(SETTINGS), pool)
+def test_the_overrides_of_a_round_that_has_not_begun_to_train_may_change(resume, tmp_path):
+    changes = dict(overrides={0: {'a': 1}, 1: {'a': 5}})
+    resume(changes, phase='train')
+    (tmp_path / 'round_1').mkdir()
+    torch.save({}, tmp_path / 'round_1' / 'iter_2.pth')
+    (tmp_path / 'round_1' / 'last_checkpoint').write_text('/elsewhere/round_1/iter_2.pth')
+    with pytest.raises(ValueError, match='`al.overrides` was None when round 1 used it'):
+        resume(changes, phase='train')
 
 
-def test_a_key_that_is_new_in_this_version_does_not_stop_a_resume(pool):
-    state = state_with()
-    del state['settings']['pool_size']  # as an older version wrote it
-    check_resume(state, parse_settings(SETTINGS), pool)
+def test_a_strategy_that_calibrates_needs_images_that_were_held_out(resume):
+    resume(dict(strategy='crc'), held_out=tiny.NAMES[:1])
+    with pytest.raises(ValueError, match="`al.strategy` should not calibrate, for round 1 .* but got 'crc'"):
+        resume(dict(strategy='crc'))
+
+
+def test_labelled_images_must_still_be_there(resume):
+    for damage in (dict(asked={'c/99': None}), dict(held_out=['c/99'])):
+        with pytest.raises(ValueError, match='1 labelled images are not in the data set any more: c/99 .*state.json'):
+            resume(**damage)
+
+
+def test_a_key_that_is_new_in_this_version_does_not_stop_a_resume(resume, monkeypatch):
+    saved = tiny.saved
+
+    def older(*args, settings, **more):
+        return saved(*args, settings={key: settings[key] for key in set(settings) - {'pool_size', 'keep'}}, **more)
+
+    monkeypatch.setattr(tiny, 'saved', older)
+    resume()
+
+
+def test_wrong_settings_in_a_state_name_it(resume, monkeypatch):
+    saved = tiny.saved
+    monkeypatch.setattr(tiny, 'saved', lambda *args, settings, **more: saved(*args, settings=dict(
+        settings, budget=-1), **more))
+    with pytest.raises(ValueError, match='al_state.json cannot be used .*`al.budget` should be'):
+        resume()
 
 
 def test_without_resume_a_run_is_not_overwritten(make_cfg, train):
@@ -194,7 +248,7 @@ def test_a_changed_config_is_said(make_cfg, train):
     train(make_cfg(dict(rounds=0), changes=tiny.NO_VAL))
     cfg = make_cfg(dict(rounds=0), changes={**tiny.NO_VAL, 'resume': True, 'optim_wrapper.optimizer.lr': .2})
     train(cfg)
-    assert 'The config has changed since the run began: optim_wrapper\n' in tiny.log_of(cfg.work_dir)
+    assert 'The config has changed since the last training: optim_wrapper\n' in tiny.log_of(cfg.work_dir)
 
 
 @pytest.mark.parametrize('classes, match', [
@@ -246,11 +300,12 @@ def test_the_state_on_disk_is_json_with_all_settings(make_cfg, train):
         'strategy': {'type': 'power_entropy', 'beta': 2}, 'stop': {'metric': 'mIoU', 'value': 99, 'patience': None},
         'overrides': {'0': {'train_cfg.max_iters': 2}}}
     assert (state['schema'], state['seed'], state['images'], state['pixels'], state['pool']) == (
-        2, 0, 12, None, tiny.NAMES)
+        3, 0, 12, None, tiny.NAMES)
     assert state['classes'] == ['dark', 'grey', 'bright']
     assert (state['phase'], state['round'], state['ended']) == ('query', 1, 'all 1 rounds of queries are done')
     first, second = state['rounds']
-    assert list(first) == ['asked', 'strategy', 'spent', 'metrics', 'train_seconds', 'checkpoints', 'query_seconds']
+    assert list(first) == ['asked', 'strategy', 'spent', 'metrics', 'train_seconds', 'changed', 'checkpoints',
+                           'query_seconds']
     assert first['strategy']['type'] == 'random' and second['strategy'] == dict(
         type='power_entropy', score='entropy', embed=None, select='power', beta=2, mc=1, shortlist=None, calibration=0.,
         alpha=.05, reduce='mean')
@@ -268,13 +323,14 @@ def test_schema_1_is_read_as_today(path, unit):
     old = SCHEMA_1[unit]
     write_atomically(path, json.dumps(old))
     state = read_state(path)
-    assert (state['schema'], state['ended']) == (2, None)
+    assert (state['schema'], state['ended']) == (3, None)
     assert {key: state[key] for key in old if key not in ('schema', 'rounds')} == {
         key: value for key, value in old.items() if key not in ('schema', 'rounds')}
     for then, now in zip(old['rounds'], state['rounds']):
         assert now['asked'] == (dict.fromkeys(then['asked']) if unit == 'image' else then['asked'])
-        assert 'labelled' not in now and now.get('spent') == then.get('labelled')
-        assert all(now[key] == then[key] for key in set(then) - {'asked', 'labelled'})
+        assert 'labelled' not in now and now['spent'] == then.get('labelled', {}) and now['strategy'] == {}
+        assert now.get('checkpoints') in (None, dict(last='iter_4.pth', best='best_mIoU_iter_4.pth'))
+        assert all(now[key] == then[key] for key in set(then) - {'asked', 'labelled', 'checkpoints'})
     names = dict.fromkeys(name for entry in old['rounds'] for name in entry['asked'])
     assert list(State(state, '').labelled()) == list(names)
 
@@ -294,14 +350,13 @@ def test_a_run_resumes_from_schema_1(make_cfg, train, unit):
     asked = [list(entry['asked']) for entry in rounds]
     assert asked[:2] == [list(entry['asked']) for entry in old['rounds']] and len(rounds) == 3
     assert [entry['metrics'] for entry in rounds[:1]] == [old['rounds'][0]['metrics']]
-    assert all('mIoU' in entry['metrics'] and osp.isfile(osp.join(cfg.work_dir, entry['checkpoints']['last']))
-               for entry in rounds[1:])
+    assert all('mIoU' in rounds[k]['metrics'] and osp.isfile(tiny.checkpoint_of(cfg, rounds, k)) for k in (1, 2))
     if unit == 'image':
         assert len(set(sum(asked, []))) == 8
         assert [entry['spent']['images'] for entry in rounds] == [4, 6, 8]
     else:
         assert [entry['spent']['regions'] for entry in rounds] == [9, 15, 21]
         assert [entry['spent']['pixels'] for entry in rounds] == [9 * 256, 15 * 256, 21 * 256]
-    assert state_on_disk(cfg)['schema'] == 2
+    assert state_on_disk(cfg)['schema'] == 3
     table = open(osp.join(cfg.work_dir, 'learning_curve.csv')).read().splitlines()
     assert len(table) == 4

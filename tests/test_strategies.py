@@ -2,6 +2,7 @@
 import ast
 import inspect
 import math
+import os
 import os.path as osp
 import re
 
@@ -354,8 +355,9 @@ def test_it_asks_for_what_the_budget_buys(make_state, name, unit):
     state = make_state(dict(UNITS[unit], strategy=name), changes=tiny.NO_VAL)
     al_patch.check_config(state.al, state.runner)
     al_patch.add_round(state, al_patch.initial_images(state) or al_patch.query(state, None))
-    torch.save(state.runner.model.state_dict(), osp.join(state.work_dir, 'untrained.pth'))
-    state.entry['checkpoints'] = dict(last='untrained.pth')
+    os.makedirs(state.folder(), exist_ok=True)
+    torch.save(state.runner.model.state_dict(), osp.join(state.folder(), 'untrained.pth'))
+    state.entry.update(checkpoints=dict(last='untrained.pth'), metrics={}, train_seconds=0.)
     al_patch.add_round(state, al_patch.query(state, state.runner))
     content = read_state(osp.join(state.work_dir, al_patch.STATE_FILE))
     first, second = content['rounds']

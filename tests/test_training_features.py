@@ -10,7 +10,7 @@ from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.optim import AmpOptimWrapper
 from mmengine.registry import HOOKS
-from tiny import counts, same, weights_at
+from tiny import checkpoint_of, counts, same, weights_at
 
 import al_patch
 
@@ -19,7 +19,7 @@ def run(make_cfg, train, tag: str, al=None, loop='iters', **changes) -> tuple:
     """A run in a directory of its own: its config, runner, rounds, and the weights of its last checkpoint."""
     cfg = make_cfg(al or {}, loop, work_dir=osp.join(make_cfg().work_dir, tag), changes=changes)
     runner, rounds = train(cfg)
-    return cfg, runner, rounds, weights_at(cfg, rounds[-1]['checkpoints']['last'])
+    return cfg, runner, rounds, weights_at(cfg, checkpoint_of(cfg, rounds, -1))
 
 
 @HOOKS.register_module()
@@ -127,8 +127,8 @@ def test_from_scratch_every_round_starts_from_load_from(make_cfg, train, lr):
     torch.save(dict(state_dict=weights), start)
     cfg, _, rounds, _ = run(make_cfg, train, 'run', dict(rounds=1), load_from=start, **tiny.NO_VAL,
                             **{'optim_wrapper.optimizer.lr': lr})
-    for entry in rounds:
-        assert same(weights_at(cfg, entry['checkpoints']['last']), weights, '.weight') == (lr == 0)
+    for k in range(len(rounds)):
+        assert same(weights_at(cfg, checkpoint_of(cfg, rounds, k)), weights, '.weight') == (lr == 0)
 
 
 # --- which weights: EMA ----------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def test_ema_query_and_report_look_with_what_validation_saw(make_cfg, train, mon
     cfg, runner, rounds, last = run(make_cfg, train, 'ema', dict(visualize=1), custom_hooks=hooks)
     assert [k for k, _ in looked] == [0, 0, 0, 1]  # the report, the query, its picture, the last report
     assert len(seen.seen) == 2 and all(same(weights, seen.seen[k]) for k, weights in looked)
-    raw = torch.load(osp.join(cfg.work_dir, rounds[0]['checkpoints']['last']), weights_only=False)['ema_state_dict']
+    raw = torch.load(checkpoint_of(cfg, rounds, 0), weights_only=False)['ema_state_dict']
     assert not same({'module.' + key: value for key, value in looked[0][1].items()}, raw, '.weight')
     assert same(last, seen.seen[1]) and same(runner.model.state_dict(), last)
 
@@ -180,7 +180,7 @@ def test_early_stopping(make_cfg, train, loop, last):
     changes = {length: 50, 'train_cfg.val_interval': 1, 'default_hooks.checkpoint.interval': 50,
                'default_hooks.checkpoint.save_best': None}
     cfg, runner, rounds, weights = run(make_cfg, train, 'early', loop=loop, custom_hooks=[hook], **changes)
-    assert [entry['checkpoints']['last'] for entry in rounds] == [f'round_{k}/{last}' for k in (0, 1)]
+    assert [entry['checkpoints']['last'] for entry in rounds] == [last] * 2
     assert same(runner.model.state_dict(), weights)
 
 

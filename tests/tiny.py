@@ -210,8 +210,22 @@ def write_config(folder, root: str, al: str = '', sync: bool = False, more: str 
     return path
 
 
+def saved(asked: list, phase: str = 'train', **more) -> dict:
+    """A state that asked for so much in each round, as `al_state.json` holds it. All but the last are trained."""
+    trained = dict(metrics={}, checkpoints=dict(last='iter_4.pth'), train_seconds=1.)
+    rounds = [dict(asked=names, strategy={}, spent={}, **(trained if k < len(asked) - 1 or phase == 'query' else {}))
+              for k, names in enumerate(asked)]
+    return dict(dict(schema=3, phase=phase, round=len(asked) - 1, seed=0, ended=None, settings={}, config={}, images=12,
+                     pixels=None, rounds=rounds, pool=NAMES), **more)
+
+
 def counts(rounds: list) -> list:
     return [len(entry['asked']) for entry in rounds]
+
+
+def checkpoint_of(cfg, rounds: list, k: int, which: str = 'last') -> str:
+    """The path of a round's checkpoint."""
+    return osp.join(cfg.work_dir, f'round_{k % len(rounds)}', rounds[k]['checkpoints'][which])
 
 
 def weights_at(cfg, path: str) -> dict:
