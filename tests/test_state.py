@@ -139,7 +139,7 @@ def resume(pool, tmp_path):
         content['rounds'][-1].update(damage)
         al = parse_settings({**SETTINGS, **(changes or {})})
         state = State(content, str(tmp_path), al, pool=pool)
-        check_resume(state, content['settings'])
+        check_resume(state, content)
         return state
 
     return check
