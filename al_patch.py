@@ -74,7 +74,6 @@ from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, loa
 from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
 from PIL import Image
-from prettytable import PrettyTable
 from rich.progress import track
 from torch.utils.data import Dataset
 
@@ -447,7 +446,8 @@ def end_rounds(state: State, trainer: Runner, reason: str) -> None:
     close_round(trainer)
     state.ended = reason
     state.save()
-    state.logger.info(f'Active learning has ended: {reason}\n{rounds_table(state)}')
+    state.logger.info(f'Active learning has ended: {reason}')
+    tell_hooks(state, 'after_al_run')
     state.runner._has_loaded = True  # `runner.test()` goes on with this model, not with `load_from`
 
 
@@ -640,9 +640,6 @@ def train_round(state: State, trainer: Runner) -> None:
     tell_hooks(state, 'after_al_validate', trainer)
     state.phase = 'query'
     state.save()
-    if is_main_process():
-        table = rounds_table(state).get_csv_string(lineterminator='\n')
-        write_atomically(osp.join(state.work_dir, 'learning_curve.csv'), table)
 
 
 class RoundHook(Hook):
@@ -739,16 +736,6 @@ class RoundHook(Hook):
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
         self.metrics = {key: round(float(value), 4) for key, value in (metrics or {}).items() if np.isscalar(value)}
         self.validated_at = runner.iter
-
-
-def rounds_table(state: State) -> PrettyTable:
-    """The run so far, one row a round."""
-    metrics = list(dict.fromkeys(key for entry in state.rounds for key in entry.get('metrics', {})))
-    table = PrettyTable(['round', *state.spent(), *metrics, 'train s', 'query s'], align='r')
-    for k, entry in enumerate(state.rounds):
-        table.add_row([k, *entry['spent'].values(), *(entry.get('metrics', {}).get(key, '') for key in metrics),
-                       entry.get('train_seconds', ''), entry.get('query_seconds', '')])
-    return table
 
 
 def close_round(trainer: Runner) -> None:
@@ -999,9 +986,8 @@ def maps_values(before: dict, after: dict) -> bool:
         return False
     if old.ndim > 2:  # colours
         return new.ndim == 2
-    _, first, rows = np.unique(old, return_index=True, return_inverse=True)
-    mapped = new.reshape(-1)[first][rows.reshape(old.shape)]
-    return np.array_equal(mapped, new) and not np.array_equal(old, new)
+    pairs = np.unique(np.stack([old, new]).reshape(2, -1), axis=1)
+    return len(pairs[0]) == len(np.unique(old)) and not np.array_equal(old, new)
 
 
 @torch.no_grad()
@@ -1124,6 +1110,7 @@ class Query:
         self.total = sum(self.free.values())
         self.collector = Collector(self.strategy.select, self.budget, al.per_image, state.counts_pixels and isinstance(
             self.amount, float), (state.seed, 'select', k), (k - 1) / max(1, al.rounds - 1))
+        state.collector = self.collector
         if self.strategy.needs_model:
             self.collector.device = next(state.model.parameters()).device
 
@@ -1234,7 +1221,6 @@ class Query:
 
     def asked(self) -> dict[str, np.ndarray | None]:
         """The choice, after a line in the log. The highest score in each image stays in ``state.scores``."""
-        self.warn_of_equals()
         state, chosen = self.state, self.collector.result()
         seen = {} if self.strategy.score is random_scores else self.collector.seen
         state.scores = dict(collections.ChainMap(*all_gather_object(seen)))
@@ -1250,16 +1236,6 @@ class Query:
         state.logger.info(f'Query {len(state.rounds)}: {self.strategy.name} asks for {what}')
         return {self.names[i]: ids if state.counts_pixels else None
                 for i, ids in zip(images, np.split(chosen.id, starts[1:]))}
-
-    def warn_of_equals(self) -> None:
-        """Warn where the choice is more or less a draw, by this rank's share of the candidates."""
-        n, vectors_ND = self.collector.range[2], Candidates.join(self.collector.parts).vector
-        if n > 1 and max(self.collector.equals.values()) > .9 * n:
-            self.state.warn(f'More than nine in ten scores of the {self.strategy.name} query are equal, and the choice '
-                            'among them is a draw: has the model learned anything?')
-        if n > 1 and vectors_ND is not None and (vectors_ND == vectors_ND[0]).all():
-            self.state.warn(f'All vectors of the {self.strategy.name} query are equal, and the choice among them is a '
-                            'draw: has the model learned anything?')
 
 
 class Collector:
@@ -1801,8 +1777,8 @@ class State:
         phase: What the newest round waits for: its labels (``label``), ``train`` or ``query``.
         is_resumed: Whether the newest round was begun by an earlier start of the run.
         companions: Hooks that go along in every round.
-        scores, thresholds: Of the newest query, in memory alone: image name -> the highest score in it; and
-            ``thresholds_C``, if the strategy calibrates.
+        scores, thresholds, collector: Of the newest query, in memory alone: image name -> the highest score in it;
+            ``thresholds_C``, if the strategy calibrates; and its ``Collector``.
     """
 
     def __init__(self, content: dict, work_dir: str, al: dict | None = None, runner: Runner | None = None,

@@ -115,11 +115,16 @@ def hook() -> mmengine.hooks.Hook:
         @torch.no_grad()
         def after_al_train(self, state: al_patch.State, trainer) -> None:
             if al_patch.is_main_process():
+                write_table(state)
                 report_curve(state)
                 report_asked(state, trainer)
 
+        def after_al_run(self, state: al_patch.State) -> None:
+            state.logger.info(f'The run, by rounds:\n{rounds_table(state.rounds)}')
+
         @torch.no_grad()
         def after_al_query(self, state: al_patch.State, trainer, asked: dict) -> None:
+            warn_of_draws(state)
             if al_patch.is_main_process():
                 keep(state, 'query_scores.json', state.scores)
                 draw_pictures(state, trainer, asked)
@@ -184,6 +189,19 @@ def warn_of_figures(state: al_patch.State, trainer, shown: set) -> None:
                    'label files of the training set')
 
 
+def warn_of_draws(state: al_patch.State) -> None:
+    """Warn where a query's choice was more or less a draw; on all ranks, each with its share of the candidates."""
+    collector, strategy = state.collector, state.strategy
+    equals = sum(al_patch.all_gather_object(collector.equals), collections.Counter())
+    n, vectors_ND = collector.range[2], al_patch.Candidates.join(collector.parts).vector
+    if n > 1 and max(equals.values()) > .9 * n and strategy.score is not al_patch.random_scores:
+        state.warn(f'More than nine in ten scores of the {strategy.name} query are equal, and the choice among them is '
+                   'a draw: has the model learned anything?')
+    if n > 1 and vectors_ND is not None and (vectors_ND == vectors_ND[0]).all():
+        state.warn(f'All vectors of the {strategy.name} query are equal, and the choice among them is a draw: has the '
+                   'model learned anything?')
+
+
 def in_short(names: list[str]) -> str:
     return ', '.join(names[:10]) + (f' and {len(names) - 10} more' if len(names) > 10 else '')
 
@@ -191,6 +209,12 @@ def in_short(names: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures of a run: its curve, and what it has asked for
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_table(state: al_patch.State) -> None:
+    """Write the run so far, one row a round, into ``learning_curve.csv``."""
+    table = rounds_table(state.rounds).get_csv_string(lineterminator='\n')
+    al_patch.write_atomically(osp.join(state.work_dir, 'learning_curve.csv'), table)
 
 
 def report_curve(state: al_patch.State) -> None:
