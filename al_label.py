@@ -19,6 +19,7 @@ import json
 import os
 import os.path as osp
 import pathlib
+import re
 import shutil
 import tempfile
 import zipfile
@@ -516,15 +517,19 @@ def export(state: State, trainer: Runner | None = None) -> None:
     """
     import al_patch
     folder = folder_of(state)
+    check_names(state)
     folder.mkdir(parents=True, exist_ok=True)
     if state.counts_pixels:
         al_patch.on_all_ranks(lambda name: write_mask(state, name), names_to_label(state))
     if state.round:  # before round 0 there is no model
         write_predictions(state, trainer)
-    if al_patch.is_main_process():
+
+    def write_formats() -> None:
         export_cvat(state)
         export_label_studio(state)
         al_patch.write_atomically(folder / 'to_label.txt', ''.join(f'{name}\n' for name in names_to_label(state)))
+
+    al_patch.on_rank_0(write_formats)  # which can take long
 
 
 def is_finished(state: State) -> bool:
@@ -684,11 +689,32 @@ def classes_of_values(pool: Pool, name: str, values_N: np.ndarray) -> np.ndarray
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def check_names(state: State) -> None:
+    """Refuse image names that files with a name a line cannot hold: to_label.txt, and CVAT's default.txt.
+
+    Raises:
+        ValueError: It names the image.
+    """
+    for name in state.entry['asked']:
+        for line in name, image_stem(state.pool, name):
+            if line.strip().splitlines() != [line] or line.startswith('#'):
+                raise ValueError(f'image names should be one line, without spaces around it or # before it, to stand '
+                                 f'in to_label.txt and cvat.zip, but got {name!r}: rename the file')
+
+
+def in_tools(name: str) -> str:
+    """A class's name as annotation tools can hold it: without what ends a field or a line of CVAT's labelmap.txt, or
+    is no character in XML. That is written as in an URL, ``%3A`` for a colon."""
+    breaks = r'[:\x00-\x1f\x7f-\x9f\u2028\u2029\ufffe\uffff]|^[#\s]|\s\Z'
+    return re.sub(breaks, lambda found: quote(found[0]), str(name))
+
+
 def class_colours(pool: Pool) -> tuple[list[str], np.ndarray]:
-    """The classes, and their colours in the data set's palette, (C, 3) uint8. Annotation tools tell classes by colour,
-    and black is none of them: a colour that is taken (ADE20K has one twice) gives way to the next."""
+    """The classes' names and colours for annotation tools: those of the data set's palette, (C, 3) uint8. Tools tell
+    classes by colour, and black is none of them: a colour that is taken (ADE20K has one twice) gives way to the next.
+    """
     meta, taken = pool.leaves[0].metainfo, dict.fromkeys([0])
-    classes = list(meta.get('classes') or map(str, range(255)))
+    classes = [*map(in_tools, meta.get('classes') or range(255))]
     for colour in list(meta.get('palette') or voc_colours()[1:].tolist())[:len(classes)]:
         number = int.from_bytes(bytes(colour), 'big')
         while number in taken:
@@ -711,7 +737,8 @@ def export_cvat(state: State) -> None:
     classes, colours = class_colours(pool)
     labels = [dict(name=c, color=f'#{bytes(colour).hex()}', attributes=[]) for c, colour in zip(classes, colours)]
     al_patch.write_atomically(folder / 'cvat_labels.json', json.dumps(labels, ensure_ascii=False))
-    nothing, colours = 'unlabelled' if 'background' in classes else 'background', np.insert(colours, 0, 0, 0)  # CVAT's
+    colours = np.insert(colours, 0, 0, 0)
+    nothing = next(n for n in ('background', 'unlabelled', 'no label') if n not in classes)  # CVAT's is the first
     lines = [f'{label}:{r},{g},{b}::\n' for label, (r, g, b) in zip([nothing, *classes], colours)]
     temporary = folder / f'cvat.zip{al_patch.TEMPORARY}'
     with zipfile.ZipFile(temporary, 'w', zipfile.ZIP_DEFLATED) as archive:

@@ -98,11 +98,10 @@ def main() -> None:
         if among_others and not all_fail(error):
             raise
         if os.environ.get('AL_TRACEBACK') and os.environ.get('LOCAL_RANK', '0') == '0':
-            print(whole, file=sys.stderr)
-        if among_others:
-            torch.distributed.is_initialized() and torch.distributed.destroy_process_group()
-            raise SystemExit(0) from None
+            print(whole, file=sys.stderr, flush=True)
         sys.stdout.flush()
+        if among_others:
+            os._exit(0)  # gloo can hang where its process group is destroyed
         print(in_one_line(error), file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -1,4 +1,5 @@
 """Files and models that are not as they should be: one clear line that names them, and nothing is written over."""
+import errno
 import json
 import os
 import os.path as osp
@@ -13,6 +14,7 @@ from mmengine.model import BaseModel
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
 
+import al_patch
 from al_patch import STATE_FILE, Pool, State, png_path, read_state, write_atomically, write_png
 
 SHORT = {**tiny.NO_VAL, 'train_cfg.max_iters': 1}
@@ -333,3 +335,119 @@ def test_a_truncated_superpixel_file_is_named(make_cfg, train):
     assert len(files) == 12
     with pytest.raises(ValueError, match='superpixels/.*png cannot be used'):
         train(make_cfg(dict(al, rounds=1), changes={**SHORT, 'resume': True}))
+
+
+# --- errors from below -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('what', ['checkpoint', 'scalars'])
+def test_a_full_disk_in_what_mmengine_writes_says_where_and_the_run_goes_on(make_cfg, train, monkeypatch, what):
+    """The system's error names no file."""
+    def is_full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    _, expected = train(make_cfg({}, work_dir=make_cfg().work_dir + '_whole', changes=tiny.NO_VAL))
+    cfg = make_cfg({}, changes=tiny.NO_VAL)
+    with monkeypatch.context() as patch:
+        if what == 'checkpoint':
+            patch.setattr('mmengine.fileio.backends.local_backend.LocalBackend.put', is_full)
+        else:
+            patch.setattr('mmengine.visualization.LocalVisBackend.add_scalars', is_full)
+        with pytest.raises(OSError, match=rf'^a file in {cfg.work_dir} cannot be written \(\[Errno 28\] No space left '
+                                          r'on device\): go on with --resume when it can$'):
+            train(cfg)
+    cfg.resume = True
+    assert train(cfg)[1][-1]['asked'] == expected[-1]['asked']
+
+
+def test_an_error_that_names_its_file_stays_as_it_is(make_cfg, train, monkeypatch):
+    def fail(runner):
+        open('/no/such/file')
+
+    monkeypatch.setattr(al_patch, 'run_rounds', fail)
+    with pytest.raises(FileNotFoundError, match=r"^\[Errno 2\] No such file or directory: '/no/such/file'$") as error:
+        train(make_cfg({}))
+    assert error.value.__cause__ is None
+
+
+def test_errors_come_out_alone(make_cfg, train):
+    """A script that does not know this module shows one traceback."""
+    with pytest.raises(ValueError, match='^`al.strategy` should name a function that can be imported') as error:
+        train(make_cfg(dict(strategy='no.such:thing')))
+    assert error.value.__cause__ is None and error.value.__suppress_context__
+
+
+def test_an_image_without_superpixels_is_named(make_cfg, train, monkeypatch):
+    load = Pool.load_image
+    monkeypatch.setattr(Pool, 'load_image', lambda self, name: load(self, name) * np.float32(
+        'nan' if name == LAST[0] else 1))
+    cfg = make_cfg(dict(unit=dict(type='superpixel', n_segments=12), initial=3), changes=SHORT)
+    with pytest.raises(ValueError, match=f'train/{LAST[0]}.png cannot be used .ValueError: unmasked NaN'):
+        train(cfg)
+
+
+@pytest.mark.parametrize('compactness', [0, -1.])
+def test_superpixels_need_compactness(compactness):
+    with pytest.raises(ValueError, match='`al.unit.compactness` should be a number above 0, but got '):
+        al_patch.resolve_unit(dict(type='superpixel', compactness=compactness))
+
+
+def test_an_image_that_is_too_large_for_pillow_says_what_to_do(make_state, monkeypatch):
+    state = make_state()
+    monkeypatch.setattr('PIL.Image.MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(ValueError, match=r'ann/train/a/00.png cannot be used .DecompressionBombError: Image size .* '
+                                         r'Set PIL.Image.MAX_IMAGE_PIXELS = None in a module of `custom_imports`'):
+        state.check_label('a/00', None)
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+PLAIN = {'model.decode_head': dict(_delete_=True, type='FCNHead', in_channels=8, channels=8, num_convs=1,
+                                   concat_input=False, num_classes=3, norm_cfg=dict(type='BN'))}
+PSP = {'model.decode_head': dict(_delete_=True, type='PSPHead', in_channels=8, channels=8, num_classes=3,
+                                 pool_scales=(1, ), norm_cfg=dict(type='BN'))}
+
+
+def checkpoints_of(cfg) -> list:
+    return [path for path in os.listdir(osp.join(cfg.work_dir, 'round_0')) if path.endswith('.pth')]
+
+
+@pytest.mark.parametrize('unit', ['image', 'pixel'])
+def test_a_last_batch_of_one_image_is_refused_before_training(make_cfg, train, unit):
+    """Where a BatchNorm sees one pixel of it, and nowhere else."""
+    al = dict(unit=unit, initial=tiny.NAMES[:5] if unit == 'image' else 60, rounds=0)  # 60 are in all 12 images
+    odd = dict(PSP, **{**tiny.NO_VAL, 'train_dataloader.batch_size': 4 if unit == 'image' else 11})
+    cfg = make_cfg(al, 'epochs', changes=odd)
+    with pytest.raises(ValueError, match='^the last batch of an epoch, one image .set `train_dataloader.drop_last=True`'
+                                         ', or another `batch_size`., cannot be used .ValueError: Expected more than 1 '
+                                         'value per channel') as error:
+        train(cfg)
+    assert '\n' not in str(error.value) and not checkpoints_of(cfg)
+    cfg = make_cfg(al, 'epochs', changes={**odd, 'train_dataloader.drop_last': True, 'resume': True})
+    assert len(train(cfg)[1]) == 1  # it is mended
+    for i, (loop, changes) in enumerate([('iters', odd), ('epochs', {**odd, **PLAIN})]):
+        train(make_cfg(al, loop, changes=changes, work_dir=f'{cfg.work_dir}_{i}'))
+
+def test_trying_a_batch_changes_nothing(make_cfg, train, monkeypatch):
+    runs = []
+    for check in (al_patch.check_last_batch, lambda runner: None):
+        monkeypatch.setattr(al_patch, 'check_last_batch', check)
+        cfg = make_cfg(dict(initial=3), 'epochs', work_dir=f'{make_cfg().work_dir}_{len(runs)}')
+        runner, rounds = train(cfg)
+        runs.append((runner.model.state_dict(), [(entry['asked'], entry['metrics']) for entry in rounds]))
+    assert runs[0][1] == runs[1][1] and tiny.same(runs[0][0], runs[1][0])
+
+
+# --- pipelines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('unit', ['image', dict(type='region', size=[8, 8]), dict(type='superpixel', n_segments=12)],
+                         ids=['image', 'region', 'superpixel'])
+@pytest.mark.parametrize('strategy', ['entropy', 'random'])
+def test_a_test_pipeline_alone_scores_the_pool(make_cfg, train, unit, strategy):
+    """As the test dataloader with the same pipeline does."""
+    al = dict(unit=unit, strategy=strategy, initial=4)
+    _, expected = train(make_cfg(al, work_dir=make_cfg().work_dir + '_', changes=SHORT))
+    cfg = make_cfg(al, changes={**SHORT, 'test_dataloader': None, 'test_cfg': None, 'test_evaluator': None})
+    cfg.test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
+    assert [entry['asked'] for entry in train(cfg)[1]] == [entry['asked'] for entry in expected]

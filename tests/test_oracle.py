@@ -639,3 +639,57 @@ def test_the_command_to_go_on(monkeypatch):
     assert al_patch.resume_command() == 'python tools/train.py c.py --resume'
     monkeypatch.setenv('AL_COMMAND', 'bash dist_al_train.sh c.py 4 ')
     assert al_patch.resume_command() == 'bash dist_al_train.sh c.py 4 --resume'
+
+
+# --- names that would break a file -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask(make_state, tmp_path):
+    """A function from what changes in the data set's config to a state that asks people for its first two images."""
+
+    def make(**changes) -> al_patch.State:
+        state = make_state(dict(oracle='human'), changes={
+            f'train_dataloader.dataset.{key}': value for key, value in changes.items()})
+        al_patch.add_round(state, dict.fromkeys(state.pool.names[:2]))
+        return state
+
+    return make
+
+
+def read_labelmap(text: str) -> list:
+    """Names, as CVAT's importer reads them: it strips lines, passes over comments, and cuts at colons."""
+    lines = [line.strip() for line in io.StringIO(text)]
+    return [line.split(':')[0] for line in lines if line and line[0] != '#']
+
+
+ODD_NAMES = [('a:b', 'a%3Ab'), ('two\nlines', 'two%0Alines'), ('bell\a', 'bell%07'), ('#1', '%231'),
+             (' end ', '%20end%20'), ('\u2028', '%E2%80%A8'), ('<&"\'/%3A é #>', '<&"\'/%3A é #>')]
+
+
+@pytest.mark.parametrize('name, expected', ODD_NAMES)
+def test_any_class_name_comes_through_the_tools_files(ask, name, expected):
+    """What would break them stands as in an URL; all other names as they are."""
+    state = ask(metainfo=dict(classes=(name, 'grey', 'background'), palette=[[9] * 3, [90] * 3, [200] * 3]))
+    al_label.export(state)
+    folder = osp.join(state.folder(), 'to_label')
+    with zipfile.ZipFile(osp.join(folder, 'cvat.zip')) as archive:
+        text = archive.read('labelmap.txt').decode()
+    assert read_labelmap(text) == ['unlabelled', expected, 'grey', 'background']
+    assert text.count('\n') == 5 and all(line.count(':') == 3 for line in text.splitlines())
+    labels = json.load(open(osp.join(folder, 'cvat_labels.json')))
+    brush = ET.parse(osp.join(folder, 'label_studio.xml')).getroot().find('BrushLabels')
+    for names in [label['name'] for label in labels], [label.get('value') for label in brush]:
+        assert names == [expected, 'grey', 'background']
+
+
+@pytest.mark.parametrize('name', ['two\nlines', 'two\rlines', ' space', '#1', 'line\u2028'])
+def test_an_image_name_that_is_no_line_is_refused_before_anything_is_written(ask, truth, tmp_path, name):
+    for kind in ('img', 'ann'):
+        os.makedirs(tmp_path / 'own' / kind)
+        for new, old in (('b', 'a/00'), (name, 'a/01')):
+            shutil.copy(osp.join(truth, kind, 'train', f'{old}.png'), tmp_path / 'own' / kind / f'{new}.png')
+    state = ask(data_root=str(tmp_path / 'own'), data_prefix=dict(img_path='img', seg_map_path='ann'))
+    with pytest.raises(ValueError, match='image names should be one line, .* but got ' + re.escape(repr(name))):
+        al_label.export(state)
+    assert not osp.exists(osp.join(state.folder(), 'to_label'))

@@ -7,7 +7,10 @@ import os
 import os.path as osp
 import shutil
 import socket
+import time
+from types import SimpleNamespace
 
+import mmengine.dist
 import pytest
 import tiny
 import torch
@@ -16,7 +19,7 @@ from mmengine.runner import Runner
 
 import al_patch
 import al_train
-from al_patch import Pool, State, add_round, parse_settings, query, read_state
+from al_patch import Pool, State, add_round, on_rank_0, only_run, parse_settings, query, read_state
 
 LAST = 'entropy', 'pixel'  # the choice that is labelled, too
 UNITS = dict(image='image', region=dict(type='region', size=[8, 8]), pixel=dict(type='pixel', radius=1))
@@ -39,12 +42,24 @@ def units_of(strategy: str) -> list:
     return units[:1] + units[1:][-1:]
 
 
+def join(rank: int, processes: int, port: int, cfg: Config) -> None:
+    os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(processes), RANK=str(rank),
+                      LOCAL_RANK=str(rank))
+    al_train.init_cpu_processes(cfg)
+
+
+def start(function, processes: int, *args) -> None:
+    """Call a function (rank, processes, port, *args) in so many processes."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.start_processes(function, (processes, port, *args), processes, start_method='fork')
+
+
 def choose(rank: int, processes: int, port: int, cfg: Config, cases: list, out: str) -> None:
     """What a rank makes of every case, and the files that it writes when it labels the last one; left in a file."""
     if processes > 1:
-        os.environ.update(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), WORLD_SIZE=str(processes), RANK=str(rank),
-                          LOCAL_RANK=str(rank))
-        al_train.init_cpu_processes(cfg)
+        join(rank, processes, port, cfg)
     cfg.experiment_name = f'choose_{processes}_{rank}'
     runner, chosen, replace, written = Runner.from_cfg(cfg), {}, os.replace, []
     pool, before = Pool(cfg), read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE))
@@ -74,11 +89,7 @@ def shares(tmp_path_factory, shared_data):
     def run(processes: int) -> list:
         own = Config(dict(cfg.to_dict(), work_dir=str(folder / f'of_{processes}')))
         shutil.copytree(folder / 'trained', own.work_dir)
-        with socket.socket() as free:
-            free.bind(('127.0.0.1', 0))
-            port = free.getsockname()[1]
-        torch.multiprocessing.start_processes(choose, (processes, port, own, cases, str(folder)), processes,
-                                              start_method='fork')
+        start(choose, processes, own, cases, str(folder))
         return [json.load(open(folder / f'{processes}_{rank}.json')) for rank in range(processes)]
 
     Runner.from_cfg(cfg).train()
@@ -103,3 +114,79 @@ def test_the_state_is_written_by_rank_0_and_every_mask_by_one_rank(shares, proce
     assert set(number.values()) == {1} and len(number) == len(chosen) + 1
     states = [[path for path in paths if path.endswith('.json')] for paths in written]
     assert [len(paths) for paths in states] == [1] + [0] * (processes - 1)
+
+
+# --- what one waits for ----------------------------------------------------------------------------------------------
+
+
+def try_to_wait(rank: int, processes: int, port: int, out: str) -> None:
+    """Wait for work of rank 0, for work of it that fails, and without asking."""
+    torch.set_grad_enabled(True)
+    join(rank, processes, port, Config(dict(env_cfg=dict(dist_cfg=dict(backend='nccl', timeout=3)))))
+    seen, ran = [], []
+
+    def work(seconds: float, fails: bool = False) -> tuple:
+        ran.append(seconds)
+        time.sleep(seconds)
+        if fails:
+            raise ValueError('of rank 0')
+        return rank, torch.is_grad_enabled()
+
+    seen.append(on_rank_0(lambda: work(7)))
+    for error in (ValueError, RuntimeError):
+        try:
+            on_rank_0(lambda: work(0, fails=True)) if error is ValueError else rank or time.sleep(7)
+            mmengine.dist.barrier()
+        except error as caught:
+            seen.append([type(caught).__name__, str(caught) if error is ValueError else ''])
+    with open(osp.join(out, f'{rank}.json'), 'w') as file:
+        json.dump([seen, ran], file)
+    os._exit(0)  # what has timed out is not to be waited for
+
+
+def test_work_of_rank_0_may_take_longer_than_the_timeout(tmp_path):
+    """env_cfg.dist_cfg.timeout counts on the CPU, too: 3 s, of which `barrier` is reminded."""
+    start(try_to_wait, 2, str(tmp_path))
+    (first, ran), (second, idle) = [json.load(open(tmp_path / f'{rank}.json')) for rank in range(2)]
+    assert first[:2] == second[:2] == [[0, False], ['ValueError', 'of rank 0']]
+    assert ['RuntimeError', ''] in first + second and (ran, idle) == ([7, 0], [])
+
+
+def test_one_process_just_works():
+    assert on_rank_0(lambda: torch.is_grad_enabled()) is torch.is_grad_enabled()
+    with pytest.raises(ArithmeticError, match='as it is'):
+        on_rank_0(lambda: (_ for _ in ()).throw(ArithmeticError('as it is')))
+
+
+@pytest.mark.parametrize('timeout', ['an hour', 0, True])
+def test_a_timeout_is_a_number_of_seconds(timeout):
+    with pytest.raises(ValueError, match='`env_cfg.dist_cfg.timeout` should be a number of seconds above 0, but got '):
+        al_train.init_cpu_processes(Config(dict(env_cfg=dict(dist_cfg=dict(timeout=timeout)))))
+
+
+def try_to_lock(rank: int, processes: int, port: int, folders: list, out: str) -> None:
+    join(rank, processes, port, Config({}))
+    try:
+        with only_run(SimpleNamespace(work_dir=folders[rank])):
+            seen = 'alone'
+    except RuntimeError as error:
+        seen = str(error)
+    with open(osp.join(out, str(rank)), 'w') as file:
+        file.write(seen)
+    mmengine.dist.barrier()
+
+
+@pytest.mark.parametrize('shared', [True, False])
+@pytest.mark.parametrize('again', [True, False])
+def test_a_work_dir_that_machines_do_not_share_is_refused_on_all(tmp_path, shared, again):
+    """Whether or not an earlier run has left its lock in each."""
+    folders = [str(tmp_path / 'one'), str(tmp_path / ('one' if shared else 'other'))]
+    for folder in folders:
+        os.makedirs(folder, exist_ok=True)
+        if again:
+            open(osp.join(folder, 'al.lock'), 'w').close()
+    start(try_to_lock, 2, folders, str(tmp_path))
+    for rank, folder in enumerate(folders):
+        assert (tmp_path / str(rank)).read_text() == ('alone' if shared else (
+            f'{folder} should be one folder on a disk that all machines share, but not all processes find the al.lock '
+            'of rank 0 in it: choose another --work-dir'))

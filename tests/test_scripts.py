@@ -1,17 +1,21 @@
 """The real scripts in processes of their own, with tiny budgets."""
+import contextlib
 import os
 import os.path as osp
 import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
+import time
 
 import mmseg
 import pytest
 import tiny
 from tiny import ROOT, launch, result, shell, write_config
 
+import al_train
 from al_patch import STATE_FILE, read_state
 
 MMSEG_TRAIN = osp.join(osp.dirname(mmseg.__file__), '.mim', 'tools', 'train.py')
@@ -42,7 +46,7 @@ def test_without_resume_a_run_is_refused_and_left_alone(whole):
     config, work_dir = whole
     before = (work_dir / STATE_FILE).read_text()
     done = launch(config, 0, work_dir, check=False)
-    assert done.returncode != 0 and 'add --resume to go on with it' in done.stderr
+    assert done.returncode == 2 and 'add --resume to go on with it' in done.stderr
     assert (work_dir / STATE_FILE).read_text() == before
 
 
@@ -117,8 +121,115 @@ def test_any_number_of_processes_asks_the_same(tmp_path, shared_data, make_cfg, 
 
 def test_a_config_without_al_is_told_what_to_do(tmp_path, shared_data):
     done = launch(write_config(tmp_path, shared_data), 0, tmp_path / 'work', check=False)
-    assert done.returncode != 0 and 'has no `al` block: add al = dict(' in done.stderr
+    assert done.returncode == 2 and 'has no `al` block: add al = dict(' in done.stderr
     assert not (tmp_path / 'work').exists()
+
+
+# --- how an error ends -----------------------------------------------------------------------------------------------
+
+
+WRONG = [  # the al block, options, and the last line
+    ('dict(initial=4, budgt=2)', [], '`al.budgt` is not a setting; did you mean `al.budget`?'),
+    ('dict(initial=40)', [], '`al.initial` should be at most the 12 images there are, but got 40'),
+    ("dict(strategy='no.such:thing')", [], "`al.strategy` should name a function that can be imported, but got "
+     "'no.such:thing': No module named 'no'"),
+    ('dict()', ['--cfg-options', 'x'], "argument --cfg-options: should be key=value, but got 'x' (--help shows all "
+     'options)'),
+    ('dict()', ['--wurk-dir', 'x'], 'unrecognized arguments: --wurk-dir x (--help shows all options)'),
+    ('dict()', ['--cfg-options', 'model.backbone.x=1'], "TypeError: TinyBackbone.__init__() got an unexpected keyword "
+     "argument 'x' (AL_TRACEBACK=1 shows where)"),
+    ('dict()', ['--cfg-options', 'env_cfg.dist_cfg.timeout=-1'], '`env_cfg.dist_cfg.timeout` should be a number of '
+     'seconds above 0, but got -1')]
+
+
+@pytest.mark.parametrize('gpus, wrong', [(0, 0), (0, 2), (0, 3), (2, 1), (2, 4), (2, 5), (2, 6)])
+def test_an_error_ends_in_one_line(tmp_path, shared_data, gpus, wrong):
+    al, options, line = WRONG[wrong]
+    done = launch(write_config(tmp_path, shared_data, al), gpus, tmp_path / 'work', *options, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f'al_train.py: {line}')
+    assert 'Traceback' not in done.stdout + done.stderr and 'Error' not in done.stderr.rpartition('al_train.py: ')[0]
+    assert not (tmp_path / 'work' / STATE_FILE).exists()
+    if wrong == 2:  # what lies behind it is in the log
+        assert re.search("(?s)Traceback .*ModuleNotFoundError: No module named 'no'\n.*ValueError: `al.strategy` shoul",
+                         tiny.log_of(tmp_path / 'work'))
+
+
+def test_a_config_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / 'wrong.py').write_text('al = dict(')
+    for name, why in {'none.py': 'there is no such file', 'wrong.py': 'SyntaxError: .*'}.items():
+        done = launch(tmp_path / name, 0, tmp_path / 'work', check=False)
+        last = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and re.fullmatch(rf'al_train.py: .*/{name} cannot be used \({why}\)', last)
+
+
+@pytest.mark.parametrize('gpus', [0, 2])
+def test_the_traceback_is_there_on_demand(tmp_path, shared_data, gpus):
+    config = write_config(tmp_path, shared_data, WRONG[2][0])
+    done = launch(config, gpus, tmp_path / 'work', check=False, AL_TRACEBACK='1')
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f'al_train.py: {WRONG[2][2]}')
+    assert done.stderr.count('Traceback') == 2  # of the error, and of what lies behind it
+
+
+def test_what_fails_in_a_worker_ends_in_one_line(tmp_path, shared_data):
+    root = shutil.copytree(shared_data, tmp_path / 'data')
+    al = f"dict(initial={tiny.NAMES[:4]}, budget=2, rounds=1, strategy='entropy')"
+    config = write_config(tmp_path, root, al, more='test_dataloader.update(num_workers=1)\n')
+    path = root / 'img' / 'train' / f'{tiny.NAMES[-1]}.png'
+    path.write_text('no image')
+    done = launch(config, 0, tmp_path / 'work', check=False)
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f'al_train.py: {path} cannot be used (')
+
+
+def test_an_error_of_one_rank_keeps_the_output_of_torchrun(tmp_path, shared_data):
+    config = write_config(tmp_path, shared_data, "dict(initial=4, budget=2, rounds=1, strategy='tiny:entropy_or_fail')")
+    done = launch(config, 2, tmp_path / 'work', check=False)
+    assert done.returncode == 1 and 'ArithmeticError: of rank 1' in done.stderr and 'ChildFailedError' in done.stderr
+    assert read_state(tmp_path / 'work' / STATE_FILE)['phase'] == 'query'
+
+
+def test_through_another_script_the_error_stands_alone(tmp_path, shared_data):
+    config = write_config(tmp_path, shared_data, WRONG[2][0])
+    reach = os.pathsep.join([ROOT, osp.join(ROOT, 'tests')])
+    done = shell(sys.executable, MMSEG_TRAIN, str(config), '--work-dir', str(tmp_path / 'work'), PYTHONPATH=reach,
+                 check=False)
+    assert done.returncode == 1 and done.stderr.count('Traceback') == 1
+    assert done.stderr.splitlines()[-1] == f'ValueError: {WRONG[2][2]}'
+
+
+def test_ctrl_c_while_mmengine_formats_a_config(monkeypatch, capsys):
+    """It makes a SyntaxError of it."""
+    def build(args):
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SyntaxError('Failed to format the config file') from None
+
+    monkeypatch.setattr(al_train, 'build_runner', build)
+    monkeypatch.setattr(sys, 'argv', ['al_train.py', 'x.py'])
+    with pytest.raises(SystemExit) as stop:
+        al_train.main()
+    assert stop.value.code == 130 and not capsys.readouterr().err
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_launcher_ends_all_processes(tmp_path, shared_data, ctrl_c_counts, number):
+    config = write_config(tmp_path, shared_data, 'dict(initial=4, budget=2, rounds=1)', sync=True,
+                          more="train_cfg.update(max_iters=10**5)\ndefault_hooks['checkpoint'].update(interval=10**5)\n")
+    env = {**os.environ, 'PATH': osp.dirname(sys.executable) + os.pathsep + os.environ['PATH'], 'OMP_NUM_THREADS': '1',
+           'PYTHONPATH': osp.join(ROOT, 'tests'), 'CUDA_VISIBLE_DEVICES': '', 'TMPDIR': str(tmp_path)}
+    command = ['bash', osp.join(ROOT, 'dist_al_train.sh'), str(config), '2', '--work-dir', str(tmp_path / 'work')]
+    with open(tmp_path / 'log', 'w') as log:
+        run = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    until = time.time() + 100
+    while 'Iter(train)' not in (tmp_path / 'log').read_text() and time.time() < until:
+        time.sleep(.1)
+    run.send_signal(number)
+    assert run.wait(60) == 128 + number and 'Traceback' not in (tmp_path / 'log').read_text()
+    for path in filter(str.isdigit, os.listdir('/proc')):
+        with contextlib.suppress(OSError), open(f'/proc/{path}/cmdline') as file:
+            assert str(config) not in file.read()
+    assert not [path for path in os.listdir(tmp_path) if path.startswith('tmp')]
 
 
 def test_the_launcher_tells_its_usage():
