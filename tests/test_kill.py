@@ -31,7 +31,8 @@ def test_killed_runs_end_as_those_that_are_not():
     """By hand: `python tests/kill.py --kills 1000 --results kills.jsonl`."""
     done = shell(sys.executable, osp.join(ROOT, 'tests', 'kill.py'), '--kills', '4', '--units', 'region', '--processes',
                  '2', check=False)
-    assert done.returncode == 0 and re.search(r'all .*\|   4   \|.*\|   0   \|\n', done.stdout), done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r'all .*\|   4   \|.*\|   0   \|\n', done.stdout), done.stdout
 
 
 @pytest.mark.parametrize('loop, at', [('iters', 2), ('epochs', 1)])
