@@ -6,6 +6,7 @@ import signal
 import sys
 
 import mmcv.utils.ext_loader
+import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
@@ -27,6 +28,15 @@ def raw() -> list:
     return [vars(owner)[name] for owner, name in TARGETS]
 
 
+def strict_where(condition, *values, where=np.where):
+    """``np.where`` as from numpy 2.5 on; before, a number that the array's type does not hold came out as another."""
+    dtypes = [value.dtype for value in values if isinstance(value, np.ndarray) and value.dtype.kind in 'iu']
+    for number in (value for value in values if type(value) is int and dtypes):
+        if not np.iinfo(dtypes[0]).min <= number <= np.iinfo(dtypes[0]).max:
+            raise OverflowError(f'Python integer {number} out of bounds for {dtypes[0]}')
+    return where(condition, *values)
+
+
 def everything_below(cls: type) -> list:
     return [cls, *(c for child in cls.__subclasses__() for c in everything_below(child))]
 
@@ -37,6 +47,7 @@ def nothing_stays(monkeypatch):
     gc.freeze()  # every data set of mmengine's collects garbage, which would otherwise visit all of torch each time
     before = raw()
     DefaultScope.get_instance('tests', scope_name='mmseg')
+    monkeypatch.setattr(np, 'where', strict_where)
     monkeypatch.setattr('mmengine.runner.runner.collect_env', dict)  # it asks compilers for their version: slow
     for module in ('mmengine.config.config', 'yapf.yapflib.yapf_api'):  # so is yapf, wherever mmengine gets it from
         monkeypatch.setattr(f'{module}.FormatCode', lambda text, **kwargs: (text, True), raising=False)

@@ -106,7 +106,7 @@ def calibrated(monkeypatch):
         monkeypatch.setattr(al_patch, 'Network', Given)
         state = SimpleNamespace(
             entry=dict(held_out=[f'{i}' for i in range(len(probs))]), mask=lambda name: masks[int(name)],
-            pool=SimpleNamespace(load_label=lambda name: labels[int(name)]),
+            load_label=lambda name: labels[int(name)],
             logger=SimpleNamespace(info=told.append), warn=warnings.append, runner=SimpleNamespace(hooks=[]))
         return calibrate(state, None, resolve_strategy(dict(type='crc', alpha=alpha))).tolist()
 

@@ -8,6 +8,7 @@ import os.path as osp
 import re
 import shutil
 import sys
+import types
 import xml.etree.ElementTree as ET
 import zipfile
 
@@ -560,6 +561,13 @@ def test_the_values_of_label_files_are_those_that_mmseg_reads(make_cfg, tmp_path
     read = stock({**pool.info('a/01'), 'seg_map_path': path})['gt_seg_map']
     assert np.array_equal(read, np.where(new, pred, 255))
     assert np.array_equal(al_label.read_label(path, pool, 'a/01'), read)
+
+
+@pytest.mark.parametrize('void', [-1, 255, 65535])
+def test_void_of_any_value_has_one_in_a_label_file(void):
+    pool = types.SimpleNamespace(info=lambda name: {}, ignore_index=lambda name: void)
+    classes, values = label_values(pool, 'a/01')
+    assert classes.tolist() == values.tolist() == [*range(256)]
 
 
 def test_colours_that_are_taken_give_way(make_cfg):

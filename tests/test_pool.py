@@ -202,3 +202,13 @@ def test_images_are_seen_through_the_labels_they_have(shared_data):
     assert image.shape == (*tiny.SHAPE, 3) and label.shape == tiny.SHAPE and set(np.unique(label)) <= {0, 1, 2}
     means = [image[label == c].mean() for c in np.unique(label)]
     assert means == sorted(means)
+
+
+@pytest.mark.parametrize('void', [-1, 255, 65535])
+def test_what_people_call_void_is_void_whatever_its_value(make_cfg, void):
+    """Also one that 8 bits do not hold."""
+    cfg = make_cfg({})
+    cfg.train_dataloader.dataset.ignore_index = void
+    pool, is_void = Pool(cfg), np.eye(*tiny.SHAPE, dtype=bool)
+    label = pool.load_label('a/01', None, is_void)
+    assert (label[is_void] == void).all() and (label[~is_void] == pool.load_label('a/01')[~is_void]).all()

@@ -99,6 +99,11 @@ def test_mean_and_std():
     assert mean_and_std([math.nan, 1.]) == '- (1 of 2)' and mean_and_std([math.nan]) == '-'
 
 
+@pytest.mark.parametrize('void', [-1, 255, 65535])
+def test_void_is_no_class_whatever_its_value(void):
+    assert al_report.class_counts(np.array([0, 2, 2, void]), 3).tolist() == [1, 0, 2]
+
+
 def test_ranking_overlap():
     before = dict(zip('abcde', [5, 4, 3, 2, 1]), gone=9)
     assert ranking_overlap(before, dict(zip('abcde', [.5, .4, .3, .2, .1]))) == (pytest.approx(1), 1.)
