@@ -198,7 +198,7 @@ def write_prediction(state: State, name: str, pred_HW: np.ndarray) -> None:
     """Write a label map to start from: the prediction where labels are asked for, what was labelled before, and nothing
     elsewhere."""
     pool, old = state.pool, state.mask(name, state.round - 1)
-    label = np.where(state.asked_mask(name), pred_HW, pool.ignore_index(name))
+    label = np.where(state.asked_mask(name), pred_HW, pool.ignore_index)
     if old.any():
         label[old] = pool.load_label(name)[old]
     write_label(png_path(state, 'prediction', name), pool, name, label.astype(np.uint8))
@@ -223,7 +223,7 @@ def read_label(path: str, pool: Pool, name: str) -> np.ndarray:
 def label_values(pool: Pool, name: str) -> tuple[np.ndarray, np.ndarray]:
     """How mmseg reads an image's label file, with ``reduce_zero_label`` and classes of one's own: the class of each
     value in the file, and the value of each class, (256,) both. ``ignore_index`` counts as a class."""
-    info, ignore = pool.info(name), pool.ignore_index(name)
+    info, ignore = pool.info(name), pool.ignore_index
     classes, own = np.r_[255, :254, 255] if info.get('reduce_zero_label') else np.r_[:256], info.get('label_map') or {}
     classes = np.array([own.get(c, c) for c in classes.tolist()]).astype(np.uint8)
     values = np.full(256, ignore, np.uint8)

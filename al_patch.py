@@ -197,13 +197,13 @@ def start_or_resume(runner: Runner) -> State:
 
     Raises:
         FileExistsError: A state is there, but ``--resume`` is not.
-        ValueError: A setting has changed since the run began, labelled images have left the data set, or labels that
-            a human was asked for are not there yet.
+        ValueError: A setting has changed since the run began, labelled images have left the data set, labels that
+            a human was asked for are not there yet, or the data cannot be trained on, validated or scored.
     """
     companions = attach_companions(runner)
     al = parse_settings(runner.cfg.al)
     check_config(al, runner)
-    pool, path = Pool(runner.cfg), osp.join(runner.work_dir, STATE_FILE)
+    pool, path = Pool(runner.cfg, unwrap(runner.model)), osp.join(runner.work_dir, STATE_FILE)
     found = [osp.isfile(path)]
     broadcast_object_list(found)  # rank 0's view: it may write before another rank looks
     if found[0] and not runner.cfg.get('resume'):
@@ -214,10 +214,16 @@ def start_or_resume(runner: Runner) -> State:
                                                      config=config_digest(runner.cfg))
     state = State(content, runner.work_dir, al, runner, pool)
     state.companions = companions
+    sizes_path = osp.join(state.work_dir, 'sizes.json')
+    sizes = check_pool(state, sizes_path)
+    check_validation(state)
+    check_no_label(state)
     if found[0]:
         resume_run(state, content)
     else:
         start_run(state)
+    if is_main_process():
+        write_atomically(sizes_path, json.dumps(sizes))
     return state
 
 
@@ -284,13 +290,17 @@ def check_config(al: dict, runner: Runner) -> None:
     if not any(hook.save_last for hook in checkpoint_hooks):
         raise ValueError('`default_hooks.checkpoint` should be a CheckpointHook with save_last=True (its default): '
                          "a round's weights have to be on disk to score the pool and to resume")
+    loop = cfg.train_cfg
+    validates = cfg.get('val_cfg') is not None and loop.get('val_begin', 1) <= (
+        loop.get('max_iters') or loop.get('max_epochs') or math.inf)
     for key in ('weights', 'query_with'):
-        if al[key] == 'best' and (cfg.get('val_cfg') is None or not any(hook.save_best for hook in checkpoint_hooks)):
-            raise ValueError(f"`al.{key}='best'` needs validation (`val_cfg`) and `default_hooks.checkpoint.save_best`,"
-                             " e.g. save_best='mIoU'")
+        if al[key] == 'best' and not (validates and any(hook.save_best for hook in checkpoint_hooks)):
+            raise ValueError(f"`al.{key}='best'` needs validation (`val_cfg`, and a `train_cfg.val_begin` that is "
+                             "reached) and `default_hooks.checkpoint.save_best`, e.g. save_best='mIoU'")
     check_model(unwrap(runner.model), resolve_strategy(al.strategy))
-    if al.stop and cfg.get('val_cfg') is None:
-        raise ValueError('`al.stop` needs a validation metric, but the config has no `val_cfg`')
+    if al.stop and not validates:
+        raise ValueError('`al.stop` needs a validation metric, but the config has no `val_cfg`, or training ends '
+                         'before its `train_cfg.val_begin`')
     for k, override in (al.overrides or {}).items():
         if int(k) > al.rounds:
             raise ValueError(f'`al.overrides` should name rounds from 0 to {al.rounds}, but got {k}')
@@ -298,6 +308,132 @@ def check_config(al: dict, runner: Runner) -> None:
             copy.deepcopy(cfg).merge_from_dict(override)
         except Exception as error:
             raise ValueError(f'`al.overrides[{k}]` should fit the config, but got {override} ({error})') from error
+
+
+def check_no_label(state: State) -> None:
+    """Compare what else stands for "no label" with what the loss ignores, which decides. Whole images train as in stock
+    mmseg, with a warning.
+
+    Raises:
+        ValueError: Below image level, what nobody has labelled would be trained on. It names the key to set.
+    """
+    void, loop, parts = state.pool.ignore_index, state.runner.val_loop, [state.runner.cfg.train_dataloader.dataset]
+    for part in parts:  # which grow: data sets under wrappers, their transforms, and those that a transform holds
+        parts += filter(None, [
+            *getattr(part, 'datasets', []), getattr(part, 'dataset', None), *getattr(part, 'transforms', []),
+            *Compose(copy.deepcopy(getattr(part, 'pipeline', []))).transforms])
+    for part in [*parts, *state.model.modules(), *(loop.evaluator.metrics if loop else [])]:
+        pads = getattr(part, 'pad_val', None)  # of mmcv's Pad a dict
+        for key, value in dict(
+                ignore_index=getattr(part, 'ignore_index', void), seg_pad_val=getattr(part, 'seg_pad_val', void),
+                pad_val=pads.get('seg', 255) if isinstance(pads, dict) else void).items():
+            trains = state.counts_pixels and (key != 'ignore_index' or hasattr(part, 'loss_decode'))
+            if value != void or trains and not 0 <= void < 256:
+                name = part['type'] if isinstance(part, dict) else type(part).__name__
+                text = (f'`{key}` of {name} should be {void} (and that from 0 to 255), what the loss ignores by '
+                        f'`model.decode_head.ignore_index`, but got {value}')
+                if trains:
+                    raise ValueError(f'{text}: what nobody has labelled would be trained on')
+                state.logger.warning(text)
+
+
+def check_pool(state: State, path: str) -> dict:
+    """Look at every image of the pool once, by its header where that tells what is loaded, for its size. No label is
+    opened.
+
+    Args:
+        path: The file that remembers what the last start saw.
+
+    Returns:
+        What to remember: image name -> bytes of its file, loader, height and width.
+
+    Raises:
+        ValueError: An image cannot be read, or the model does not take images of their sizes in one batch.
+    """
+    begin, pool, known = time.time(), state.pool, {}
+    loader = repr(pool.leaves[0].pipeline.transforms[0])
+    with contextlib.suppress(OSError, ValueError, TypeError), open(path) as file:
+        known = dict(json.load(file))
+
+    def look(name: str) -> list:
+        file, seen = pool.info(name)['img_path'], known.get(name, [])
+        stamp = [osp.getsize(file) if osp.isfile(file) else begin, loader]
+        return seen if seen[:2] == stamp else [*stamp, *pool.size(name)]
+
+    seen = on_all_ranks(look, pool.names, 'Pool')
+    pool.sizes = {name: tuple(size) for name, (_, _, *size) in seen.items()}
+    check_batches(state, 'test_dataloader', pool, pool.sizes, scoring_loader(state.runner.cfg).get('batch_size', 1))
+    state.logger.info(f'Looked at the {len(pool)} images of the pool in {time.time() - begin:.1f} s')
+    return seen
+
+
+def check_validation(state: State) -> None:
+    """Look at every image of the validation set once, by its header where that will do.
+
+    Raises:
+        ValueError: There is none, one cannot be read or has a label map of another size; the model does not take them
+            in one batch; or what the run asks of their metrics, they do not give.
+    """
+    al, labelled = state.al, []
+    with reading('the validation set of `val_dataloader.dataset`, which should have an image at least,'):
+        loop = state.runner.val_loop
+        if loop is None:
+            return
+        images, metrics = loop.dataloader.dataset, loop.evaluator.metrics
+        numbers = range(len(images))
+        numbers[0]
+    voids = [getattr(each, 'ignore_index', 255) for each in (state.pool, *metrics)]
+
+    def look(i: int) -> tuple:
+        info = images.get_data_info(i)
+        image, label = info['img_path'], info.get('seg_map_path')
+        size = header_size(image)
+        if not (labelled and size and size == header_size(label)):
+            with reading(f'{image} or its label map {label}'):
+                sample = images[i]['data_samples']
+                size, label = sample.ori_shape, sample.gt_sem_seg.data[0]
+                if label.shape != size:
+                    raise ValueError(f'its size should be that of its image, {size}, but is {tuple(label.shape)}')
+                labelled.extend([i] * bool(np.isin(label, voids, invert=True).any()))
+        return size, bool(labelled)
+
+    seen = on_all_ranks(look, numbers, 'Validation set')
+    check_batches(state, 'val_dataloader', images, {i: seen[i][0] for i in numbers}, loop.dataloader.batch_size)
+    if not any(shown for _, shown in seen.values()):
+        text = 'no pixel of the validation set has a label of a class, so that its metrics are nan'
+        if al.stop or 'best' in (al.weights, al.query_with):
+            raise ValueError(f'{text}: there is no `best` checkpoint, and no end for `al.stop`')
+        state.logger.warning(text)
+    if [str(type(metric)) for metric in metrics] == ["<class 'mmseg.evaluation.metrics.iou_metric.IoUMetric'>"]:
+        names = ['auto', 'aAcc', *itertools.chain(*map(IOU_METRICS.get, metrics[0].metrics))]
+        for name in sum((getattr(hook, 'save_best', None) or [] for hook in state.runner.hooks),
+                        [al.stop.metric] if al.stop else []):
+            if name not in names:
+                raise ValueError(f'`al.stop.metric` and `default_hooks.checkpoint.save_best` should be one of '
+                                 f'{", ".join(names[1:])}, but got {name!r}')
+
+
+def check_batches(state: State, key: str, dataset: Dataset, sizes: dict, n: int) -> None:
+    """Put neighbours whose sizes differ into one batch, if a batch holds more than one image.
+
+    Args:
+        sizes: Item of the data set -> (H, W) as it is loaded.
+        n: Images in a batch.
+
+    Raises:
+        ValueError: The pipeline leaves their sizes different, and the model does not take that.
+    """
+    pairs = {(sizes[one], sizes[other]): (one, other) for one, other in itertools.pairwise(sizes)
+             if sizes[one] != sizes[other]}
+    for pair in pairs.values() if n != 1 else ():
+        batch = [dataset[item] for item in pair]
+        with reading(f'a batch of {batch[0]["data_samples"].img_path} and {batch[1]["data_samples"].img_path} (set '
+                     f'`{key}.batch_size=1`)'):
+            state.model.data_preprocessor(pseudo_collate(batch), False)
+
+
+# of mmseg's IoUMetric: what each of its `iou_metrics` reports, beside aAcc
+IOU_METRICS = dict(mIoU=['mIoU', 'mAcc'], mDice=['mDice', 'mAcc'], mFscore=['mFscore', 'mPrecision', 'mRecall'])
 
 
 def initial_images(state: State) -> dict[str, None]:
@@ -583,7 +719,8 @@ def round_config(state: State) -> Config:
         cfg.visualizer.name = cfg.experiment_name  # visualizers are singletons by name: each round gets its own
     seed = cfg.get('randomness', {}).get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': state.seed if seed is None else seed}
-    cfg.train_dataloader.al = dict(state=osp.join(state.work_dir, STATE_FILE), round=k)
+    cfg.train_dataloader.al = dict(state=osp.join(state.work_dir, STATE_FILE), round=k,
+                                   ignore_index=state.pool.ignore_index)
     if k > 0 and state.al.weights != 'scratch':
         cfg.load_from = state.checkpoint(k - 1, state.al.weights)
     halfway = resumable_checkpoint(cfg.work_dir) if state.is_resumed and state.phase == 'train' else None
@@ -799,7 +936,7 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
 
     Args:
         build: Stock ``Runner.build_dataloader``.
-        dataloader: A dataloader's config with ``al=dict(state=path of al_state.json, round=k)``.
+        dataloader: A dataloader's config with ``al=dict(state=path of al_state.json, round=k, ignore_index=255)``.
     """
     dataloader = copy.copy(dataloader)
     where, kept = dataloader.pop('al'), []
@@ -813,7 +950,7 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
         def build_leaf(**more) -> BaseDataset:  # a wrapper may add arguments of its own
             leaf = DATASETS.build({**copy.deepcopy(config), **more})
             leaf.full_init()
-            keep_labelled(leaf, have)
+            keep_labelled(leaf, have, where.get('ignore_index', 255))
             kept.append((leaf, len(leaf)))
             return leaf
 
@@ -831,18 +968,19 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     return loader
 
 
-def keep_labelled(dataset: BaseDataset, have: dict) -> None:
+def keep_labelled(dataset: BaseDataset, have: dict, ignore_index: int) -> None:
     """Filter a leaf data set, and hide what is not labelled of an image.
 
     Args:
         have: Image name -> path of its mask, or None for a whole image.
+        ignore_index: What the loss ignores.
     """
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     names = [image_name(dataset, info) for info in infos]
     dataset.get_subset_([i for i, name in enumerate(names) if name in have])
     masks = {info['img_path']: have[name] for info, name in zip(infos, names) if have.get(name)}
     if masks or type(dataset.pipeline) is Compose:
-        dataset.pipeline = SparseLabels(dataset.pipeline.transforms, masks, getattr(dataset, 'ignore_index', 255))
+        dataset.pipeline = SparseLabels(dataset.pipeline.transforms, masks, ignore_index)
 
 
 class SparseLabels(Compose):
@@ -1567,7 +1705,7 @@ def no_features(model: torch.nn.Module) -> str:
 def decode_head(model: torch.nn.Module) -> torch.nn.Module | None:
     """The head that gives a segmentor's logits: of a cascade, the last."""
     head = getattr(model, 'decode_head', None)
-    return head[-1] if isinstance(head, torch.nn.ModuleList) else head
+    return head[-1] if isinstance(head, (torch.nn.ModuleList, list)) else head
 
 
 def dropouts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -1744,7 +1882,7 @@ class State:
         """How many pixels of what was asked for are void, after checking label file and labels."""
         classes = getattr(self.model, 'num_classes', None)
         classes = classes and max(2, classes)  # one class: its sigmoid tells it from 0
-        return int((self.pool.check_label(name, classes, mask_HW) == self.pool.ignore_index(name)).sum())
+        return int((self.pool.check_label(name, classes, mask_HW) == self.pool.ignore_index).sum())
 
     def spent(self) -> dict:
         """What is labelled by now, as figures for log and table: images and, below image level, units, clicks (one a
@@ -1803,12 +1941,17 @@ class Pool(Dataset):
 
     Args:
         cfg: The run's config.
+        model: What it builds.
+
+    Attributes:
+        ignore_index: What stands for "no label": what the loss ignores.
 
     Raises:
         ValueError: There is no image, or two images have one name.
     """
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: dict, model: torch.nn.Module | None = None):
+        self.ignore_index = getattr(decode_head(model or cfg.get('model')), 'ignore_index', 255)
         pipeline, self.leaves, self.label_loaders, self.where, paths = query_pipeline(cfg), [], [], {}, {}
         for leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']):
             try:
@@ -1876,7 +2019,7 @@ class Pool(Dataset):
         Raises:
             ValueError: Image or label map cannot be read, they differ in size, or a label is none of the classes.
         """
-        ignore_index, shape = self.ignore_index(name), self.load_image(name).shape[:2]
+        ignore_index, shape = self.ignore_index, self.load_image(name).shape[:2]
         with reading(self.info(name).get('seg_map_path') or f'the label map of {name!r}'):
             label = self.load_label(name)
             if label.shape != shape:
@@ -1888,24 +2031,31 @@ class Pool(Dataset):
                                  f' but got {", ".join(map(str, strange[:5]))}')
         return label
 
-    def ignore_index(self, name: str) -> int:
-        return getattr(self.leaf_of(name)[0], 'ignore_index', 255)
-
     @functools.cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """(H, W) of every image, from the files' headers where Pillow knows the format."""
-        sizes = {}
-        for name in self.names:
-            try:
-                with Image.open(self.info(name)['img_path']) as image:
-                    sizes[name] = image.size[::-1]
-            except (OSError, ValueError, Image.DecompressionBombError):  # not local, or only the pipeline reads it
-                sizes[name] = self.load_image(name).shape[:2]
-        return sizes
+        """(H, W) of every image as its pipeline loads it. A run knows them from ``check_data``."""
+        return {name: self.size(name) for name in self.names}
+
+    def size(self, name: str) -> tuple[int, int]:
+        """(H, W) of an image as its pipeline loads it, by the file's header where that is certain to say it."""
+        from mmcv.transforms import LoadImageFromFile
+        step = self.leaf_of(name)[0].pipeline.transforms[0]
+        is_stock = type(step) is LoadImageFromFile and vars(step) == vars(LoadImageFromFile())
+        return is_stock and header_size(self.info(name)['img_path']) or self.load_image(name).shape[:2]
 
     @functools.cached_property
     def pixels(self) -> int:
         return sum(h * w for h, w in self.sizes.values())
+
+
+def header_size(path: str) -> tuple[int, int] | None:
+    """(H, W) by an image file's header; None where a loader may make something else of the file."""
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        kind = image.format
+        if kind in ('JPEG', 'BMP') and image.getexif().get(0x112, 1) == 1 or (
+                kind == 'PNG' and b'eXIf' not in mmengine.get(path)):  # Pillow would decode it to find the orientation
+            return image.size[::-1]
+    return None
 
 
 def query_pipeline(cfg: dict) -> list:
@@ -2017,7 +2167,11 @@ def superpixels(n_segments: SegmentCount = 1024, compactness: Number = 10.) -> t
         if not osp.isfile(path):
             write_png(path, slic(state.pool.load_image(name), n_segments, compactness))
         with reading(path), Image.open(path) as image:
-            return Segments(np.asarray(image).astype(np.int32))
+            labels_HW = np.asarray(image).astype(np.int32)
+            if labels_HW.shape != state.pool.sizes[name]:
+                raise ValueError(f'its size should be that of its image, {state.pool.sizes[name]}, but is '
+                                 f'{labels_HW.shape}: delete it, and it is made again')
+            return Segments(labels_HW)
 
     return Segments, of
 
@@ -2937,15 +3091,15 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], 'big')
 
 
-def on_all_ranks(function: Callable, names: list[str]) -> dict:
-    """What a function makes of each name; every rank does its share.
+def on_all_ranks(function: Callable, names: list, title: str = '') -> dict:
+    """What a function makes of each name; every rank does its share, and the first shows progress under a title.
 
     Raises:
         ValueError: On every rank, with what went wrong on any. (Another error than a ValueError, where it happened.)
     """
     rank, world_size = get_dist_info()
     mine, errors, odd = {}, [], None
-    for name in names[rank::world_size]:
+    for name in track(names[rank::world_size], title, disable=rank or not title or not sys.stdout.isatty()):
         try:
             mine[name] = function(name)
         except Exception as error:
