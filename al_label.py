@@ -380,11 +380,11 @@ class Inbox:
             self.keep(name, classes, had | answered | whole, files, report['changed'])
         ids = state.entry['ids'].get(name) or [0]
         report.update(asked=len(size), accepted=int(is_done.sum()), missing=[ids[i] for i in np.flatnonzero(~is_done)],
-                      void=int((classes[whole] == state.pool.ignore_index(name)).sum()), unchanged=0)
+                      void=int((classes[whole] == state.pool.ignore_index).sum()), unchanged=0)
         path = folder_of(state) / 'prediction' / f'{name}.png'
         if len(size) and path.is_file():
             predicted = read_label(str(path), state.pool, name)
-            same = (classes == predicted) & (predicted != state.pool.ignore_index(name))
+            same = (classes == predicted) & (predicted != state.pool.ignore_index)
             report['unchanged'] = int((is_done & (pixels(same) == size)).sum())
         return report
 
@@ -422,9 +422,9 @@ class Inbox:
                 void_HW = np.asarray(image) == self.oracle.unlabelable
             void_HW = void_HW.all(2) if void_HW.ndim > 2 else void_HW
             if void_HW.all() and void_HW.shape == pool.sizes[name]:
-                return np.full(void_HW.shape, pool.ignore_index(name)), void_HW
+                return np.full(void_HW.shape, pool.ignore_index), void_HW
         labels = pool.check_label(name, self.state.class_count, path, void_HW)
-        known = labels != pool.ignore_index(name)
+        known = labels != pool.ignore_index
         return labels, known if void_HW is None else known | void_HW
 
     def keep(self, name: str, classes: np.ndarray, done: np.ndarray, files: list, changed: int) -> None:
@@ -439,7 +439,7 @@ class Inbox:
             kept = path('changed', name, '.json')
             write_atomically(kept, json.dumps({**read_json(kept), newest: changed}))
         depth = np.uint8 if (self.state.class_count or 256) < 256 else np.uint16
-        is_void = classes == self.state.pool.ignore_index(name)
+        is_void = classes == self.state.pool.ignore_index
         write_png(path('classes', name), np.where(is_void, np.iinfo(depth).max, classes).astype(depth))
         write_png(path('done', name), done)
         kept = path('read', name, '.json')
@@ -628,7 +628,7 @@ def write_prediction(state: State, name: str, pred_HW: np.ndarray) -> None:
     elsewhere. A unit of a single pixel has no prediction: it would be an answer."""
     pool, (classes, done), rows = state.pool, state.stored_label(name), unit_rows(state, name)
     mask = mask_to_label(state, name) & np.append(np.bincount(rows[rows >= 0]) > 1, False)[rows]
-    asked = np.where(mask, pred_HW, pool.ignore_index(name))
+    asked = np.where(mask, pred_HW, pool.ignore_index)
     write_label(png_path(state, 'prediction', name), pool, name, np.where(done, classes, asked))
 
 
@@ -644,7 +644,7 @@ def write_label(path: str, pool: Pool, name: str, label_HW: np.ndarray) -> None:
 def read_label(path: str, pool: Pool, name: str) -> np.ndarray:
     """The classes of a label map that ``write_label`` wrote, (H, W); ``ignore_index`` everywhere if there is none."""
     if not osp.isfile(path):
-        return np.full(pool.sizes[name], pool.ignore_index(name))
+        return np.full(pool.sizes[name], pool.ignore_index)
     with Image.open(path) as image:
         return label_values(pool, name)[0][np.asarray(image)]
 
@@ -660,7 +660,7 @@ def label_values(pool: Pool, name: str) -> tuple[np.ndarray, np.ndarray]:
 def label_values_of(pool: Pool, leaf: int) -> tuple[np.ndarray, np.ndarray]:
     name = next(name for name in pool.names if pool.where[name][0] == leaf)
     depth = np.uint8 if len(class_colours(pool)[0]) < 256 else np.uint16
-    ignore = np.array(pool.ignore_index(name)).astype(depth)  # as numpy wraps it, also where it is -1 or 65535
+    ignore = np.array(pool.ignore_index).astype(depth)  # as numpy wraps it, also where it is -1 or 65535
     given = np.arange(np.iinfo(depth).max + 1).astype(depth)
     classes, found = given.copy(), np.zeros(len(given), bool)
     # all at once or, where a step refuses some, one by one; if it refuses all, as with colours, they are classes

@@ -210,12 +210,12 @@ def start_or_resume(runner: Runner) -> State:
     Raises:
         FileExistsError: A state is there, but ``--resume`` is not.
         ValueError: A setting or the classes have changed since the run began, labelled images have left the data set,
-            or labels that a human was asked for are not there yet.
+            labels cannot be used, or the data cannot be trained on, validated or scored.
     """
     companions = attach_companions(runner)
     al = parse_settings(runner.cfg.al)
     check_config(al, runner)
-    pool, path = Pool(runner.cfg), osp.join(runner.work_dir, STATE_FILE)
+    pool, path = Pool(runner.cfg, unwrap(runner.model)), osp.join(runner.work_dir, STATE_FILE)
     found = on_rank_0(lambda: osp.isfile(path))  # it may write before another rank looks
     if found and not runner.cfg.get('resume'):
         raise FileExistsError(f'{path} holds an active learning run already: add --resume to go on with it, or choose '
@@ -224,10 +224,10 @@ def start_or_resume(runner: Runner) -> State:
     content = read_state(path) if found else dict(seed=next(s for s in seeds if s is not None), config={})
     state = State(content, runner.work_dir, al, runner, pool)
     state.companions = companions
-    if found:
-        check_resume(state, content)
     for method in methods_of(runner, 'before_al_run'):
         method(state)
+    if found:
+        check_resume(state, content)
     for folder, _, files in os.walk(state.work_dir) if is_main_process() else ():
         for file in files:
             if file.endswith(TEMPORARY):
@@ -301,13 +301,17 @@ def check_config(al: dict, runner: Runner) -> None:
         if hook.out_dir:
             raise ValueError("`default_hooks.checkpoint.out_dir` should be None: a round's checkpoints lie in its own "
                              f'folder, but got {hook.out_dir!r}; choose another --work-dir, or make it a link')
+    loop = cfg.train_cfg
+    validates = cfg.get('val_cfg') is not None and loop.get('val_begin', 1) <= (
+        loop.get('max_iters') or loop.get('max_epochs') or math.inf)
     for key in ('weights', 'query_with'):
-        if al[key] == 'best' and (cfg.get('val_cfg') is None or not any(hook.save_best for hook in hooks)):
-            raise ValueError(f"`al.{key}='best'` needs validation (`val_cfg`) and `default_hooks.checkpoint.save_best`,"
-                             " e.g. save_best='mIoU'")
+        if al[key] == 'best' and not (validates and any(hook.save_best for hook in hooks)):
+            raise ValueError(f"`al.{key}='best'` needs validation (`val_cfg`, and a `train_cfg.val_begin` that is "
+                             "reached) and `default_hooks.checkpoint.save_best`, e.g. save_best='mIoU'")
     check_model(unwrap(runner.model), resolve_strategy(al.strategy))
-    if al.stop and cfg.get('val_cfg') is None:
-        raise ValueError('`al.stop` needs a validation metric, but the config has no `val_cfg`')
+    if al.stop and not validates:
+        raise ValueError('`al.stop` needs a validation metric, but the config has no `val_cfg`, or training ends '
+                         'before its `train_cfg.val_begin`')
     for k, override in (al.overrides or {}).items():
         if int(k) > al.rounds:
             raise ValueError(f'`al.overrides` should name rounds from 0 to {al.rounds}, but got {k}')
@@ -315,6 +319,9 @@ def check_config(al: dict, runner: Runner) -> None:
             copy.deepcopy(cfg).merge_from_dict(override)
         except Exception as error:
             raise ValueError(f'`al.overrides[{k}]` should fit the config, but got {override} ({error})') from error
+
+
+# of mmseg's IoUMetric: what each of its `iou_metrics` reports, beside aAcc
 
 
 def initial_images(state: State) -> dict[str, None]:
@@ -609,7 +616,8 @@ def round_config(state: State) -> Config:
         cfg.visualizer.name = cfg.experiment_name  # visualizers are singletons by name: each round gets its own
     seed = cfg.get('randomness', {}).get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': state.seed if seed is None else seed}
-    cfg.train_dataloader.al = dict(state=osp.join(state.work_dir, STATE_FILE), round=k)
+    cfg.train_dataloader.al = dict(state=osp.join(state.work_dir, STATE_FILE), round=k,
+                                   ignore_index=state.pool.ignore_index)
     if k > 0 and state.al.weights != 'scratch':
         cfg.load_from = state.checkpoint(k - 1, state.al.weights)
     halfway = resumable_checkpoint(cfg.work_dir) if state.is_resumed and state.phase == 'train' else None
@@ -855,7 +863,7 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
 
     Args:
         build: Stock ``Runner.build_dataloader``.
-        dataloader: A dataloader's config with ``al=dict(state=path of al_state.json, round=k)``.
+        dataloader: A dataloader's config with ``al=dict(state=path of al_state.json, round=k, ignore_index=255)``.
     """
     dataloader = copy.copy(dataloader)
     where, kept = dataloader.pop('al'), []
@@ -870,7 +878,7 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
         def build_leaf(**more) -> BaseDataset:  # a wrapper may add arguments of its own
             leaf = DATASETS.build({**copy.deepcopy(config), **more})
             leaf.full_init()
-            keep_labelled(leaf, have)
+            keep_labelled(leaf, have, where.get('ignore_index', 255))
             kept.append((leaf, len(leaf)))
             return leaf
 
@@ -888,18 +896,19 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     return loader
 
 
-def keep_labelled(dataset: BaseDataset, have: dict) -> None:
+def keep_labelled(dataset: BaseDataset, have: dict, ignore_index: int) -> None:
     """Filter a leaf data set, and hide what is not labelled of an image.
 
     Args:
         have: Image name -> what is ``Shown`` of it.
+        ignore_index: What the loss ignores.
     """
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     names = [image_name(dataset, info) for info in infos]
     dataset.get_subset_([i for i, name in enumerate(names) if name in have])
     shown = {info['img_path']: have[name] for info, name in zip(infos, names) if any(have.get(name, ()))}
     if shown or type(dataset.pipeline) is Compose:
-        dataset.pipeline = SparseLabels(dataset.pipeline.transforms, shown, getattr(dataset, 'ignore_index', 255))
+        dataset.pipeline = SparseLabels(dataset.pipeline.transforms, shown, ignore_index)
 
 
 class Shown(NamedTuple):
@@ -1712,7 +1721,7 @@ def no_features(model: torch.nn.Module) -> str:
 def decode_head(model: torch.nn.Module) -> torch.nn.Module | None:
     """The head that gives a segmentor's logits: of a cascade, the last."""
     head = getattr(model, 'decode_head', None)
-    return head[-1] if isinstance(head, torch.nn.ModuleList) else head
+    return head[-1] if isinstance(head, (torch.nn.ModuleList, list)) else head
 
 
 def dropouts_of(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -1931,7 +1940,7 @@ class State:
 
     def stored_label(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The classes of an image in the label store, and what of it is done, (H, W) both."""
-        ignore_index, shape = self.pool.ignore_index(name), self.pool.sizes[name]
+        ignore_index, shape = self.pool.ignore_index, self.pool.sizes[name]
         if not osp.isfile(self.label_path('done', name)):
             return np.full(shape, ignore_index), np.zeros(shape, bool)
         return read_classes(self.label_path('classes', name), ignore_index), read_mask(self.label_path('done', name))
@@ -1953,7 +1962,7 @@ class State:
 
     def count_void(self, name: str, mask_HW: np.ndarray) -> int:
         """How many pixels of what was asked for are void, after checking the label map."""
-        return int((self.pool.check_label(name, self.class_count)[mask_HW] == self.pool.ignore_index(name)).sum())
+        return int((self.pool.check_label(name, self.class_count)[mask_HW] == self.pool.ignore_index).sum())
 
     @property
     def class_count(self) -> int | None:
@@ -2097,12 +2106,17 @@ class Pool(Dataset):
 
     Args:
         cfg: The run's config.
+        model: What it builds.
+
+    Attributes:
+        ignore_index: What stands for "no label": what the loss ignores.
 
     Raises:
         ValueError: There is no image, or two images have one name.
     """
 
-    def __init__(self, cfg: dict):
+    def __init__(self, cfg: dict, model: torch.nn.Module | None = None):
+        self.ignore_index = getattr(decode_head(model or cfg.get('model')), 'ignore_index', 255)
         pipeline, self.leaves, self.training_steps, self.where, paths = query_pipeline(cfg), [], [], {}, {}
         self.mapped = set()  # steps of the training pipeline that have mapped the values of a label file
         for leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']):
@@ -2187,7 +2201,7 @@ class Pool(Dataset):
         if 'gt_seg_map' not in results:
             raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
         if void_HW is not None:
-            results['gt_seg_map'][void_HW] = self.ignore_index(name)
+            results['gt_seg_map'][void_HW] = self.ignore_index
         return results['gt_seg_map']
 
     def check_label(self, name: str, classes: int | None, path: str | None = None,
@@ -2197,7 +2211,7 @@ class Pool(Dataset):
         Raises:
             ValueError: Image or label map cannot be read, they differ in size, or a label is none of the classes.
         """
-        ignore_index, shape = self.ignore_index(name), self.load_image(name).shape[:2]
+        ignore_index, shape = self.ignore_index, self.load_image(name).shape[:2]
         path = path or self.info(name).get('seg_map_path')
         with reading(path or f'the label map of {name!r}'):
             label = self.load_label(name, path, void_HW)
@@ -2220,24 +2234,31 @@ class Pool(Dataset):
                                  f'{": divide by 255?" if 255 in strange else ""}')
         return label
 
-    def ignore_index(self, name: str) -> int:
-        return getattr(self.leaf_of(name)[0], 'ignore_index', 255)
-
     @functools.cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """(H, W) of every image, from the files' headers where Pillow knows the format."""
-        sizes = {}
-        for name in self.names:
-            try:
-                with Image.open(self.info(name)['img_path']) as image:
-                    sizes[name] = image.size[::-1]
-            except (OSError, ValueError, Image.DecompressionBombError):  # not local, or only the pipeline reads it
-                sizes[name] = self.load_image(name).shape[:2]
-        return sizes
+        """(H, W) of every image as its pipeline loads it. A run knows them from ``check_data``."""
+        return {name: self.size(name) for name in self.names}
+
+    def size(self, name: str) -> tuple[int, int]:
+        """(H, W) of an image as its pipeline loads it, by the file's header where that is certain to say it."""
+        from mmcv.transforms import LoadImageFromFile
+        step = self.leaf_of(name)[0].pipeline.transforms[0]
+        is_stock = type(step) is LoadImageFromFile and vars(step) == vars(LoadImageFromFile())
+        return is_stock and header_size(self.info(name)['img_path']) or self.load_image(name).shape[:2]
 
     @functools.cached_property
     def pixels(self) -> int:
         return sum(h * w for h, w in self.sizes.values())
+
+
+def header_size(path: str) -> tuple[int, int] | None:
+    """(H, W) by an image file's header; None where a loader may make something else of the file."""
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        kind = image.format
+        if kind in ('JPEG', 'BMP') and image.getexif().get(0x112, 1) == 1 or (
+                kind == 'PNG' and b'eXIf' not in mmengine.get(path)):  # Pillow would decode it to find the orientation
+            return image.size[::-1]
+    return None
 
 
 def query_pipeline(cfg: dict) -> list:
@@ -2365,7 +2386,11 @@ def superpixels(n_segments: SegmentCount = 1024, compactness: Positive = 10.) ->
                 image = slic(image, n_segments, compactness)
             write_png(path, image)
         with reading(path), Image.open(path) as image:
-            return Segments(np.asarray(image).astype(np.int32))
+            labels_HW = np.asarray(image).astype(np.int32)
+            if labels_HW.shape != state.pool.sizes[name]:
+                raise ValueError(f'its size should be that of its image, {state.pool.sizes[name]}, but is '
+                                 f'{labels_HW.shape}: delete it, and it is made again')
+            return Segments(labels_HW)
 
     return Segments, of
 
@@ -3327,15 +3352,15 @@ def uniform(seed: int, numbers_N: np.ndarray) -> np.ndarray:
     return ((bits ^ bits >> 31) // 2**12 + .5) / 2**52
 
 
-def on_all_ranks(function: Callable, names: list[str]) -> dict:
-    """What a function makes of each name; every rank does its share.
+def on_all_ranks(function: Callable, names: list, title: str = '') -> dict:
+    """What a function makes of each name; every rank does its share, and the first shows progress under a title.
 
     Raises:
         ValueError: On every rank, with what went wrong on any. (Another error than a ValueError, where it happened.)
     """
     rank, world_size = get_dist_info()
     mine, errors, odd = {}, [], None
-    for name in names[rank::world_size]:
+    for name in track(names[rank::world_size], title, disable=rank or not title or not sys.stdout.isatty()):
         try:
             mine[name] = function(name)
         except Exception as error:

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
+import copy
 import functools
 import gc
 import glob
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -103,7 +106,8 @@ def hook() -> mmengine.hooks.Hook:
                     metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
 
         def before_al_run(self, state: al_patch.State) -> None:
-            check_disk(state)
+            for check in (check_pool, check_validation, check_no_label, check_disk):
+                check(state)
 
         def before_al_train(self, state: al_patch.State, trainer) -> None:
             if al_patch.is_main_process():
@@ -130,32 +134,6 @@ def hook() -> mmengine.hooks.Hook:
                 draw_pictures(state, trainer, asked)
 
     return ReportHook()
-
-
-def check_disk(state: al_patch.State) -> None:
-    """Compare what the rounds to come will write with what is free: their checkpoints and, at a hundredth of a byte a
-    pixel, masks and superpixels. An optimizer keeps as much as the weights take, Adam twice.
-
-    Raises:
-        OSError: It does not fit.
-    """
-    al, cfg, copies, free = state.al, state.runner.cfg, 0, [shutil.disk_usage(state.work_dir).free]
-    for hook in al_patch.checkpoint_hooks(state.runner):
-        saved = cfg.train_cfg.get('max_epochs' if hook.by_epoch else 'max_iters', 1) // hook.interval
-        saved = max(1, min(saved, hook.max_keep_ckpts % 2**31))  # -1 of both: the last, and all
-        copies += saved * (1 + hook.save_optimizer * (1 + ('Adam' in str(cfg.optim_wrapper))))
-        copies += len(hook.save_best or ())
-    left = al.rounds + 1 - sum('metrics' in entry for entry in state.rounds)
-    need = copies * sum(weight.nbytes for weight in state.model.state_dict().values())
-    need *= left if al.keep == 'all' else min(2, left)
-    if state.counts_pixels:
-        need += left * state.pool.pixels // 100
-    al_patch.broadcast_object_list(free)  # as rank 0 sees it
-    if need > free[0]:
-        raise OSError(
-            f'{state.work_dir} should have {need / 1e9:.2f} GB free for {left} rounds with {copies} times the weights '
-            f'each, but has {free[0] / 1e9:.2f}: lower `default_hooks.checkpoint.max_keep_ckpts`, set '
-            "`al.keep='needed'`, or choose another --work-dir")
 
 
 def keep_class_iou(runner, metric, compute: Callable, *args, **kwargs) -> dict:
@@ -205,6 +183,157 @@ def warn_of_draws(state: al_patch.State) -> None:
 def in_short(names: list[str]) -> str:
     return ', '.join(names[:10]) + (f' and {len(names) - 10} more' if len(names) > 10 else '')
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Before a run: what data, config and disk can tell without training
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_no_label(state: al_patch.State) -> None:
+    """Compare what else stands for "no label" with what the loss ignores, which decides. Whole images train as in stock
+    mmseg, with a warning.
+
+    Raises:
+        ValueError: Below image level, what nobody has labelled would be trained on. It names the key to set.
+    """
+    void, loop, parts = state.pool.ignore_index, state.runner.val_loop, [state.runner.cfg.train_dataloader.dataset]
+    for part in parts:  # which grow: data sets under wrappers, their transforms, and those that a transform holds
+        parts += filter(None, [
+            *getattr(part, 'datasets', []), getattr(part, 'dataset', None), *getattr(part, 'transforms', []),
+            *mmengine.dataset.Compose(copy.deepcopy(getattr(part, 'pipeline', []))).transforms])
+    for part in [*parts, *state.model.modules(), *(loop.evaluator.metrics if loop else [])]:
+        pads = getattr(part, 'pad_val', None)  # of mmcv's Pad a dict
+        for key, value in dict(
+                ignore_index=getattr(part, 'ignore_index', void), seg_pad_val=getattr(part, 'seg_pad_val', void),
+                pad_val=pads.get('seg', 255) if isinstance(pads, dict) else void).items():
+            trains = state.counts_pixels and (key != 'ignore_index' or hasattr(part, 'loss_decode'))
+            if value != void or trains and not 0 <= void < 256:
+                name = part['type'] if isinstance(part, dict) else type(part).__name__
+                text = (f'`{key}` of {name} should be {void} (and that from 0 to 255), what the loss ignores by '
+                        f'`model.decode_head.ignore_index`, but got {value}')
+                if trains:
+                    raise ValueError(f'{text}: what nobody has labelled would be trained on')
+                state.logger.warning(text)
+
+
+def check_pool(state: al_patch.State) -> None:
+    """Look at every image of the pool once, by its header where that tells what is loaded, for its size; the next start
+    finds that in ``sizes.json``. No label is opened.
+
+    Raises:
+        ValueError: An image cannot be read, or the model does not take images of their sizes in one batch.
+    """
+    begin, pool, known, path = time.time(), state.pool, {}, osp.join(state.work_dir, 'sizes.json')
+    loader = repr(pool.leaves[0].pipeline.transforms[0])
+    with contextlib.suppress(OSError, ValueError, TypeError), open(path) as file:
+        known = dict(json.load(file))
+
+    def look(name: str) -> list:
+        file, seen = pool.info(name)['img_path'], known.get(name, [])
+        stamp = [osp.getsize(file) if osp.isfile(file) else begin, loader]
+        return seen if seen[:2] == stamp else [*stamp, *pool.size(name)]
+
+    seen = al_patch.on_all_ranks(look, pool.names, 'Pool')
+    pool.sizes = {name: tuple(size) for name, (_, _, *size) in seen.items()}
+    loader = al_patch.scoring_loader(state.runner.cfg)
+    check_batches(state, 'test_dataloader', pool, pool.sizes, loader.get('batch_size', 1))
+    state.logger.info(f'Looked at the {len(pool)} images of the pool in {time.time() - begin:.1f} s')
+    if al_patch.is_main_process() and seen != known:
+        al_patch.write_atomically(path, json.dumps(seen))
+
+
+def check_validation(state: al_patch.State) -> None:
+    """Look at every image of the validation set once, by its header where that will do.
+
+    Raises:
+        ValueError: There is none, one cannot be read or has a label map of another size; the model does not take them
+            in one batch; or what the run asks of their metrics, they do not give.
+    """
+    al, labelled = state.al, []
+    with al_patch.reading('the validation set of `val_dataloader.dataset`, which should have an image at least,'):
+        loop = state.runner.val_loop
+        if loop is None:
+            return
+        images, metrics = loop.dataloader.dataset, loop.evaluator.metrics
+        numbers = range(len(images))
+        numbers[0]
+    voids = [getattr(each, 'ignore_index', 255) for each in (state.pool, *metrics)]
+
+    def look(i: int) -> tuple:
+        info = images.get_data_info(i)
+        image, label = info['img_path'], info.get('seg_map_path')
+        size = al_patch.header_size(image)
+        if not (labelled and size and size == al_patch.header_size(label)):
+            with al_patch.reading(f'{image} or its label map {label}'):
+                sample = images[i]['data_samples']
+                size, label = sample.ori_shape, sample.gt_sem_seg.data[0]
+                if label.shape != size:
+                    raise ValueError(f'its size should be that of its image, {size}, but is {tuple(label.shape)}')
+                labelled.extend([i] * bool(np.isin(label, voids, invert=True).any()))
+        return size, bool(labelled)
+
+    seen = al_patch.on_all_ranks(look, numbers, 'Validation set')
+    check_batches(state, 'val_dataloader', images, {i: seen[i][0] for i in numbers}, loop.dataloader.batch_size)
+    if not any(shown for _, shown in seen.values()):
+        text = 'no pixel of the validation set has a label of a class, so that its metrics are nan'
+        if al.stop or 'best' in (al.weights, al.query_with):
+            raise ValueError(f'{text}: there is no `best` checkpoint, and no end for `al.stop`')
+        state.logger.warning(text)
+    if [str(type(metric)) for metric in metrics] == ["<class 'mmseg.evaluation.metrics.iou_metric.IoUMetric'>"]:
+        names = ['auto', 'aAcc', *itertools.chain(*map(IOU_METRICS.get, metrics[0].metrics))]
+        for name in sum((getattr(hook, 'save_best', None) or [] for hook in state.runner.hooks),
+                        [al.stop.metric] if al.stop else []):
+            if name not in names:
+                raise ValueError(f'`al.stop.metric` and `default_hooks.checkpoint.save_best` should be one of '
+                                 f'{", ".join(names[1:])}, but got {name!r}')
+
+
+def check_batches(state: al_patch.State, key: str, dataset, sizes: dict, n: int) -> None:
+    """Put neighbours whose sizes differ into one batch, if a batch holds more than one image.
+
+    Args:
+        sizes: Item of the data set -> (H, W) as it is loaded.
+        n: Images in a batch.
+
+    Raises:
+        ValueError: The pipeline leaves their sizes different, and the model does not take that.
+    """
+    pairs = {(sizes[one], sizes[other]): (one, other) for one, other in itertools.pairwise(sizes)
+             if sizes[one] != sizes[other]}
+    for pair in pairs.values() if n != 1 else ():
+        batch = [dataset[item] for item in pair]
+PLACE
+                     f'`{key}.batch_size=1`)'):
+            state.model.data_preprocessor(mmengine.dataset.pseudo_collate(batch), False)
+
+
+def check_disk(state: al_patch.State) -> None:
+    """Compare what the rounds to come will write with what is free: their checkpoints and, at a hundredth of a byte a
+    pixel, masks and superpixels. An optimizer keeps as much as the weights take, Adam twice.
+
+    Raises:
+        OSError: It does not fit.
+    """
+    al, cfg, copies, free = state.al, state.runner.cfg, 0, [shutil.disk_usage(state.work_dir).free]
+    for hook in al_patch.checkpoint_hooks(state.runner):
+        saved = cfg.train_cfg.get('max_epochs' if hook.by_epoch else 'max_iters', 1) // hook.interval
+        saved = max(1, min(saved, hook.max_keep_ckpts % 2**31))  # -1 of both: the last, and all
+        copies += saved * (1 + hook.save_optimizer * (1 + ('Adam' in str(cfg.optim_wrapper))))
+        copies += len(hook.save_best or ())
+    left = al.rounds + 1 - sum('metrics' in entry for entry in state.rounds)
+    need = copies * sum(weight.nbytes for weight in state.model.state_dict().values())
+    need *= left if al.keep == 'all' else min(2, left)
+    if state.counts_pixels:
+        need += left * state.pool.pixels // 100
+    al_patch.broadcast_object_list(free)  # as rank 0 sees it
+    if need > free[0]:
+        raise OSError(
+            f'{state.work_dir} should have {need / 1e9:.2f} GB free for {left} rounds with {copies} times the weights '
+            f'each, but has {free[0] / 1e9:.2f}: lower `default_hooks.checkpoint.max_keep_ckpts`, set '
+            "`al.keep='needed'`, or choose another --work-dir")
+
+
+IOU_METRICS = dict(mIoU=['mIoU', 'mAcc'], mDice=['mDice', 'mAcc'], mFscore=['mFscore', 'mPrecision', 'mRecall'])
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures of a run: its curve, and what it has asked for

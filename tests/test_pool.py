@@ -1,12 +1,18 @@
 """The pool: names, leaves under wrappers, filtering there and only there, and no labels."""
 import copy
+import io
 import json
+import struct
+import zlib
 
+import cv2
+import mmcv
 import numpy as np
 import pytest
 import tiny
 from mmengine.runner import Runner
-from mmseg.registry import DATASETS
+from mmseg.registry import DATASETS, TRANSFORMS
+from PIL import Image
 
 import al_patch
 from al_patch import Pool, leaf_configs, query_pipeline, write_atomically
@@ -212,3 +218,77 @@ def test_what_people_call_void_is_void_whatever_its_value(make_cfg, void):
     pool, is_void = Pool(cfg), np.eye(*tiny.SHAPE, dtype=bool)
     label = pool.load_label('a/01', None, is_void)
     assert (label[is_void] == void).all() and (label[~is_void] == pool.load_label('a/01')[~is_void]).all()
+# --- sizes -----------------------------------------------------------------------------------------------------------
+
+
+def turned(kind: str, orientation: int, at_the_end: bool = False) -> bytes:
+    """An image file, (20, 30) as stored, that a tag tells to turn; in a PNG perhaps after the pixels."""
+    tags, file = Image.Exif(), io.BytesIO()
+    tags[0x112] = orientation
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(file, kind, **({} if at_the_end else dict(exif=tags)))
+    data, content = file.getvalue(), tags.tobytes().removeprefix(b'Exif\0\0')
+    chunk = struct.pack('>I', len(content)) + b'eXIf' + content + struct.pack('>I', zlib.crc32(b'eXIf' + content))
+    return data[:-12] + chunk + data[-12:] if at_the_end else data
+
+
+@pytest.mark.parametrize('loader', [{}, dict(imdecode_backend='pillow'), dict(color_type='unchanged'),
+                                    dict(color_type='color_ignore_orientation')], ids=str)
+@pytest.mark.parametrize('kind, orientation, at_the_end', [
+    ('JPEG', 1, False), ('JPEG', 6, False), ('JPEG', 3, False), ('PNG', 1, False), ('PNG', 6, False), ('PNG', 6, True),
+    ('WEBP', 6, False), ('TIFF', 6, False), ('BMP', 1, False), ('PPM', 1, False)])
+def test_a_size_is_that_of_what_is_loaded(make_cfg, tmp_path, kind, orientation, at_the_end, loader):
+    cfg, path = make_cfg(), tmp_path / 'img' / f'x.{kind.lower()}'
+    path.parent.mkdir()
+    path.write_bytes(turned(kind, orientation, at_the_end))
+    cfg.train_dataloader.dataset.update(data_root=str(tmp_path), img_suffix=path.suffix,
+                                        data_prefix=dict(img_path='img'))
+    cfg.test_dataloader.dataset.pipeline[0].update(loader)
+    expected = mmcv.imfrombytes(path.read_bytes(), loader.get('color_type', 'color'),
+                                backend=loader.get('imdecode_backend', 'cv2')).shape[:2]
+    pool = Pool(cfg)
+    assert pool.sizes == {'x': expected} and pool.load_image('x').shape[:2] == expected
+
+
+def test_plain_files_are_not_decoded_to_know_their_size(make_cfg, monkeypatch):
+    cfg = make_cfg()
+    monkeypatch.setattr('mmcv.imfrombytes', None)
+    assert Pool(cfg).sizes == dict.fromkeys(tiny.NAMES, tiny.SHAPE)
+    cfg.test_dataloader.dataset.pipeline[0].to_float32 = True  # nobody knows what else a loader's options do
+    with pytest.raises(ValueError, match='a/00.png cannot be used'):
+        Pool(cfg).sizes  # noqa: B018
+
+
+def test_a_loader_of_the_users_own_decides(make_cfg, monkeypatch):
+    class Loader(TRANSFORMS.get('LoadImageFromFile')):
+        """Bears the stock one's name, and turns the image."""
+
+        def transform(self, results):
+            results = super().transform(results)
+            return dict(results, img=np.rot90(results['img']))
+
+    Loader.__name__ = 'LoadImageFromFile'
+    monkeypatch.setitem(TRANSFORMS.module_dict, 'Turning', Loader)
+    cfg = make_cfg()
+    cfg.test_dataloader.dataset.pipeline[0].type = 'Turning'
+    assert set(Pool(cfg).sizes.values()) == {tiny.SHAPE[::-1]}
+
+
+def test_sizes_are_remembered_while_a_file_has_as_many_bytes(make_cfg, make_state, tmp_path, monkeypatch):
+    root, path = tiny.make_data(str(tmp_path / 'data')), tmp_path / 'sizes.json'
+    state, looked = make_state(root=root, changes={'test_dataloader.batch_size': 1}), []
+    path.write_text(json.dumps(al_patch.check_pool(state, str(path))))
+    real = Pool.size
+    monkeypatch.setattr(Pool, 'size', lambda self, name: looked.append(name) or real(self, name))
+    al_patch.check_pool(state, str(path))
+    assert not looked and state.pool.sizes == dict.fromkeys(tiny.NAMES, tiny.SHAPE)
+    cv2.imwrite(f'{root}/img/train/b/07.png', np.zeros((8, 9, 3), np.uint8))
+    al_patch.check_pool(state, str(path))
+    assert looked == ['b/07'] and state.pool.sizes['b/07'] == (8, 9)
+    del looked[:]
+    state.pool.leaves[0].pipeline.transforms[0].color_type = 'grayscale'  # another loader may turn images
+    al_patch.check_pool(state, str(path))
+    assert looked == tiny.NAMES
+    for damaged in ('', '{', '[]', 'null'):
+        path.write_text(damaged)
+        al_patch.check_pool(state, str(path))
+        assert state.pool.sizes['b/07'] == (8, 9)
