@@ -2,6 +2,8 @@
 
     python tests/kill.py --kills 50 --unit region --processes 2
 
+Before one in five of the resumes, the work_dir is moved, or copied and the copy goes on.
+
 Every run is `al_train.main()` with real options: three rounds of queries on a tiny data set. Its processes are forked
 from this one, which has imported mmseg before, so that a start takes no seconds, and they share one process group,
 which is killed as a whole. Half of the kills fall at random instants; the other half are aimed at phases that are too
@@ -176,6 +178,12 @@ def outcome(work_dir: str) -> tuple:
     return [(entry['asked'], entry['metrics'], entry['checkpoints']) for entry in rounds], masks
 
 
+def contents(folder: str) -> dict:
+    """Every file below a folder, and its bytes."""
+    paths = [osp.join(where, name) for where, _, names in os.walk(folder) for name in names]
+    return {path: open(path, 'rb').read() for path in paths}
+
+
 def measure(unit: str, processes: int, workers: int, kills: int, seed: int, folder: str) -> list:
     """Kill runs of a unit so many times. Returns a row of the table."""
     config, log = osp.join(folder, f'{unit}.py'), osp.join(folder, f'{unit}_{processes}.log')
@@ -194,25 +202,36 @@ def measure(unit: str, processes: int, workers: int, kills: int, seed: int, fold
     begin = time.time()
     run_until(options(whole), processes, log)
     seconds, expected, rng = time.time() - begin, outcome(whole), random.Random(f'{seed} {unit} {processes}')
-    phases, runs, resumes, equal = collections.Counter(), 0, 0, True
+    phases, runs, resumes, moves, equal = collections.Counter(), 0, 0, 0, True
     while sum(phases.values()) < kills or not runs:
-        work_dir, runs, phase = f'{whole}_run_{runs}', runs + 1, 'start'
+        work_dir, runs, phase, originals = f'{whole}_run_{runs}', runs + 1, 'start', []
         while phase:
             resumes += phase != 'start'
             left = sum(phases.values()) < kills
             phase = run_until(options(work_dir), processes, log, rng if left else None, seconds)
             path = osp.join(work_dir, al_patch.STATE_FILE)
+            if phase and rng.random() < .2:
+                elsewhere = f'{whole}_{runs}_{resumes} elsewhere'
+                if rng.random() < .5:
+                    shutil.move(work_dir, elsewhere)
+                else:
+                    shutil.copytree(work_dir, elsewhere)
+                    originals.append((work_dir, contents(work_dir)))
+                work_dir, path, moves = elsewhere, osp.join(elsewhere, al_patch.STATE_FILE), moves + 1
             if phase:
                 phases[phase] += 1
                 if osp.isfile(path):
                     masks_of(work_dir, al_patch.read_state(path))
-        same = outcome(work_dir) == expected
+        left = [name for _, _, names in os.walk(work_dir) for name in names if name.endswith('.tmp')]
+        same = outcome(work_dir) == expected and not left and all(
+            contents(original) == before for original, before in originals)
         equal = equal and same
         if same:
-            shutil.rmtree(work_dir)
+            for folder in (work_dir, *(original for original, _ in originals)):
+                shutil.rmtree(folder)
         else:
             print(f'{work_dir} differs from {whole}; log: {log}', flush=True)
-    return [unit, processes, sum(phases.values()), runs, resumes, f'{seconds:.1f}',
+    return [unit, processes, sum(phases.values()), runs, resumes, moves, f'{seconds:.1f}',
             ', '.join(f'{n} {phase}' for phase, n in phases.most_common()), 'yes' if equal else 'NO']
 
 
@@ -231,7 +250,7 @@ def main() -> int:
     gc.freeze()  # every data set of mmengine's collects garbage, which would otherwise visit all of torch each time
     mmengine.runner.runner.collect_env = dict  # it asks compilers for their version: slow
     mmengine.config.config.FormatCode = lambda text, **kwargs: (text, True)  # so is yapf
-    table = PrettyTable(['unit', 'processes', 'kills', 'runs', 'resumes', 'run s', 'killed while', 'equal?'])
+    table = PrettyTable(['unit', 'processes', 'kills', 'runs', 'resumes', 'moved', 'run s', 'killed while', 'equal?'])
     with contextlib.ExitStack() as stack:
         folder = args.keep or stack.enter_context(tempfile.TemporaryDirectory())
         os.makedirs(folder, exist_ok=True)
