@@ -618,7 +618,7 @@ def round_config(state: State) -> Config:
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': state.seed if seed is None else seed}
     cfg.train_dataloader.al = dict(state=osp.join(state.work_dir, STATE_FILE), round=k,
                                    ignore_index=state.pool.ignore_index)
-    if k > 0 and state.al.weights != 'scratch':
+    if k > 0 and state.phase == 'train' and state.al.weights != 'scratch':
         cfg.load_from = state.checkpoint(k - 1, state.al.weights)
     halfway = resumable_checkpoint(cfg.work_dir) if state.is_resumed and state.phase == 'train' else None
     cfg.resume = halfway is not None
@@ -1993,7 +1993,7 @@ def read_state(path: str) -> dict:
         with open(path, encoding='utf-8') as file:
             content = json.load(file, object_pairs_hook=without_duplicates)
         schema = content['schema']
-        if schema in (1, 2):
+        if repr(schema) in ('1', '2'):  # and not True
             for entry in content['rounds']:
                 if isinstance(entry['asked'], list):  # whole images
                     entry['asked'] = dict.fromkeys(entry['asked'])

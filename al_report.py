@@ -302,8 +302,8 @@ def check_batches(state: al_patch.State, key: str, dataset, sizes: dict, n: int)
              if sizes[one] != sizes[other]}
     for pair in pairs.values() if n != 1 else ():
         batch = [dataset[item] for item in pair]
-PLACE
-                     f'`{key}.batch_size=1`)'):
+        paths = ' and '.join(each['data_samples'].img_path for each in batch)
+        with al_patch.reading(f'a batch of {paths} (set `{key}.batch_size=1`)'):
             state.model.data_preprocessor(mmengine.dataset.pseudo_collate(batch), False)
 
 

@@ -3,12 +3,14 @@ import errno
 import os
 import os.path as osp
 import re
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -61,6 +63,111 @@ def test_a_run_killed_before_its_validation_keeps_the_best_checkpoint(make_cfg, 
     best = f'best_mIoU_{dict(iters="iter", epochs="epoch")[loop]}_{at}.pth'
     assert expected[0]['checkpoints']['best'] == rounds[0]['checkpoints']['best'] == best
     assert osp.isfile(osp.join(cfg.work_dir, 'round_0', best))
+
+
+# --- moved and copied ------------------------------------------------------------------------------------------------
+
+
+def files_in(folder: str) -> dict:
+    return {osp.join(where, name): open(osp.join(where, name), 'rb').read()
+            for where, _, names in os.walk(folder) for name in names}
+
+
+@pytest.mark.parametrize('save_best', ['mIoU', ['mIoU', 'other']])
+def test_a_copy_goes_on_by_itself(make_cfg, train, tmp_path, monkeypatch, save_best):
+    """Copied in mid-round, it comes to a better score: CheckpointHook deletes the best one before, by a path out of
+    a checkpoint."""
+    cfg = make_cfg(dict(rounds=0), changes={'train_cfg.max_iters': 6, 'train_cfg.val_interval': 2,
+                                            'default_hooks.checkpoint.save_best': save_best})
+    if not isinstance(save_best, str):
+        cfg.default_hooks.checkpoint.rule = 'greater'
+    copy, call = cfg.work_dir + ' \'copied\'', Runner.call_hook
+
+    def call_hook(runner, name, **kwargs):
+        if name == 'after_val_epoch':
+            kwargs['metrics'] = dict(mIoU=float(runner.iter), other=float(runner.iter))
+        if name == 'after_train_iter' and runner.iter == 4 and not osp.exists(copy):
+            raise InterruptedError
+        begun.append(runner.iter) if name == 'before_train_iter' else None
+        return call(runner, name, **kwargs)
+
+    begun = []
+    monkeypatch.setattr(Runner, 'call_hook', call_hook)
+    with pytest.raises(InterruptedError):
+        train(cfg)
+    best = sorted(name for name in os.listdir(osp.join(cfg.work_dir, 'round_0')) if name.startswith('best'))
+    assert best[0] == 'best_mIoU_iter_4.pth'
+    shutil.copytree(cfg.work_dir, copy)
+    before = files_in(cfg.work_dir)
+    begun.clear()
+    _, rounds = train(make_cfg(dict(rounds=0), resume=True, work_dir=copy, changes={
+        'train_cfg': cfg.train_cfg, 'default_hooks.checkpoint': cfg.default_hooks.checkpoint}))
+    assert files_in(cfg.work_dir) == before and begun == [4, 5]  # and in mid-round
+    assert rounds[0]['checkpoints'] == dict(last='iter_6.pth', best='best_mIoU_iter_6.pth')
+    assert sorted(name for name in os.listdir(osp.join(copy, 'round_0')) if name.startswith('best')) == [
+        name.replace('4', '6') for name in best]
+
+
+@pytest.mark.parametrize('unit', ['image', 'region'])
+def test_a_work_dir_that_was_moved_goes_on_in_mid_round(make_cfg, train, tmp_path, monkeypatch, unit):
+    """To a place with any letters, behind a link; and again after the training, to its query."""
+    al = dict(unit=unit, rounds=1)
+    _, expected = train(make_cfg(al, work_dir=make_cfg().work_dir + '_whole'))
+    cfg, call, begun, stops = make_cfg(al), Runner.call_hook, [], [2, 4]
+
+    def call_hook(runner, name, **kwargs):
+        if stops and name == 'before_train_iter' and runner.iter == stops[0] and runner.work_dir.endswith('round_1'):
+            raise InterruptedError(stops.pop(0))
+        begun.append(runner.iter) if name == 'before_train_iter' else None
+        return call(runner, name, **kwargs)
+
+    monkeypatch.setattr(Runner, 'call_hook', call_hook)
+    with pytest.raises(InterruptedError):
+        train(cfg)
+    there = tmp_path / "Straße 'x' [y]\n日本"
+    there.mkdir()
+    shutil.move(cfg.work_dir, there / 'the work')
+    (tmp_path / 'link').symlink_to(there)
+    begun.clear()
+    cfg = make_cfg(al, work_dir=str(tmp_path / 'link' / 'the work'), resume=True)
+    _, rounds = train(cfg)
+    assert begun == [2, 3]
+    assert [(e['asked'], e['metrics'], e['checkpoints']) for e in rounds] == [
+        (e['asked'], e['metrics'], e['checkpoints']) for e in expected]
+
+
+def test_checkpoints_cannot_lie_elsewhere(make_cfg, train, tmp_path):
+    with pytest.raises(ValueError, match='`default_hooks.checkpoint.out_dir` should be None: .* but got .*elsewhere'):
+        train(make_cfg({}, changes={'default_hooks.checkpoint.out_dir': str(tmp_path / 'elsewhere')}))
+
+
+@pytest.mark.parametrize('text', ['', '/', '..', '/etc/passwd', '../round_1/iter_2.pth', 'iter_9.pth'])
+def test_only_the_name_counts_of_what_last_checkpoint_holds(tmp_path, text):
+    for k in range(2):
+        (tmp_path / f'round_{k}').mkdir()
+        torch.save({}, tmp_path / f'round_{k}' / 'iter_2.pth')
+    folder = str(tmp_path / 'round_0')
+    assert al_patch.resumable_checkpoint(folder) is None
+    (tmp_path / 'round_0' / 'last_checkpoint').write_text(text)
+    expected = osp.join(folder, 'iter_2.pth') if text.endswith('iter_2.pth') else None
+    assert al_patch.resumable_checkpoint(folder) == expected
+
+
+def test_no_temporary_file_outlives_the_next_start(make_cfg, train, tmp_path):
+    """Those of our own writers, wherever they are in the work_dir; a user's stays, and so does what a link leads to."""
+    cfg = make_cfg(dict(unit='pixel', rounds=0), changes=SHORT)
+    ours = [osp.join(cfg.work_dir, *parts) for parts in (
+        ['al_state.json.al.tmp'], ['round_0', 'labelled', 'a', '.hidden', '0.png.al.tmp'], ['superpixels', 'x.al.tmp'])]
+    (tmp_path / 'outside').mkdir()
+    theirs = [osp.join(cfg.work_dir, 'notes.tmp'), str(tmp_path / 'outside' / 'x.al.tmp')]
+    for resume in (False, True):
+        for path in (*ours, *theirs):
+            os.makedirs(osp.dirname(path), exist_ok=True)
+            open(path, 'w').close()
+        if not resume:
+            os.symlink(tmp_path / 'outside', osp.join(cfg.work_dir, 'link'))
+        train(make_cfg(dict(unit='pixel', rounds=int(resume)), changes={**SHORT, 'resume': resume}))
+        assert not any(map(osp.exists, ours)) and all(map(osp.exists, theirs))
 
 
 # --- SIGTERM and Ctrl-C ----------------------------------------------------------------------------------------------
@@ -190,6 +297,58 @@ def test_run_rounds_is_what_the_lock_is_around(make_cfg, build, monkeypatch):
         osp.join(runner.work_dir, 'al.lock'))) or run_rounds(runner))
     build(make_cfg(dict(rounds=0), changes=SHORT)).train()
     assert seen == [True]
+
+
+# --- a disk that is too small, and al.keep ---------------------------------------------------------------------------
+
+
+ADAM = {'optim_wrapper.optimizer': dict(type='AdamW', lr=.1, _delete_=True)}
+
+
+@pytest.mark.parametrize('al, changes, times', [
+    (dict(rounds=1), {}, 2 * 2 * 2),  # rounds, checkpoints of each, weights and momentum
+    (dict(rounds=1), ADAM, 2 * 2 * 3), (dict(rounds=3), {'default_hooks.checkpoint.save_optimizer': False}, 4 * 2),
+    (dict(rounds=3), {'default_hooks.checkpoint.max_keep_ckpts': 1}, 4 * 2),
+    (dict(rounds=3, keep='needed'), {}, 2 * 2 * 2), (dict(rounds=1), {'default_hooks.checkpoint.interval': -1}, 2 * 2),
+    (dict(rounds=0), {'val_cfg': dict(), 'default_hooks.checkpoint.save_best': 'mIoU'}, 2 * 2 + 1),
+    (dict(unit='region', rounds=1), {}, 2 * 2 * 2)])
+def test_a_disk_that_is_too_small_is_refused_before_anything(make_cfg, build, monkeypatch, al, changes, times):
+    """What the weights take, by hand: 8 bytes are BatchNorm's counter."""
+    base = tiny.NO_VAL if 'val_cfg' not in changes else {}
+    runner = build(make_cfg(al, changes={**base, **changes}))
+    weights = sum(4 * p.numel() for p in runner.model.parameters()) + 2 * 4 * 8 + 8
+    need = times * weights + ('unit' in al) * 2 * 12 * 32 * 48 // 100
+    pool, al = al_patch.Pool(runner.cfg), al_patch.parse_settings(runner.cfg.al)
+    state = al_patch.State(dict(seed=0, config={}), runner.work_dir, al, runner, pool)
+    for free in (need, need - 1):
+        monkeypatch.setattr(shutil, 'disk_usage', lambda path, free=free: types.SimpleNamespace(free=free))
+        if free == need:
+            al_patch.check_disk(state)
+        else:
+            with pytest.raises(OSError, match=r'GB free for \d rounds .*: lower `default_hooks.check'):
+                runner.train()
+            assert not osp.exists(osp.join(runner.work_dir, STATE_FILE))
+
+
+@pytest.mark.parametrize('weights', ['scratch', 'best'])
+def test_only_checkpoints_that_are_needed_are_kept(make_cfg, train, weights):
+    cfg = make_cfg(dict(rounds=2, weights=weights))
+    _, expected = train(make_cfg(dict(rounds=2, weights=weights), work_dir=cfg.work_dir + '_all'))
+    cfg.al.rounds = 1
+    train(cfg)
+    assert [checkpoints_in(cfg, k) for k in range(2)] == [['best_mIoU_iter_4.pth', 'iter_2.pth', 'iter_4.pth']] * 2
+    cfg.al.update(rounds=2, keep='needed')
+    cfg.resume = True
+    _, rounds = train(cfg)
+    assert [(e['asked'], e['metrics']) for e in rounds] == [(e['asked'], e['metrics']) for e in expected]
+    assert [checkpoints_in(cfg, k) for k in range(3)] == [[], [], ['best_mIoU_iter_4.pth', 'iter_2.pth', 'iter_4.pth']]
+    log = tiny.log_of(cfg.work_dir)
+    assert all(f'Deleted {cfg.work_dir}/round_{k}/iter_4.pth' in log for k in range(2))
+    train(cfg)  # it may be resumed once more
+
+
+def checkpoints_in(cfg, k: int) -> list:
+    return sorted(name for name in os.listdir(osp.join(cfg.work_dir, f'round_{k}')) if name.endswith('.pth'))
 
 
 # --- a full disk -----------------------------------------------------------------------------------------------------

@@ -1,13 +1,19 @@
 """The state file: whole or not at all, readable or refused; what may change on resume; the initial images."""
+import copy
 import json
 import os
 import os.path as osp
+import re
+import shutil
+from typing import Callable
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from mmengine.config import Config
 from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 import al_patch
 from al_patch import (
@@ -17,8 +23,10 @@ from al_patch import (
     check_resume,
     initial_images,
     parse_settings,
+    read_mask,
     read_state,
     write_atomically,
+    write_png,
 )
 
 SMALL = tiny.saved([{'a/00': None}])
@@ -312,7 +320,161 @@ def test_the_state_on_disk_is_json_with_all_settings(make_cfg, train):
     assert set(second['asked'].values()) == {None} and second['spent'] == {'images': 6, '% of images': 50.}
 
 
+# --- a state that was altered ----------------------------------------------------------------------------------------
+
+
+WRONG = 'text', [3], 2.5, {'a': 'text'}, {'a': -1}, -1, 2**64, True, None
+# which of these are right after all, for what the table of fields says; where it begins with None, None and nothing too
+RIGHT = {'dict': [{'a': 'text'}, {'a': -1}], '{str}': [{'a': 'text'}], '{file_name}': [{'a': 'text'}], 'str': ['text'],
+         'amount': [2.5]}
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, shared_data):
+    """The work_dir of a run over regions, with everything that a state can hold."""
+    cfg = Config.fromstring(tiny.config_text(shared_data), '.py')
+    cfg.merge_from_dict({**tiny.NO_VAL, 'train_cfg.max_iters': 1, 'experiment_name': 'finished'})
+    cfg.work_dir = str(tmp_path_factory.mktemp('finished') / 'work')
+    cfg.al = REGIONS
+    Runner.from_cfg(cfg).train()
+    path = osp.join(cfg.work_dir, STATE_FILE)
+    content = read_state(path)
+    content['rounds'][1].update(
+        held_out=[], ids={}, returned={}, unchanged=0, from_store=1, warnings=['x'], changed=['model'])
+    write_atomically(path, json.dumps(dict(content, dropped=[], classes=['dark', 'grey', 'bright'])))
+    return cfg.work_dir
+
+
+REGIONS = dict(unit=dict(type='region', size=[16, 16]), initial=9, budget=6, rounds=1)
+
+
+def everything_in(folder: str) -> dict:
+    """Each file below a folder, less logs and the lock, and its bytes."""
+    paths = [osp.join(where, name) for where, _, names in os.walk(folder) for name in names]
+    return {osp.relpath(path, folder): open(path, 'rb').read() for path in paths
+            if path.endswith(('.json', '.png', '.pth', '.csv'))}
+
+
+@pytest.mark.parametrize('where', ['state', 'rounds[1]'])
+def test_every_field_of_a_state_is_checked(finished, tmp_path, where):
+    """Missing, of another type, negative, far too large: each in one line that names field and file."""
+    content = read_state(osp.join(finished, STATE_FILE))
+    text = al_patch.STATE_FIELDS if where == 'state' else al_patch.ROUND_FIELDS + al_patch.TRAINED_FIELDS
+    path, tried, kinds = str(tmp_path / STATE_FILE), 0, dict(line.split(None, 1) for line in text.splitlines())
+    for field, kind in kinds.items():
+        optional = kind.startswith('None | ')
+        for wrong in (*WRONG, 'missing'):
+            altered = copy.deepcopy(content)
+            part = altered if where == 'state' else altered['rounds'][1]
+            if wrong == 'missing':
+                part.pop(field, None)
+            else:
+                part[field] = wrong
+            write_atomically(path, json.dumps(altered))
+            if optional and wrong in (None, 'missing') or wrong in RIGHT.get(kind.removeprefix('None | '), ()):
+                read_state(path)
+                continue
+            with pytest.raises(ValueError, match=rf'^{path} .*') as error:
+                read_state(path)
+            assert field in str(error.value) and '\n' not in str(error.value)
+            tried += 1
+    assert tried > 7 * len(kinds) and set(content if where == 'state' else content['rounds'][1]) <= set(kinds)
+
+
+def both(key: str, value) -> Callable:
+    return lambda content: content['rounds'][1].update({key: value})
+
+
+@pytest.mark.parametrize('alter, match', [
+    (lambda c: c.update(phase='trian'), "`state.phase` should be 'label' | 'train' | 'query', but is 'trian'"),
+    (lambda c: c.update(round=0), '`state.round` should be 1, the last of `rounds`, but is 0'),
+    (lambda c: c['rounds'][1]['asked'].update(x=[1, 256]), 'not in the data set any more: x (`rounds` of'),
+    (lambda c: c['rounds'][1]['asked'].pop(next(iter(c['rounds'][1]['asked']))), '`rounds[1].spent` of '),
+    (both('pixels', 6 * 256 + 1), '`rounds[1].spent` of '), (both('void_pixels', 99), '`rounds[1].spent` of '),
+    (both('spent', dict(images=10**9)), '`rounds[1].spent` of '),
+    (both('checkpoints', dict(last='../round_0/iter_1.pth')), '`rounds[1].checkpoints` should be {file_name}'),
+    (both('checkpoints', dict(last='..')), '`rounds[1].checkpoints` should be {file_name}'),
+    (both('metrics', dict(mIoU=-3)), '`rounds[1].metrics` should be {float}'),
+    (lambda c: c['rounds'][0].pop('metrics'), '`rounds[0].metrics` should be {float}, but is None'),
+    (lambda c: c['settings'].update(unit='cell'), '`al.unit` should be one of'),
+    (lambda c: c['settings'].update(rounds=-1), '`al.rounds` should be an int >= 0, but got -1')])
+def test_what_does_not_agree_is_refused_and_nothing_changes(finished, make_cfg, train, tmp_path, alter, match):
+    cfg = make_cfg(REGIONS, changes={**tiny.NO_VAL, 'train_cfg.max_iters': 1, 'resume': True})
+    shutil.copytree(finished, cfg.work_dir)
+    path = osp.join(cfg.work_dir, STATE_FILE)
+    content = json.load(open(path))
+    alter(content)
+    write_atomically(path, json.dumps(content))
+    before = everything_in(cfg.work_dir)
+    with pytest.raises(ValueError, match=re.escape(match)) as error:
+        train(cfg)
+    assert STATE_FILE in str(error.value) and '\n' not in str(error.value)
+    assert everything_in(cfg.work_dir) == before
+
+
+def test_a_name_that_stands_twice_is_named(finished, tmp_path):
+    text = open(osp.join(finished, STATE_FILE)).read()
+    name = next(iter(json.loads(text)['rounds'][0]['asked']))
+    (tmp_path / STATE_FILE).write_text(text.replace(f'"{name}": [', f'"{name}": [1, 256], "{name}": [', 1))
+    with pytest.raises(ValueError, match=f'{STATE_FILE} is damaged .`{name}` stands twice'):
+        read_state(str(tmp_path / STATE_FILE))
+
+
+@pytest.mark.parametrize('damage, match', [
+    (os.remove, 'is missing or damaged'), (lambda path: open(path, 'wb').close(), 'is missing or damaged'),
+    (lambda path: write_png(path, np.ones((4, 4), bool)), r'should show the 256 pixels of \(32, 48\) .* shows 16 of'),
+    (lambda path: write_png(path, ~read_mask(path)), r'shows 1280 of \(32, 48\)')])
+def test_masks_that_do_not_agree_are_refused_and_nothing_changes(finished, make_cfg, train, damage, match):
+    cfg = make_cfg(REGIONS, changes={**tiny.NO_VAL, 'train_cfg.max_iters': 1, 'resume': True})
+    shutil.copytree(finished, cfg.work_dir)
+    content = read_state(osp.join(cfg.work_dir, STATE_FILE))
+    name = next(name for name, units in content['rounds'][0]['asked'].items()
+                if units == [1, 256] and name not in content['rounds'][1]['asked'])
+    path = osp.join(cfg.work_dir, 'round_0', 'labelled', f'{name}.png')
+    damage(path)
+    before = everything_in(cfg.work_dir)
+    with pytest.raises(ValueError, match=f'^the mask {path} .*{match}') as error:
+        train(cfg)
+    assert '\n' not in str(error.value) and everything_in(cfg.work_dir) == before
+
+
+# --- what changes between two starts ---------------------------------------------------------------------------------
+
+
+def test_the_strategy_may_change_for_the_rounds_to_come(make_cfg, train):
+    """Each round records its own, and which keys of the config were others than in the round before; overrides are."""
+    cfg = make_cfg(dict(overrides={0: {'train_cfg.max_iters': 2}}), changes=tiny.NO_VAL)
+    train(cfg)
+    again = make_cfg(dict(rounds=3, strategy='margin', weights='last', overrides={0: {'train_cfg.max_iters': 2}}),
+                     changes={**tiny.NO_VAL, 'resume': True, 'optim_wrapper.optimizer.lr': .2})
+    _, rounds = train(again)
+    assert [entry['strategy']['type'] for entry in rounds] == ['random', 'entropy', 'margin', 'margin']
+    assert [entry['changed'] for entry in rounds] == [[], ['train_cfg'], ['optim_wrapper'], []]
+    log = tiny.log_of(cfg.work_dir)
+    assert "Settings have changed since the run last started: al.strategy was 'entropy' and is 'margin'; al.rounds " \
+        "was 1 and is 3; al.weights was 'scratch' and is 'last'\n" in log
+    assert 'The config has changed since the last training: optim_wrapper\n' in log
+
+
+def test_best_is_asked_for_too_late(make_cfg, train):
+    train(make_cfg({}, changes={'default_hooks.checkpoint.save_best': None}))
+    with pytest.raises(FileNotFoundError, match='the checkpoint .*/round_1/best that the run needs to go on is gone'):
+        train(make_cfg(dict(rounds=2, query_with='best'), resume=True))
+
+
 # --- what an older version has written -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('unit', ['image', 'region'])
+def test_schema_2_is_read_as_today(path, unit):
+    """It had paths of checkpoints relative to the work_dir, or outside of it, and no `changed`."""
+    write_atomically(path, json.dumps(SCHEMA_1[unit]))
+    today = read_state(path)
+    then = copy.deepcopy(dict(today, schema=2))
+    for entry in then['rounds'][:1]:
+        entry['checkpoints'] = dict(last='round_0/iter_4.pth', best='../elsewhere/best_mIoU_iter_4.pth')
+    write_atomically(path, json.dumps(then))
+    assert read_state(path) == today
+
 
 with open(osp.join(osp.dirname(__file__), 'schema_1.json')) as file:
     SCHEMA_1 = json.load(file)  # recorded in round 1, after the query and before the training

@@ -222,7 +222,8 @@ def saved(asked: list, phase: str = 'train', **more) -> dict:
     trained = dict(metrics={}, checkpoints=dict(last='iter_4.pth'), train_seconds=1.)
     rounds = [dict(asked=names, strategy={}, spent={}, **(trained if k < len(asked) - 1 or phase == 'query' else {}))
               for k, names in enumerate(asked)]
-    return dict(dict(schema=3, phase=phase, round=len(asked) - 1, seed=0, ended=None, settings={}, config={}, images=12,
+    return dict(dict(schema=3, phase=phase, round=len(asked) - 1, seed=0, ended=None, config={}, images=12,
+                     settings=dict(oracle=dict(type='simulated')),
                      pixels=None, rounds=rounds, pool=NAMES), **more)
 
 
