@@ -493,6 +493,11 @@ def check_resume(state: State, content: dict) -> None:
         raise ValueError(f'{len(gone)} images that were asked for are not in the data set any more: '
                          f'{", ".join(gone[:5])} (`rounds` of {path}). Bring them back, or take them out of the run: '
                          f'python al_label.py drop {shlex.join([state.work_dir, *gone[:5]])}')
+    now = state.spent()
+    wrong = [key for key, value in state.entry['spent'].items() if '% of' not in key and now.get(key) != value]
+    if wrong:
+        raise ValueError(f'`rounds[{state.round}].spent` of {path} should be {now}, the sum over the rounds, but is '
+                         f'{state.entry["spent"]}: restore a copy')
     state.check_masks()
 
 
