@@ -306,8 +306,8 @@ def test_the_state_on_disk_is_json_with_all_settings(make_cfg, train):
     defaults = {key: default for key, (default, _) in al_patch.block_settings().items()}
     assert state['settings'] == {
         **defaults, 'unit': {'type': 'image'}, 'initial': 4, 'budget': 2, 'rounds': 1,
-        'strategy': {'type': 'power_entropy', 'beta': 2}, 'stop': {'metric': 'mIoU', 'value': 99, 'patience': None},
-        'overrides': {'0': {'train_cfg.max_iters': 2}}}
+        'strategy': {'type': 'power_entropy', 'beta': 2}, 'oracle': {'type': 'simulated'},
+        'stop': {'metric': 'mIoU', 'value': 99, 'patience': None}, 'overrides': {'0': {'train_cfg.max_iters': 2}}}
     assert (state['schema'], state['seed'], state['images'], state['pixels'], state['pool']) == (
         3, 0, 12, None, tiny.NAMES)
     assert state['classes'] == ['dark', 'grey', 'bright']
