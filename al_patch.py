@@ -2229,10 +2229,10 @@ class Pool(Dataset):
                                  f'{": a thumbnail?" if is_small else ""}')
             strange = np.setdiff1d(label, [*range(classes or 0), ignore_index])
             with contextlib.suppress(Exception), Image.open(path) as image:
-                known = (label != ignore_index) & (image.mode[0] == 'I')
-                raw = np.asarray(image)[known]
-                if raw.max() > 255 and (raw % 256 == label[known]).all():  # mmseg's loader cuts 16 bits to 8
-                    strange = np.unique(raw[raw > 255])
+                if image.mode[0] == 'I':  # mmseg's loader cuts 16 bits to 8
+                    known = label != ignore_index
+                    raw = np.asarray(image)[known]
+                    strange = np.unique(raw[raw > 255]) if (raw % 256 == label[known]).all() else strange
             if classes and len(strange):
                 raise ValueError(f'labels should be below {classes}, the number of classes, or {ignore_index} for none,'
                                  f' but got {", ".join(map(str, strange[:5]))}'

@@ -96,16 +96,23 @@ def read_png(*path) -> np.ndarray:
         return np.array(image)
 
 
-def annotate(root, truth, work_dir, k: int, skip=()) -> list:
-    """Play the annotator: label what a round asks for and not a pixel more."""
+def annotate(root, truth, work_dir, k: int, skip=(), inbox: bool = False) -> list:
+    """Play the annotator: label what a round asks for and not a pixel more. In the inbox, nothing else is in the file.
+    """
     names = open(to_label(work_dir, k, 'to_label.txt')).read().split('\n')[:-1]
     for name in names:
         if name in skip:
             continue
         mask, known = to_label(work_dir, k, 'mask', f'{name}.png'), read_label(truth, name)
         asked = read_png(mask) if osp.exists(mask) else np.ones(tiny.SHAPE, bool)
-        label = read_label(root, name) if osp.exists(label_file(root, name)) else np.full(tiny.SHAPE, 255, np.uint8)
-        write_label(root, name, np.where(asked, np.where(known == 255, NO_CLASS, known), label))
+        known, label = np.where(known == 255, NO_CLASS, known), np.full(tiny.SHAPE, 255, np.uint8)
+        if inbox:
+            path = osp.join(work_dir, f'round_{k}', 'labels', f'{name}.png')
+            os.makedirs(osp.dirname(path), exist_ok=True)
+            cv2.imwrite(path, np.where(asked, known, label))
+        else:
+            label = read_label(root, name) if osp.exists(label_file(root, name)) else label
+            write_label(root, name, np.where(asked, known, label))
     return names
 
 
@@ -130,9 +137,11 @@ def human(make_cfg, blind):
 # --- whole runs ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('unit', RUNS)
+@pytest.mark.parametrize('unit, inbox', [
+    ('image', True), ('region', False), ('region', True), ('superpixel', True), ('pixel', False)])
 def test_two_rounds_with_an_annotator_end_as_those_with_simulated_labels(
-        make_cfg, train, human, blind, truth, unit, tmp_path):
+        make_cfg, train, human, blind, truth, unit, inbox, tmp_path):
+    """The labels come into the data set's own folder, or into the inbox."""
     al = dict(RUNS[unit], rounds=2)
     simulated = make_cfg(al, root=str(truth), work_dir=str(tmp_path / 'simulated'), changes=SHORT)
     expected_runner, expected = train(simulated)
@@ -146,7 +155,7 @@ def test_two_rounds_with_an_annotator_end_as_those_with_simulated_labels(
             f'{name}.png' for name in masks_of(cfg, k - 1)} == {
                 osp.relpath(osp.join(d, f), label_file(blind, '')[:-4]) for d, _, files in os.walk(
                     osp.dirname(label_file(blind, ''))) for f in files}
-        assert annotate(blind, truth, cfg.work_dir, k) == list(expected[k]['asked'])
+        assert annotate(blind, truth, cfg.work_dir, k, inbox=inbox) == list(expected[k]['asked'])
         runner, rounds = train(go_on)
     assert state_of(cfg)['phase'] == 'query' and len(rounds) == 3
     for key in ('asked', 'pixels', 'void_pixels', 'spent'):
@@ -179,9 +188,22 @@ def test_the_script_ends_with_code_0_and_says_how_to_go_on(tmp_path, blind, trut
     [command] = set(re.findall('Then go on with: (.*)', log))
     assert not osp.exists(to_label(work_dir, 1, 'to_label.txt'))
     shell(sys.executable, osp.join(ROOT, 'al_label.py'), 'export', str(work_dir), PYTHONPATH=reach)
-    assert annotate(blind, truth, work_dir, 1) == list(asked)
     assert all(osp.exists(to_label(work_dir, 1, 'prediction', f'{name}.png')) for name in asked)
+    late = list(asked)[::2]
+    assert annotate(blind, truth, work_dir, 1, late) == list(asked)
     done = shell('bash', '-c', command, PYTHONPATH=reach)
+    log = done.stdout + done.stderr
+    assert f'{sum(asked[name][0] for name in asked if name not in late)} of 9 regions are labelled. Not yet: ' in log
+    assert all(f'{name} (region ' in log for name in late) and f'Then go on with: {command}' in log
+    assert 'Traceback' not in log and read_state(work_dir / STATE_FILE)['phase'] == 'label'
+    masks = {name: read_png(to_label(work_dir, 1, 'mask', f'{name}.png')) for name in asked}
+    assert annotate(blind, truth, work_dir, 1) == list(asked)
+    done = shell('bash', '-c', command, PYTHONPATH=reach)
+    for name in {*first, *asked}:  # the processes have shared the images
+        mask = np.full(tiny.SHAPE, name in first) | masks.get(name, False)
+        assert np.array_equal(read_png(work_dir, 'labels', 'done', f'{name}.png'), mask)
+        assert np.array_equal(read_png(work_dir, 'labels', 'classes', f'{name}.png'),
+                              np.where(mask, read_label(truth, name), 255))
     assert 'all 1 rounds of queries are done' in done.stdout + done.stderr
 
 
