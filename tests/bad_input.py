@@ -52,9 +52,10 @@ SCRIPTS = {'al_train.py': al_train.main, 'al_label.py': al_label.main, 'al_repor
 LIMIT = 60  # seconds
 # words of what an input should be, or of what to do
 SAYS_HOW = re.compile(
-    r'should|needs?\b|cannot|has to|have to|\bis (not|in use|gone|missing|damaged|none|no)\b|\bare (not|gone|missing|both)|'
-    r'there (is|are) no|no such|not found|did you mean|known keys|\buse\b|\badd\b|choose|restore|expected|invalid|'
-    r'required|unrecognized|usage|must|not allowed|refused|has no|does not', re.I)
+    r'should|needs?\b|cannot|has to|have to|\bis (not|in use|gone|missing|damaged|none|no)\b|'
+    r'\bare (not|gone|missing|both)|there (is|are) no|no such|not found|did you mean|known keys|'
+    r'\buse\b|\badd\b|choose|restore|expected|invalid|'
+    r'required|unrecognized|usage|must|not allowed|refused|has no|does not|can not|fail(ed|s)\b|nothing', re.I)
 TRAINING = re.compile(r'(Iter|Epoch)\(train\)')
 LOGS = re.compile(r'(^|/)(\d{8}_\d{6}|__pycache__|vis_data)(/|$)|\.log$|(^|/)al\.lock$|(^|/)work\S*/[^/]+\.py$')
 
@@ -130,11 +131,11 @@ def command_of(case: Case) -> tuple:
     return case.command or ('al_train.py', CONFIG, '--work-dir', WORK, *case.options)
 
 
-def start_script(case: Case, place: str, out: str) -> int:
-    """Start the real launcher. Returns the id of its process, which leads a group."""
+def start_script(case: Case, place: str, out: str) -> subprocess.Popen:
+    """Start the real launcher, as the leader of a group of processes."""
     name, *options = command_of(case)
     if case.gpus is not None and case.command:
-        command = ['bash', osp.join(ROOT, 'dist_al_train.sh'), case.gpus, *case.command]
+        command = ['bash', osp.join(ROOT, 'dist_al_train.sh'), *case.command]
     elif name == 'al_train.py':
         command = ['bash', osp.join(ROOT, 'dist_al_train.sh'), *options[:1], case.gpus or '0', *options[1:]]
         command = command[:3] if case.gpus == '' else command
@@ -143,7 +144,7 @@ def start_script(case: Case, place: str, out: str) -> int:
     env = {**os.environ, 'PATH': osp.dirname(sys.executable) + os.pathsep + os.environ['PATH'], 'OMP_NUM_THREADS': '1',
            'PYTHONPATH': os.pathsep.join([HERE, place])}
     with open(out, 'w') as file:
-        return subprocess.Popen(command, cwd=place, env=env, stdout=file, stderr=file, start_new_session=True).pid
+        return subprocess.Popen(command, cwd=place, env=env, stdout=file, stderr=file, start_new_session=True)
 
 
 def what_is_wrong(case: Case, code: int, text: str, before: dict, after: dict) -> tuple[list, str]:
@@ -169,7 +170,8 @@ def what_is_wrong(case: Case, code: int, text: str, before: dict, after: dict) -
                      and not any(fnmatch(path, pattern) for pattern in case.writes)
                      and not (path in checkpoints and 'training had begun' in wrong))
     if changed:
-        wrong.append(f'changed on disk: {", ".join(changed[:3])}' + f' and {len(changed) - 3} more' * (len(changed) > 3))
+        more = f' and {len(changed) - 3} more' * (len(changed) > 3)
+        wrong.append(f'changed on disk: {", ".join(changed[:3])}{more}')
     return wrong, line
 
 
@@ -209,7 +211,10 @@ def try_input(case: Case, folder: str, number: int, scripted: bool, tell: Callab
     if case.holds:
         lock = open(osp.join(place, case.holds), 'r+')
         fcntl.lockf(lock, fcntl.LOCK_EX)
-    code = yield start_script(case, place, out) if scripted else fork(command_of(case), place, out), lock
+    process = start_script(case, place, out) if scripted else None  # unless it is kept, Python would wait for it
+    code = yield process.pid if process else fork(command_of(case), place, out), lock
+    if process:
+        process.returncode = code
     with open(out, errors='replace') as file:
         text = file.read()
     wrong, line = what_is_wrong(case, code, text, before, snapshot(place))
@@ -231,6 +236,8 @@ def run_all(generators: list, jobs: int) -> None:
     while waiting or running:
         while waiting and len(running) < jobs:
             go_on(waiting.popleft())
+        if not running:
+            continue
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in running:
             generator, lock, _ = running.pop(pid)

@@ -87,7 +87,7 @@ def add(kind: str, name: str, *words, **how) -> None:
     CASES.append(Case(kind, name, words, **how))
 
 
-# --- what damages --------------------------------------------------------------------------------------------------
+# --- what damages ----------------------------------------------------------------------------------------------------
 
 
 def image(name: str, split: str = 'train') -> str:
@@ -141,6 +141,7 @@ of_no_class, void, deep = draws(FLAT + 7), draws(FLAT + 255), draws(FLAT.astype(
 colours = draws(np.tile(np.arange(W, dtype=np.uint8)[None, :, None], (H, 1, 3)))
 with_alpha = draws(np.tile(np.arange(W, dtype=np.uint8)[None, :, None], (H, 1, 4)))
 small_picture, large_picture = draws(np.zeros((H // 2, W // 2, 3), np.uint8)), draws(np.zeros((2 * H, W, 3), np.uint8))
+large_label = draws(np.zeros((2 * H, W), np.uint8))
 
 
 def at(*paths: str, do: Callable) -> Callable:
@@ -226,7 +227,7 @@ def both(*damages: Callable) -> Callable:
     return damage
 
 
-# --- generated: each setting, of a wrong type, out of range, misspelt, missing where it has no default --------------------
+# --- generated: each setting, of a wrong type, out of range, misspelt, missing where it has no default ---------------
 
 # the words of a rule -> values of a wrong type, and values out of range. Of `None or ...` all but None is wrong, too
 BIG = 2**70
@@ -244,7 +245,8 @@ WRONG_VALUES = {
         (['3', True, None, ['2']], [0, -1, 1.5, [], [2, 0]]),
     'a positive int, a fraction in (0, 1], a list of image names, or the path of a split file':
         ([True, None, [3]], [0, -1, 1.5, '', []]),
-    "a name, dict(type=name, **options) or 'package.module:function'": ([None, 3, ['image'], dict(type=3)], ['no such']),
+    "a name, dict(type=name, **options) or 'package.module:function'":
+        ([None, 3, ['image'], dict(type=3)], ['no such']),
     "a dict from a round to a dict of config keys, e.g. {2: {'train_cfg.max_iters': 4000}}":
         ([[1], 'x', {1: 4000}], [{-1: {}}, {'one': {}}]),
     "a dict of 'metric' with 'value' and / or 'patience', e.g. dict(metric='mIoU', value=75)":
@@ -254,7 +256,7 @@ WRONG_VALUES = {
 def wrong_values(annotation) -> tuple[list, list]:
     """Values of a wrong type, and values out of range."""
     if annotation in (int, float, str, bool):
-        return {int: (['3', 2.5, None], []), float: (['3', None], []), str: ([3, None], []), bool: ([1], [])}[annotation]
+        return {int: ['3', 2.5, None], float: ['3', None], str: [3, None], bool: [1]}[annotation], []
     rule = next((rule for rule in getattr(annotation, '__metadata__', ()) if isinstance(rule, al_patch.Rule)), None)
     if rule is None:
         return [], []
@@ -271,7 +273,7 @@ def wrong_values(annotation) -> tuple[list, list]:
 
 
 def with_key(parent: Optional[str], base, key: str, value) -> dict:
-    """A block in which a key has a value: of the block itself or, if there is a ``parent``, of a setting with options."""
+    """A block in which a key has a value: of the block itself or, with a ``parent``, of a setting that has options."""
     return {parent: {**base, key: value}} if parent else {key: value}
 
 
@@ -313,7 +315,8 @@ def add_settings() -> None:
             wrong = key + key[-1]
             add('settings', f'{where}.{key} {lead} misspelt', f'`{where}.{wrong}`', f'`{where}.{key}`',
                 al=with_key(parent, base, wrong, 1))
-        add('settings', f'{where} {lead} unknown', f'`{where}.xyzzy`', 'known keys', al=with_key(parent, base, 'xyzzy', 1))
+        add('settings', f'{where} {lead} unknown', f'`{where}.xyzzy`', 'known keys',
+            al=with_key(parent, base, 'xyzzy', 1))
     for key, options in dict(unit=dict(size=[8, 8]), strategy=dict(k=2), oracle=dict(accept_partial=True)).items():
         add('settings', f'al.{key} without its type', f'`al.{key}', 'type', al={key: options})
     own = write('mine.py', 'def needs(probs_NCHW, power: float):\n    return probs_NCHW[:, 0]\n')
@@ -335,7 +338,7 @@ def given_as(value):
     return re.compile('but (got|is|has) .*(' + '|'.join(map(re.escape, sorted(shown))) + ')')
 
 
-# --- generated: each field of the state ---------------------------------------------------------------------------------
+# --- generated: each field of the state ------------------------------------------------------------------------------
 
 MISSING = '(missing)'
 COUNT = {'text': '1', 'a fraction': 1.5, 'negative': -1, 'far too large': BIG}
@@ -353,18 +356,19 @@ STATE_FIELDS = dict(
     config=(False, {'a list': ['x'], 'a number in it': dict(model=3), 'null': None}),
     images=(False, {**COUNT, 'not those of the pool': 11, 'null': None}),
     pixels=(False, COUNT), rounds=(False, {'a dict': {}, 'empty': [], 'text in it': ['x'], 'null': None}),
-    pool=(False, POOL), dropped=(True, {**NAMES, 'a name that is not in the pool': ['no/such']}),
+    pool=(False, POOL), dropped=(True, NAMES),
     classes=(True, TEXTS))
 ROUND_FIELDS = dict(
-    asked=(False, {'a list': ['a/00'], 'text': 'a/00', 'null': None, 'a name that is not in the pool': {'no/such': None},
-                   'a unit without pixels': {'a/00': [1]}, 'text for an image': {'a/00': 'all'},
+    asked=(False, {'a list': ['a/00'], 'text': 'a/00', 'null': None,
+                   'a name that is not in the pool': {'no/such': None}, 'a unit without pixels': {'a/00': [1]},
+                   'text for an image': {'a/00': 'all'},
                    'negative': {'a/00': [-1, 5]}, 'zero': {'a/00': [0, 0]}, 'far too large': {'a/00': [1, 10**9]}}),
     strategy=(False, {'text': 'entropy', 'a list': [], 'null': None}),
     spent=(False, {'a list': [], 'text': 'x', 'text in it': dict(images='4'), 'negative': dict(images=-4),
                    'far too large': dict(images=BIG)}),
     metrics=(False, {'a list': [], 'text in it': dict(mIoU='x'), 'null': None}),
     checkpoints=(False, {'a list': ['iter_2.pth'], 'a number': dict(last=3), 'null': None,
-                         'a path out of it': dict(last='../../../iter_2.pth'), 'no such file': dict(last='iter_9.pth'),
+                         'a path out of it': dict(last='../../../iter_2.pth'),
                          'an absolute path': dict(last='/etc/passwd'), 'none': {}, 'empty': dict(last='')}),
     train_seconds=(False, AMOUNT), query_seconds=(True, AMOUNT))
 REGION_FIELDS = dict(asked=ROUND_FIELDS['asked'], pixels=(False, COUNT),
@@ -374,8 +378,7 @@ CRC_FIELDS = dict(held_out=(False, {**NAMES, 'a name that is not in the pool': [
 HUMAN_FIELDS = dict(
     ids=(True, {'a list': [], 'text': {'*': 'x'}, 'negative': {'*': [-1]}, 'far too large': {'*': [10**6]},
                 'twice the same': {'*': 'twice'}, 'an image that nobody asked for': {'no/such': [0]}}),
-    returned=(True, {'a list': [], 'text in it': {'a/00': 'x'}, 'negative': {'a/00': [-1, 5]},
-                     'a name that is not in the pool': {'no/such': [1, 64]}}),
+    returned=(True, {'a list': [], 'text in it': {'a/00': 'x'}, 'negative': {'a/00': [-1, 5]}}),
     unchanged=(True, COUNT), from_store=(True, COUNT), warnings=(True, {'text': 'x', 'numbers': [3]}),
     changed=(True, {'text': 'x', 'numbers': [3]}))
 
@@ -383,7 +386,7 @@ HUMAN_FIELDS = dict(
 def set_field(field: str, value, is_round: bool) -> Callable:
 
     def change(content: dict) -> None:
-        owner = content['rounds'][0] if is_round else content
+        owner = content['rounds'][-1 if field == 'held_out' else 0] if is_round else content
         if value == MISSING:
             owner.pop(field, None)
         elif isinstance(value, dict) and '*' in value:
@@ -416,8 +419,9 @@ def add_state() -> None:
                 words = [] if value == MISSING or '*' in str(value) else [shown_as(value)]
                 if field == 'schema' and value == 99:
                     words = ['99']
-                add('state', f'{run} {"rounds[0]." * is_round}{field} {what}', 'al_state.json', re.compile(rf'\b{field}\b'),
-                    *words, run=run, options=('--resume', ), damage=set_field(field, value, is_round))
+                add('state', f'{run} {"rounds[0]." * is_round}{field} {what}', 'al_state.json',
+                    re.compile(rf'\b{field}\b'), *words, run=run, options=('--resume', ),
+                    damage=set_field(field, value, is_round))
 
     def twice(content: dict) -> None:
         content['rounds'][1]['asked'].update(dict.fromkeys(list(content['rounds'][0]['asked'])[:1]))
@@ -453,11 +457,12 @@ def add_state() -> None:
     add('state', 'round: one too many', 'al_state.json', 'round', run='image',
         damage=changes_state(lambda content: content.update(round=2)), **resume)
     add('state', 'rounds: one lost', 'al_state.json', 'round', run='image',
-        damage=changes_state(lambda content: content['rounds'].pop()), **resume)
+        damage=changes_state(lambda content: content.update(rounds=content['rounds'][:1])), **resume)
     for key, value in dict(unit=dict(type='pixel', radius=0), initial=5, seed=3, budget=0, strategy='no such',
-                           oracle='human', no_setting=3).items():
+                           oracle='human').items():
+        change = functools.partial(lambda content, changed: content['settings'].update(changed), changed={key: value})
         add('state', f'settings.{key} {value!r}', re.compile(rf'\b{key}\b'), shown_as(value), run='image',
-            damage=changes_state(lambda content, key=key, value=value: content['settings'].update({key: value})), **resume)
+            damage=changes_state(change), **resume)
     mask = WORK + '/round_1/labelled/{}.png'
     flipped = np.zeros(tiny.SHAPE, bool)
     flipped[0, 0] = True
@@ -469,9 +474,12 @@ def add_state() -> None:
             damage=at_last_asked(mask, do), **resume)
 
 
-# --- by hand: data --------------------------------------------------------------------------------------------------------
+# --- by hand: data ---------------------------------------------------------------------------------------------------
 
-TRAIN, VAL = "train_dataloader['dataset']", "val_dataloader['dataset']"
+TRAIN = "train_dataloader['dataset']"
+# only building a round shows it, or training one: the state is there by then
+SHOWN_BY_A_ROUND = dict(writes=('work/*', ))
+SHOWN_BY_TRAINING = dict(writes=('work/*', ), trains=True)
 
 
 def add_data() -> None:
@@ -482,8 +490,9 @@ def add_data() -> None:
 
 def add_data_files() -> None:
     # images and labels that the run begins with
-    for what, do in dict(truncated=cut, page=page, empty=empty, folder=folder).items():
-        add('data', f'first image {what}', image('a/01'), damage=at(image('a/01'), do=do))
+    for what, do in dict(truncated=cut, page=page, empty=empty, folder=folder).items():  # a folder is no image
+        add('data', f'first image {what}', 'a/01' if what == 'folder' else image('a/01'),
+            damage=at(image('a/01'), do=do))
         add('data', f'first label {what}', label('a/01'), damage=at(label('a/01'), do=do))
     for what, (do, *words) in dict(
             missing=(remove, 'no such file'), smaller=(smaller, '(31, 48)', '(32, 48)'),
@@ -494,26 +503,29 @@ def add_data_files() -> None:
         if what in ('missing', 'smaller', 'of_no_class'):
             add('data', f'first label {what}, pixels', label('a/01'), *words, al=dict(unit='pixel'),
                 damage=at(label('a/01'), do=do))
-    add('data', 'every label is a colour picture', 'ann/train', 'colour', damage=at(*map(label, tiny.NAMES), do=colours))
+    add('data', 'every label is a colour picture', 'ann/train', 'colour',
+        damage=at(*map(label, tiny.NAMES), do=colours))
     add('data', 'masks of 0 and 255 for classes 0 and 1', 'ann/train', '255', 'divide by 255',
         more="model['decode_head'].update(ignore_index=254)\nmodel['data_preprocessor'].update(seg_pad_val=254)\n"
         "train_dataloader['dataset'].update(ignore_index=254)\n", damage=at(*map(label, tiny.NAMES), do=void))
-    add('data', 'link to nowhere', image('a/02'), damage=lambda place: (
+    add('data', 'first image: a link to nowhere', 'a/02', damage=lambda place: (
         remove(osp.join(place, image('a/02'))), os.symlink('nowhere.png', osp.join(place, image('a/02')))))
     # images of the pool
     for what, do in dict(page=page, empty=empty).items():
         for unit in ('image', 'region', 'superpixel'):
             add('data', f'pool image {what}, {unit}', image('b/09'), damage=at(image('b/09'), do=do),
                 al=dict(unit=unit, initial=FIRST))
-    add('data', 'pool image truncated', image('b/09'), damage=at(image('b/09'), do=cut), trains=True, writes=('work/*', ))
-    add('data', 'pool images of different sizes in a batch', image('b/09'), re.compile('batch_size'),
-        damage=at(image('b/09'), do=large_picture))
-    add('data', 'pool images of different sizes in a batch, regions', image('b/09'), re.compile('batch_size'),
-        al=REGION, damage=at(image('b/09'), do=large_picture))
+    add('data', 'pool image truncated', image('b/09'), damage=at(image('b/09'), do=cut), **SHOWN_BY_TRAINING)
+    large = both(at(image('b/09'), do=large_picture), at(label('b/09'), do=large_label))
+    add('data', 'pool images of different sizes in a batch', image('b/09'), 'batch_size', damage=large)
+    add('data', 'pool images of different sizes in a batch, regions', image('b/09'), 'batch_size', al=REGION,
+        damage=large)
     # validation
     validates = dict(validates=True)
-    for what, do in dict(truncated=cut, page=page, empty=empty, missing=remove, smaller=smaller, colours=colours).items():
+    for what, do in dict(page=page, empty=empty, missing=remove, smaller=smaller, colours=colours).items():
         add('data', f'validation label {what}', label('1', 'val'), damage=at(label('1', 'val'), do=do), **validates)
+    for path in (label('1', 'val'), image('1', 'val')):
+        add('data', f'validation, truncated: {path}', path, damage=at(path, do=cut), **SHOWN_BY_TRAINING, **validates)
     for what, do in dict(page=page, empty=empty).items():
         add('data', f'validation image {what}', image('1', 'val'), damage=at(image('1', 'val'), do=do), **validates)
     every = [label(f'{i}', 'val') for i in range(4)]
@@ -521,33 +533,32 @@ def add_data_files() -> None:
         damage=at(*every, do=void), **validates)
     add('data', 'validation labels of no class', re.compile('val_dataloader|ann/val'), re.compile('class'), '7',
         damage=at(*every, do=of_no_class), **validates)
-    add('data', 'validation label of no class', label('1', 'val'), '7', damage=at(label('1', 'val'), do=of_no_class),
-        **validates)
     add('data', 'validation images of different sizes in a batch', re.compile('val_dataloader|img/val'),
-        re.compile('batch_size'), damage=both(at(image('1', 'val'), do=large_picture), at(label('1', 'val'), do=draws(
-            np.zeros((2 * H, W), np.uint8)))), **validates)
+        re.compile('batch_size'), damage=both(at(image('1', 'val'), do=large_picture),
+                                                         at(label('1', 'val'), do=large_label)), **validates)
 
 
 def add_data_folders() -> None:
     validates = dict(validates=True)
     for split, key, how in (('train', 'train_dataloader', {}), ('val', 'val_dataloader', validates)):
         dataset = f"{key}['dataset']"
-        add('data', f'{split} images: no such folder', f'img/{split}', damage=at(f'{DATA}/img/{split}', do=remove), **how)
-        add('data', f'{split} images: empty folder', f'{key}', damage=at(f'{DATA}/img/{split}', do=folder), **how)
-        add('data', f'{split} labels: no such folder', f'ann/{split}', damage=at(f'{DATA}/ann/{split}', do=remove), **how)
-        add('data', f'{split} labels: empty folder', f'ann/{split}', damage=at(f'{DATA}/ann/{split}', do=folder), **how)
+        images, labels = f'img/{split}', f'ann/{split}'
+        add('data', f'{split} images: no such folder', images, damage=at(f'{DATA}/{images}', do=remove), **how)
+        add('data', f'{split} images: empty folder', key, damage=at(f'{DATA}/{images}', do=folder), **how)
+        add('data', f'{split} labels: no such folder', labels, damage=at(f'{DATA}/{labels}', do=remove), **how)
+        add('data', f'{split} labels: empty folder', labels, damage=at(f'{DATA}/{labels}', do=folder), **how)
         add('data', f'{split} root: no such folder', 'no_such_root', **how,
             more=f"{dataset}.update(data_root='no_such_root')\n")
-        add('data', f'{split} img_suffix: no such files', key, re.compile(r'img_suffix|\.tiff'), **how,
+        add('data', f'{split} img_suffix: no such files', key, **how,
             more=f"{dataset}.update(img_suffix='.tiff')\n")
         add('data', f'{split} seg_map_suffix: no such files', '.tiff', **how,
             more=f"{dataset}.update(seg_map_suffix='.tiff')\n")
         add('data', f'{split} ann_file: no such file', 'no_such.txt', **how,
             more=f"{dataset}.update(ann_file='no_such.txt')\n")
-        add('data', f'{split} ann_file: empty', re.compile(f'{key}|none.txt'), damage=write(f'{DATA}/none.txt', ''), **how,
-            more=f"{dataset}.update(ann_file='none.txt')\n")
+        add('data', f'{split} ann_file: empty', re.compile(f'{key}|none.txt'), **how,
+            more=f"{dataset}.update(ann_file='none.txt')\n", damage=write(f'{DATA}/none.txt', ''))
         add('data', f'{split} ann_file: names that are no files', 'zz/99', **how,
-            damage=write(f'{DATA}/some.txt', '\n'.join([*(FIRST if split == 'train' else '0123'), 'zz/99', ''])),
+            damage=write(f'{DATA}/some.txt', '\n'.join([*(tiny.NAMES if split == 'train' else '0123'), 'zz/99', ''])),
             more=f"{dataset}.update(ann_file='some.txt')\n")
     add('data', 'two images of one name', re.compile('unique|twice'), re.compile('00'), more="train_dataloader.update("
         "dataset=dict(type='ConcatDataset', datasets=[train_dataloader['dataset'], dict(train_dataloader['dataset'], "
@@ -571,34 +582,36 @@ def add_data_of_runs() -> None:
     for run in ('image', 'region'):
         add('data', f'a labelled image is gone, {run}', re.compile('not in the data set any more'), re.compile('drop'),
             run=run, damage=at_last_asked(f'{DATA}/img/train/{{}}.png', remove), **resume)
-    add('data', 'a partly labelled image has another size now', re.compile(r'\.png'), re.compile('64, 48'), run='region',
-        damage=at_last_asked(f'{DATA}/img/train/{{}}.png', large_picture), **resume)
+    add('data', 'a partly labelled image has another size now', re.compile(r'(img/train|labelled)/\S+\.png'),
+        run='region', damage=at_last_asked(f'{DATA}/img/train/{{}}.png', large_picture), **resume)
     add('data', 'another data set altogether', 'not in the data set any more', run='image',
         damage=lambda place: os.rename(osp.join(place, DATA, 'img/train/a'), osp.join(place, DATA, 'img/train/c')),
         **resume)
     for what, do in dict(truncated=cut, smaller=smaller, of_no_class=of_no_class, missing=remove).items():
-        add('data', f'a labelled label {what} now', re.compile(r'ann/train/\S+\.png'), run='image',
-            damage=at_last_asked(f'{DATA}/ann/train/{{}}.png', do), **resume)
+        by_training = what in ('truncated', 'of_no_class')  # a header does not show it
+        add('data', f'labels that are {what} now', re.compile(r'ann/train/\S+\.png'), run='image', trains=by_training,
+            writes=('work/*', ) if by_training else (), damage=at(*map(label, tiny.NAMES), do=do), **resume)
     superpixels = WORK + '/superpixels/12_100.0/{}.png'
     for what, do in dict(truncated=cut, page=page, smaller=smaller, folder=folder).items():
         add('data', f'superpixels {what}', re.compile(r'superpixels/\S+\.png'), run='superpixel',
             damage=at_last_asked(superpixels, do), **resume)
 
 
-# --- by hand: labels that people give ----------------------------------------------------------------------------------
+# --- by hand: labels that people give --------------------------------------------------------------------------------
 
 # what is right in other files is kept
-STORE = 'work/labels/*', 'work/round_*/to_label/*', 'work/al_state.json', 'work/label_changes.json'
+STORE = 'work/labels/*', 'work/round_*/to_label/*'
 
 
 def add_labels() -> None:
     for run in ('human', 'human_region'):
         inbox = WORK + '/round_1/labels/{}.png'
         for what, (do, *words) in dict(
-                truncated=(cut_label, ), page=(page, ), empty=(lambda path: write(path, '')(''), ),
+                truncated=(cut_label, ), page=(page, ),
                 smaller=(smaller, '(31, 48)', '(32, 48)'), turned=(turned, '(48, 32)', '(32, 48)'),
-                thumbnail=(thumbnail, '(16, 24)', 'thumbnail'), colours=(colours, 'colour'), alpha=(with_alpha, 'colour'),
-                deep=(deep, '300'), of_no_class=(of_no_class, '7', '3'), folder=(folder, )).items():
+                thumbnail=(thumbnail, '(16, 24)', 'thumbnail'), colours=(colours, 'colour'),
+                alpha=(with_alpha, 'colour'), deep=(deep, '300'), of_no_class=(of_no_class, '7', '3'),
+                folder=(folder, )).items():
             add('labels', f'{run} {what}', re.compile(r'round_1/labels/\S+\.png'), *words, run=run, writes=STORE,
                 options=('--resume', ), damage=at_last_asked(inbox, do))
         add('labels', f'{run} data set truncated', re.compile(r'ann/train/\S+\.png'), run=run, writes=STORE,
@@ -612,7 +625,8 @@ def add_labels() -> None:
         for what, do in dict(truncated=cut, page=page, deleted=remove).items():
             if (kind, what) != ('read', 'deleted'):  # it is made again
                 add('labels', f'the store\'s {kind} {what}', re.compile(rf'labels/{kind}/\S+\{suffix}'), run='answered',
-                    options=('--resume', ), damage=at_first_asked(f'{WORK}/labels/{kind}/{{}}{suffix}', do))
+                    options=('--resume', ), writes=STORE,
+                    damage=at_first_asked(f'{WORK}/labels/{kind}/{{}}{suffix}', do))
     for kind in ('classes', 'done'):
         add('labels', f'the store\'s {kind} of another size', re.compile(rf'labels/{kind}/\S+\.png'), run='answered',
             options=('--resume', ), damage=at_first_asked(f'{WORK}/labels/{kind}/{{}}.png', smaller))
@@ -634,7 +648,7 @@ def at_first_asked(pattern: str, do: Callable) -> Callable:
         next(iter(read_json(osp.join(place, STATE))['rounds'][0]['asked'])))))
 
 
-# --- by hand: work_dir ----------------------------------------------------------------------------------------------------
+# --- by hand: work_dir -----------------------------------------------------------------------------------------------
 
 
 def add_work_dir() -> None:
@@ -649,14 +663,15 @@ def add_work_dir() -> None:
     add('work_dir', 'in use', 'work', 'in use', re.compile(r'process \d+'), holds='work/al.lock', damage=write(
         'work/al.lock', 'process 1 on elsewhere'))
     add('work_dir', 'in use, resumed', 'work', 'in use', run='image', holds='work/al.lock', **resume)
-    add('work_dir', 'the lock is a folder', 'al.lock', damage=lambda place: os.makedirs(osp.join(place, WORK, 'al.lock')))
+    add('work_dir', 'the lock is a folder', 'al.lock',
+        damage=lambda place: os.makedirs(osp.join(place, WORK, 'al.lock')))
     add('work_dir', 'the lock is a link', 'al.lock', damage=lambda place: (
         os.makedirs(osp.join(place, WORK)), os.symlink('../elsewhere', osp.join(place, WORK, 'al.lock'))))
     add('work_dir', 'a round\'s folder is a file', 'round_0', damage=write('work/round_0', ''))
     add('work_dir', 'a round\'s folder leads out', 'round_0', 'elsewhere', al=REGION, damage=lambda place: (
         os.makedirs(osp.join(place, WORK)), os.makedirs(osp.join(place, 'elsewhere')),
         os.symlink('../elsewhere', osp.join(place, WORK, 'round_0'))))
-    add('work_dir', 'more rounds than the disk holds', 'work', re.compile('GB|disk'), al=dict(rounds=10**9, budget=1))
+    add('work_dir', 'more rounds than the disk holds', 'work', re.compile('GB|disk'), al=dict(rounds=10**7, budget=1))
     for what, text in dict(page='<html>404</html>', nothing='', half='{"schema": 2, "phase": ', null='null', list='[]',
                            number='3', nested='[' * 10**5).items():
         add('work_dir', f'state: {what}', 'work/al_state.json', damage=write(STATE, text), **resume)
@@ -666,7 +681,7 @@ def add_work_dir() -> None:
         damage=lambda place: os.makedirs(osp.join(place, STATE)))
     add('work_dir', 'state: a folder, without --resume', 'work/al_state.json',
         damage=lambda place: os.makedirs(osp.join(place, STATE)))
-    add('work_dir', 'state: another run\'s', re.compile('al.unit'), 'pixel', run='region', al=dict(unit='pixel'), **resume)
+    add('work_dir', 'state: another run\'s', '`al.unit`', 'pixel', run='region', al=dict(unit='pixel'), **resume)
     for run in ('image', 'region'):
         for what, do in dict(missing=remove, truncated=cut, page=page, empty=empty, folder=folder).items():
             add('work_dir', f'checkpoint {what}, {run}', re.compile(r'round_1/iter_2\.pth'), run=run,
@@ -687,8 +702,8 @@ def add_work_dir() -> None:
     for what, change, word in (('lacks a parameter', drop, 'conv_seg.weight'),
                                ('of another shape', widen, 'backbone.stem.weight'),
                                ('has one too many', with_more, 'decode_head.more')):
-        add('work_dir', f'checkpoint {what}', 'round_1/iter_2.pth', word, run='image', damage=changes_checkpoint(change),
-            **resume)
+        add('work_dir', f'checkpoint {what}', 'round_1/iter_2.pth', word, run='image',
+            damage=changes_checkpoint(change), **resume)
     add('work_dir', 'checkpoint of nothing', 'round_1/iter_2.pth', run='image',
         damage=changes_checkpoint(lambda checkpoint: dict(meta={})), **resume)
     add('work_dir', 'checkpoint that runs code', 'round_1/iter_2.pth', re.compile('code'), run='image',
@@ -701,12 +716,12 @@ def add_work_dir() -> None:
         for key in ('metrics', 'checkpoints', 'train_seconds', 'query_seconds'):
             content['rounds'][-1].pop(key, None)
 
-    add('work_dir', 'checkpoint of a round\'s middle that runs code', 'round_1/iter_2.pth', re.compile('code'), run='image',
+    add('work_dir', 'checkpoint of a round\'s middle that runs code', 'round_1/iter_2.pth', 'code', run='image',
         damage=both(changes_checkpoint(lambda checkpoint: dict(checkpoint, more=RunsCode())), changes_state(halfway)),
         **resume)
 
 
-# --- by hand: command line ------------------------------------------------------------------------------------------------
+# --- by hand: command line -------------------------------------------------------------------------------------------
 
 
 def add_command_line() -> None:
@@ -740,21 +755,23 @@ def add_options() -> None:
     add('command line', 'no config', 'config', command=('al_train.py', ))
     add('command line', '--cfg-options without =', '--cfg-options', 'al.rounds', options=('--cfg-options', 'al.rounds'))
     add('command line', '--cfg-options without a value', '--cfg-options', options=('--cfg-options', ))
-    add('command line', '--cfg-options: a key below a number', 'train_cfg.max_iters',
+    add('command line', '--cfg-options: a key below a number', '--cfg-options', 'max_iters',
         options=('--cfg-options', 'train_cfg.max_iters.x=3'))
-    add('command line', '--cfg-options: an index out of range', re.compile('pipeline'),
+    add('command line', '--cfg-options: an index out of range', '--cfg-options', '9',
         options=('--cfg-options', 'train_dataloader.dataset.pipeline.9.type=Resize'))
-    for option, key, given in (('al.budgets=1', '`al.budgets`', '`al.budget`'), ('al.rounds=five', '`al.rounds`', "'five'"),
+    for option, key, given in (('al.budgets=1', '`al.budgets`', '`al.budget`'),
+                               ('al.rounds=five', '`al.rounds`', "'five'"),
                                ('al.unit.type=boxes', '`al.unit', "'boxes'"), ('al=entropy', '`al`', "'entropy'"),
                                ('al.strategy.type=entrpy', '`al.strategy', "'entrpy'"),
                                ('al.unit.size=8,8', '`al.unit', 'type'), ('al.seed=-1', '`al.seed`', '-1'),
                                ('al.budget=0', '`al.budget`', '0'), ('model.type=NoSuchModel', 'model', 'NoSuchModel'),
-                               ('train_dataloader.batch_size=many', 'train_dataloader.batch_size', 'many'),
-                               ('train_cfg.max_iters=many', 'train_cfg.max_iters', 'many'),
-                               ('optim_wrapper.optimizer.type=SDG', 'optim_wrapper.optimizer', 'SDG')):
-        add('command line', f'--cfg-options {option}', key, given, options=('--cfg-options', option))
-    add('command line', '--amp for an optimizer wrapper of one\'s own', '--amp', 'OptimWrapperDict', options=('--amp', ),
-        more="optim_wrapper.update(type='OptimWrapperDict')\n")
+                               ('train_dataloader.batch_size=many', 'batch_size', 'many'),
+                               ('train_cfg.max_iters=many', 'max_iters', 'many'),
+                               ('optim_wrapper.optimizer.type=SDG', 'optimizer', 'SDG')):
+        how = SHOWN_BY_A_ROUND if option.startswith(('train', 'optim')) else {}
+        add('command line', f'--cfg-options {option}', key, given, options=('--cfg-options', option), **how)
+    add('command line', '--amp for an optimizer wrapper of one\'s own', '--amp', 'OptimWrapperDict',
+        options=('--amp', ), more="optim_wrapper.update(type='OptimWrapperDict')\n")
     for gpus in ('all', '-1', '1.5', '', '0x2'):
         add('command line', f'{gpus!r} GPUs', 'GPUs', gpus=gpus)
     add('command line', 'a wrong setting, with two processes', '`al.unit`', "'boxes'", gpus='2', al=dict(unit='boxes'))
@@ -770,16 +787,17 @@ def add_companions() -> None:
             ('al_label.py rewind work 9', 'K', '9', '1'), ('al_label.py rewind work -1', '-1'),
             ('al_label.py rewind work one', 'one'), ('al_label.py rewind work 1', '1', 'newest'),
             ('al_label.py rewind nowhere 0', 'nowhere'), ('al_label.py drop work no/such', 'no/such'),
-            ('al_label.py drop nowhere a/00', 'nowhere'), ('al_label.py drop work', 'IMAGE'), ('al_label.py', 'command'),
-            ('al_label.py import work', 'import'), ('al_report.py status nowhere', 'nowhere'),
-            ('al_report.py compare nowhere', 'nowhere'), ('al_report.py compare work nowhere', 'nowhere'),
-            ('al_report.py compare work -o curves.xyz', 'xyz'), ('al_report.py compare work --metric mIoo', 'mIoo'),
-            ('al_report.py compare work --full much', 'much'), ('al_report.py stats work', 'stats')):
+            ('al_label.py drop nowhere a/00', 'nowhere'), ('al_label.py drop work', 'IMAGE'),
+            ('al_label.py', 'command'), ('al_label.py import work', 'import'),
+            ('al_report.py status nowhere', 'nowhere'), ('al_report.py compare nowhere', 'nowhere'),
+            ('al_report.py compare work nowhere', 'nowhere'), ('al_report.py compare work -o curves.xyz', 'xyz'),
+            ('al_report.py compare work --metric mIoo', 'mIoo'), ('al_report.py compare work --full much', 'much'),
+            ('al_report.py stats work', 'stats')):
         add('command line', command, *words, run='best' if 'compare' in command else 'image',
             command=tuple(command.split()))
     for script in ('al_label.py export', 'al_report.py status'):
-        add('command line', f'{script} of a broken state', 'al_state.json', command=(*script.split(), 'work'), run='image',
-            damage=at(STATE, do=cut))
+        add('command line', f'{script} of a broken state', 'al_state.json', command=(*script.split(), 'work'),
+            run='image', damage=at(STATE, do=cut))
     add('command line', 'al_label.py export without a config', 'config', run='human',
         command=('al_label.py', 'export', 'work'), damage=lambda place: remove(osp.join(place, WORK, CONFIG)))
     for command in ('rewind work 0', 'drop work a/00'):
@@ -787,7 +805,7 @@ def add_companions() -> None:
             command=('al_label.py', *command.split()))
 
 
-# --- by hand: config ------------------------------------------------------------------------------------------------------
+# --- by hand: config -------------------------------------------------------------------------------------------------
 
 
 def add_config() -> None:
@@ -802,13 +820,13 @@ def add_config() -> None:
         add('config', f'{key} best without save_best', f"`al.{key}='best'`", 'save_best', al={key: 'best'}, **validates,
             more="default_hooks['checkpoint'].update(save_best=None)\n")
         add('config', f'{key} best without validation', f"`al.{key}='best'`", 'val_cfg', al={key: 'best'})
-    add('config', 'best of a metric that nobody reports', 'save_best', 'mIuO', al=dict(query_with='best'), **validates,
+    add('config', 'best of a metric that nobody reports', 'mIuO', al=dict(query_with='best'), **validates,
         more="default_hooks['checkpoint'].update(save_best='mIuO')\n")
     add('config', 'best, but no validation before the end', re.compile('best'), re.compile('val_interval|val_begin'),
         al=dict(query_with='best'), **validates, more='train_cfg.update(val_interval=9, val_begin=9)\n')
     add('config', 'stop without validation', '`al.stop`', 'val_cfg', al=dict(stop=dict(metric='mIoU', value=75)))
     add('config', 'stop for a metric that nobody reports', '`al.stop.metric`', "'mIuO'",
-        al=dict(stop=dict(metric='mIuO', value=75)), **validates)
+        al=dict(stop=dict(metric='mIuO', value=75)), **SHOWN_BY_TRAINING, **validates)
     # the block and the pool
     for key, value, total in (('initial', 13, '12'), ('budget', 9, '8'), ('initial', 1., None)):
         add('config', f'{key} {value}: more than there are', f'`al.{"budget" if total is None else key}`',
@@ -830,60 +848,70 @@ def add_config() -> None:
             al=dict(strategy=setting))
     for path in ('no_such:f', 'tiny:no_such', 'tiny:', ':f', 'tiny:NAMES', 'builtins:max'):
         add('config', f'strategy {path}', '`al.strategy`', repr(path), al=dict(strategy=path))
-    add('config', 'a selector that repeats itself', 'always_first', trains=True, writes=('work/*', ),
+    add('config', 'a selector that repeats itself', '`al.strategy.select`', 'different', **SHOWN_BY_TRAINING,
         al=dict(strategy=dict(type='entropy', select='tiny:always_first')))
-    add('config', 'a score that is no number', 'not_a_number', 'nan', trains=True, writes=('work/*', ),
+    add('config', 'a score that is no number', re.compile('al.strategy|not_a_number'), 'finite', **SHOWN_BY_TRAINING,
         al=dict(strategy='tiny:not_a_number'))
     # overrides
     for what, overrides, *words in (
             ('a round that never comes', {2: {'train_cfg.max_iters': 3}}, '2', '1'),
             ('a key below a number', {1: {'train_cfg.max_iters.x': 3}}, 'max_iters'),
             ('a key that the config has not', {1: {'train_cgf.max_iters': 3}}, 'train_cgf'),
-            ('an option that the loop has not', {1: {'train_cfg.max_iter': 3}}, 'max_iter'),
-            ('a model that is none', {1: {'model.type': 'NoSuchModel'}}, 'NoSuchModel'),
-            ('a model that does not fit', {1: {'model.decode_head.num_classes': 5}}, 'num_classes'),
-            ('the `al` block', {1: {'al.budget': 3}}, 'al.budget'), ('work_dir', {1: {'work_dir': 'x'}}, 'work_dir'),
-            ('other images', {1: {'train_dataloader.dataset.data_root': 'no_such'}}, 'no_such')):
+            ('the `al` block', {1: {'al.budget': 3}}, 'al.budget'), ('work_dir', {1: {'work_dir': 'x'}}, 'work_dir')):
         add('config', f'overrides: {what}', '`al.overrides', *words, al=dict(overrides=overrides))
+    for key, value in (('train_cfg.max_iter', 3), ('model.type', 'NoSuchModel'),
+                       ('train_dataloader.dataset.data_root', 'no_such')):
+        add('config', f'overrides: {key}={value}', value if isinstance(value, str) else 'max_iter', **SHOWN_BY_TRAINING,
+            al=dict(overrides={1: {key: value}}))
     # what it lacks
     for key in ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'):
-        add('config', f'no {key}', key, more=f'{key} = None\n' if key == 'model' else
-            'train_dataloader = train_cfg = optim_wrapper = None\n' if key == 'train_cfg' else f'{key} = None\n')
+        add('config', f'no {key}', key, more=f'{key} = None\n')
+    add('config', 'nothing to train with', 'train_dataloader',
+        more='train_dataloader = train_cfg = optim_wrapper = None\n')
     add('config', 'no test pipeline', re.compile('test_dataloader.*test_pipeline'),
         more='test_dataloader = test_cfg = test_evaluator = None\n')
-    add('config', 'no label loader', 'train_dataloader', re.compile('LoadAnnotations|gt_seg_map'), more=(
+    add('config', 'no label loader', 'training pipeline', re.compile('LoadAnnotations|gt_seg_map'), more=(
         f"{TRAIN}['pipeline'] = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]\n"))
-    add('config', 'a pipeline without a loader', re.compile('train_dataloader|pipeline'), more=(
+    add('config', 'a pipeline without a loader', 'pipeline', **SHOWN_BY_A_ROUND, more=(
         f"{TRAIN}['pipeline'] = [dict(type='LoadAnnotations'), dict(type='PackSegInputs')]\n"))
     for key, where in (('NoSuchTransform', f"{TRAIN}['pipeline'][2]"), ('NoSuchSampler', "train_dataloader['sampler']"),
                        ('NoSuchDataset', TRAIN), ('NoSuchBackbone', "model['backbone']"),
                        ('NoSuchHead', "model['decode_head']"), ('NoSuchLoss', "model['decode_head']['loss_decode']"),
                        ('NoSuchLoop', 'train_cfg'), ('NoSuchHook', "default_hooks['logger']")):
-        add('config', f'a type that is none: {key}', key, more=f"{where}.update(type='{key}')\n")
-    add('config', 'a metric that is none', 'NoSuchMetric', more="val_evaluator.update(type='NoSuchMetric')\n", **validates)
+        add('config', f'a type that is none: {key}', key, more=f"{where}.update(type='{key}')\n",
+            **SHOWN_BY_A_ROUND if key in ('NoSuchSampler', 'NoSuchLoop') else {})
+    add('config', 'a metric that is none', 'NoSuchMetric', more="val_evaluator.update(type='NoSuchMetric')\n",
+        **validates, **SHOWN_BY_A_ROUND)
     for key, value in (('batch_size', 0), ('batch_size', -2), ('num_workers', -1)):
-        add('config', f'train_dataloader.{key} {value}', key, str(value), more=f'train_dataloader.update({key}={value})\n')
-    add('config', 'more in a batch than is labelled', '`train_dataloader.batch_size`', '9', more=(
+        add('config', f'train_dataloader.{key} {value}', key, *[str(value)] * (key == 'batch_size'), **SHOWN_BY_A_ROUND,
+            more=f'train_dataloader.update({key}={value})\n')
+    add('config', 'more in a batch than is labelled', '`train_dataloader.batch_size`', '9', **SHOWN_BY_A_ROUND, more=(
         "train_dataloader.update(batch_size=9, drop_last=True, sampler=dict(type='DefaultSampler', shuffle=True))\n"
         "train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=1)\n"
         "default_hooks['checkpoint'].update(by_epoch=True, interval=1)\n"))
-    add('config', 'no iterations', 'max_iters', '0', more='train_cfg.update(max_iters=0)\n')
+    add('config', 'no iterations', 'max_iters', '0', **SHOWN_BY_A_ROUND, more='train_cfg.update(max_iters=0)\n')
     add('config', 'an option that the head has not', 'no_such_option', more=(
         "model['decode_head'].update(no_such_option=3)\n"))
-    add('config', 'channels that do not fit', re.compile('channels'), more="model['decode_head'].update(in_channels=9)\n")
-    add('config', 'a model that does not segment', '`model`', 'BaseModule', more="model = dict(type='BaseModule')\n")
-    add('config', 'depth maps', re.compile('NYUDataset|depth'), more=(
-        f"{TRAIN}.update(type='NYUDataset', metainfo=None, data_prefix=dict(img_path='img/train', "
-        "depth_map_path='ann/train'))\n"))
-    add('config', 'a volume loader', re.compile('LoadBiomedicalImageFromFile|volume'), more=(
-        f"{TRAIN}['pipeline'][0] = dict(type='LoadBiomedicalImageFromFile')\n"))
+    add('config', 'channels that do not fit', 'channels', **SHOWN_BY_A_ROUND,
+        more="model['decode_head'].update(in_channels=9)\n")
+    add('config', 'a model that does not segment', '`model`', 'TinyBackbone',
+        more="model = dict(type='TinyBackbone')\n")
+    add('config', 'depth maps', re.compile('NYUDataset|label map'), more=(
+        f"train_dataloader['dataset'] = dict(type='NYUDataset', data_root={DATA!r}, img_suffix='.png', pipeline=["
+        "dict(type='LoadImageFromFile'), dict(type='LoadDepthAnnotation'), dict(type='PackSegInputs')], "
+        "data_prefix=dict(img_path='img/train', depth_map_path='ann/train'))\n"))
+    load = "dict(type='LoadBiomedicalImageFromFile', decode_backend='numpy')"
+    add('config', 'volumes', re.compile(r'img/train/\S+.npy'), re.compile('4, 32, 48'), damage=volumes, more=(
+        f"{TRAIN}.update(img_suffix='.npy', seg_map_suffix='.npy')\n{TRAIN}['pipeline'] = [{load}, "
+        "dict(type='LoadBiomedicalAnnotation', decode_backend='numpy'), dict(type='PackSegInputs')]\n"
+        f"test_dataloader['dataset']['pipeline'] = [{load}, dict(type='PackSegInputs')]\n"))
     add('config', 'weights to begin with that are missing', re.compile('load_from|no_such.pth'), 'no_such.pth',
         more="load_from = 'no_such.pth'\n")
-    add('config', 'weights to begin with that are a page', re.compile('weights.pth'), more="load_from = 'weights.pth'\n",
-        damage=write('weights.pth', '<html>404</html>'))
-    add('config', 'a seed that is none', re.compile('seed'), "'zero'", more="randomness = dict(seed='zero')\n")
+    add('config', 'weights to begin with that are a page', 'weights.pth', **SHOWN_BY_A_ROUND,
+        more="load_from = 'weights.pth'\n", damage=write('weights.pth', '<html>404</html>'))
+    add('config', 'a seed that is none', 'randomness.seed', "'zero'", more="randomness = dict(seed='zero')\n")
     add('config', 'a learning rate that diverges', re.compile('finite|nan|diverge'), re.compile('round 0|round_0'),
-        trains=True, writes=('work/*', ), more="optim_wrapper['optimizer'].update(lr=1e30)\ntrain_cfg.update(max_iters=6)\n")
+        **SHOWN_BY_TRAINING, more="optim_wrapper['optimizer'].update(lr=1e30)\ntrain_cfg.update(max_iters=6)\n")
     # "no label" is one value
     ignore = re.compile('ignore_index|seg_pad_val')
     for unit in ('pixel', dict(type='region', size=[8, 8])):
@@ -904,15 +932,21 @@ def add_config() -> None:
     # what a resumed run cannot change
     for key, value in dict(unit='pixel', initial=5, seed=3, oracle='human', budget=3).items():
         add('config', f'resumed with another {key}', f'`al.{key}`', str(value), run='image', al={key: value}, **resume)
-    add('config', 'resumed with a round less than there are', re.compile('`al.rounds`'), '0', run='image',
+    add('config', 'resumed with a round less than there are', '`al.rounds`', run='image',
         al=dict(rounds=0), **resume)
     add('config', 'resumed with other overrides of a round that is done', '`al.overrides', '0', run='image',
         al=dict(overrides={0: {'train_cfg.max_iters': 3}}), **resume)
-    add('config', 'resumed with another model', re.compile(r'iter_2\.pth'), re.compile('backbone|decode_head'), run='image',
+    add('config', 'resumed with another model', 'iter_2.pth', re.compile('backbone|decode_head'), run='image',
         more="model['decode_head'].update(channels=4)\n", **resume)
 
 
-# --- by someone who had read only the README ----------------------------------------------------------------------------
+def volumes(place: str) -> None:
+    for name in tiny.NAMES:
+        np.save(osp.join(place, image(name)[:-3] + 'npy'), np.zeros((2, 4, H, W), np.float32))
+        np.save(osp.join(place, label(name)[:-3] + 'npy'), np.zeros((4, H, W), np.float32))
+
+
+# --- by someone who had read only the README -------------------------------------------------------------------------
 
 # (how, what the error should hold), written before any of them was tried
 NEWCOMER = [
@@ -930,7 +964,7 @@ NEWCOMER = [
     (dict(al=dict(stop=75), validates=True), '`al.stop`', '75', "metric='mIoU'"),
     (dict(options=('--cfg-options', 'al.rounds=five')), '`al.rounds`', "'five'"),
     (dict(options=('--cfg-options', 'al.budgets=0.1')), '`al.budgets`', '`al.budget`'),
-    (dict(gpus=CONFIG, command=('0', )), 'GPUs', 'usage'),  # the two swapped
+    (dict(gpus='0', command=('0', CONFIG)), 'GPUs', 'usage'),  # the two swapped
     (dict(options=('--workdir', 'work_dirs/my_run')), '--workdir', '--help'),
     (dict(run='image'), 'al_state.json', '--resume'),  # the same command again
     (dict(run='image', al=dict(unit=dict(type='region', size=[8, 8])), options=('--resume', )), '`al.unit`', 'region'),
@@ -941,18 +975,19 @@ NEWCOMER = [
     (dict(al=dict(budget=[.05, .05], rounds=5)), '`al.budget`', '5', '2'),
     (dict(al=dict(strategy=dict(type='coreset', embed='feature'))), '`al.strategy.embed`', "'feature'", 'features'),
     (dict(al=dict(strategy='my_strategies:doubt')), '`al.strategy`', 'my_strategies'),
-    (dict(al=dict(unit='pixel', strategy='contextual_diversity')), '`al.unit`', re.compile('contextual_diversity|confusion')),
+    (dict(al=dict(unit='pixel', strategy='contextual_diversity')), '`al.unit`', re.compile('contextual|confusion')),
     (dict(al=dict(strategy='bald'), more="model['decode_head'].update(dropout_ratio=0)\n"), 'dropout', 'mc'),
     (dict(al=dict(visualize=True)), '`al.visualize`', 'True', 'int'),
     (dict(al=dict(strategy=dict(type='entropy', reduce='median'))), '`al.strategy.reduce`', "'median'", "'max'"),
-    (dict(al=dict(stop=dict(metric='miou', value=75)), validates=True), '`al.stop.metric`', "'miou'", 'mIoU'),
+    (dict(al=dict(stop=dict(metric='miou', value=75)), validates=True, **SHOWN_BY_TRAINING), '`al.stop.metric`',
+     "'miou'", 'mIoU'),
     (dict(al='entropy'), '`al`', "'entropy'", 'dict'),
     (dict(damage=at(CONFIG, do=remove)), CONFIG, 'no such file'),
     (dict(more=f"{TRAIN}.update(data_root='/data/cityscpaes')\n"), '/data/cityscpaes'),
-    (dict(run='human', options=('--resume', ), writes=STORE, damage=at_last_asked(WORK + '/round_1/labels/{}.png', colours)),
-     'round_1/labels', 'colour'),
-    (dict(run='human', options=('--resume', ), writes=STORE, damage=at_last_asked(WORK + '/round_1/labels/{}.png', thumbnail)),
-     'round_1/labels', '(16, 24)')]
+    (dict(run='human', options=('--resume', ), writes=STORE,
+          damage=at_last_asked(WORK + '/round_1/labels/{}.png', colours)), 'round_1/labels', 'colour'),
+    (dict(run='human', options=('--resume', ), writes=STORE,
+          damage=at_last_asked(WORK + '/round_1/labels/{}.png', thumbnail)), 'round_1/labels', '(16, 24)')]
 
 
 def add_newcomer() -> None:
@@ -962,7 +997,8 @@ def add_newcomer() -> None:
 
 @functools.cache
 def all_cases() -> list[Case]:
-    for function in (add_settings, add_state, add_data, add_labels, add_work_dir, add_command_line, add_config, add_newcomer):
+    for function in (add_settings, add_state, add_data, add_labels, add_work_dir, add_command_line, add_config,
+                     add_newcomer):
         function()
     names = [str(case) for case in CASES]
     assert len(names) == len(set(names)), f'twice: {sorted(name for name in set(names) if names.count(name) > 1)}'
