@@ -13,11 +13,26 @@ import torch
 from mmengine.model import BaseModel
 from mmseg.models import EncoderDecoder
 from mmseg.registry import MODELS
+from PIL import Image
 
 import al_patch
-from al_patch import STATE_FILE, Pool, State, png_path, read_state, write_atomically, write_png
+import al_report
+from al_patch import (
+    STATE_FILE,
+    Pool,
+    State,
+    parse_settings,
+    png_path,
+    read_state,
+    round_config,
+    unwrap,
+    write_atomically,
+    write_png,
+)
+from al_report import IOU_METRICS, check_no_label
 
 SHORT = {**tiny.NO_VAL, 'train_cfg.max_iters': 1}
+SAVER = 'default_hooks.checkpoint'
 # round 0: the first four images; round 1: the last two of the pool
 FIRST, LAST = tiny.NAMES[:4], tiny.NAMES[-2:]
 IMAGES = dict(initial=FIRST, strategy=dict(type='random', select='tiny:last_ones'))
@@ -215,6 +230,179 @@ def test_a_work_dir_that_cannot_be_written(make_cfg, train, tmp_path):
     (tmp_path / 'file').write_text('')
     with pytest.raises(OSError, match='file/work'):
         train(make_cfg({}, work_dir=str(tmp_path / 'file' / 'work')))
+
+
+# --- what is looked at before the first training ---------------------------------------------------------------------
+
+
+def refused(cfg, train, match: str) -> None:
+    """A run ends in one line before anything is trained or written."""
+    with pytest.raises(ValueError, match=match) as error:
+        train(cfg)
+    left = {name for name in os.listdir(cfg.work_dir) if not name.endswith('.py')}  # mmengine's copy of the config
+    assert '\n' not in str(error.value) and left.isdisjoint({STATE_FILE, 'sizes.json', 'round_0', 'superpixels'})
+
+
+def state_of(runner, content=None) -> State:
+    cfg = runner.cfg
+    return State(content or dict(seed=0, config={}), runner.work_dir, parse_settings(cfg.al), runner,
+                 Pool(cfg, unwrap(runner.model)))
+
+
+def val_file(root, kind: str, name: str = '2') -> str:
+    return osp.join(root, kind, 'val', f'{name}.png')
+
+
+@pytest.mark.parametrize('unit', ['image', 'pixel'])
+@pytest.mark.parametrize('kind, damage, match', [
+    ('ann', os.remove, 'no such file'), ('ann', garbage, 'UnidentifiedImageError'), ('img', garbage, 'img/val/2.png'),
+    ('ann', smaller, r'its size should be that of its image, \(32, 48\), but is \(31, 48\)')])
+def test_a_bad_file_of_the_validation_set_is_named(make_cfg, train, own_data, unit, kind, damage, match):
+    damage(val_file(own_data, kind))
+    refused(make_cfg(dict(unit=unit), root=str(own_data)), train, f'ann/val/2.png cannot be used .*{match}|'
+            f'{match}.* or its label map .*ann/val/2.png cannot be used')
+
+
+def test_a_validation_set_without_images(make_cfg, train):
+    prefix = 'val_dataloader.dataset.data_prefix.img_path'
+    for changes in ({'val_dataloader.dataset.img_suffix': '.jpg'}, {prefix: 'nowhere'}):
+        refused(make_cfg({}, changes=changes), train, '`val_dataloader.dataset`, which should have an image')
+    changes = {'val_dataloader.dataset.img_suffix': '.jpg', 'val_dataloader.dataset.serialize_data': False}
+    refused(make_cfg({}, changes=changes), train, '`val_dataloader.dataset`, which should have an image')
+
+
+@pytest.mark.parametrize('al, fatal', [({}, False), (dict(weights='best'), True), (dict(query_with='best'), True),
+                                       (dict(stop=dict(value=50)), True)], ids=str)
+@pytest.mark.parametrize('void', [255, 1])
+def test_a_validation_set_without_any_label(make_cfg, train, own_data, al, fatal, void):
+    for name in '0123':
+        cv2.imwrite(val_file(own_data, 'ann', name), np.full(tiny.SHAPE, void, np.uint8))
+    cfg = make_cfg(al, root=str(own_data), changes={'val_evaluator.ignore_index': void})
+    if fatal:
+        refused(cfg, train, 'no pixel of the validation set has a label .*`best` checkpoint.*`al.stop`')
+    else:
+        train(cfg)
+        assert 'no pixel of the validation set has a label' in tiny.log_of(cfg.work_dir)
+    cv2.imwrite(val_file(own_data, 'ann', '3'), np.full(tiny.SHAPE, 0, np.uint8))  # one label is enough
+    train(make_cfg(al, root=str(own_data), work_dir=cfg.work_dir + '_', changes={'val_evaluator.ignore_index': void}))
+
+
+@pytest.mark.parametrize('key', ['test_dataloader', 'val_dataloader'])
+def test_images_of_several_sizes_in_a_batch(make_cfg, train, own_data, key):
+    """Refused where the pipeline leaves them so; not with batches of one, nor where it makes them equal."""
+    names, split = (['a/03', 'a/04'], 'train') if key == 'test_dataloader' else (['1', '2'], 'val')
+    for kind in ('img', 'ann'):
+        path = osp.join(own_data, kind, split, f'{names[1]}.png')
+        cv2.imwrite(path, cv2.imread(path, cv2.IMREAD_UNCHANGED)[:24, :40])
+    al = dict(initial=[name for name in tiny.NAMES if name != 'a/04'][:4])
+    refused(make_cfg(al, root=str(own_data), changes=SHORT if split == 'train' else {}), train,
+            f'a batch of .*{names[0]}.png and .*{names[1]}.png .set `{key}.batch_size=1`. cannot be used')
+    singly = {'test_dataloader.batch_size': 1, 'val_dataloader.batch_size': 1}
+    train(make_cfg(al, root=str(own_data), work_dir=make_cfg().work_dir + '_1', changes=singly))
+    cfg = make_cfg(al, root=str(own_data), work_dir=make_cfg().work_dir + '_2')
+    for loader in (cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.pipeline.insert(1, dict(type='Resize', scale=tiny.SHAPE[::-1], keep_ratio=False))
+    cfg.train_dataloader.dataset.pipeline.insert(2, dict(type='Resize', scale=tiny.SHAPE[::-1], keep_ratio=False))
+    train(cfg)
+
+
+@pytest.mark.parametrize('al, changes, name', [
+    (dict(stop=dict(metric='mIou', value=50)), {}, 'mIou'), (dict(stop=dict(metric='mDice', patience=2)), {}, 'mDice'),
+    (dict(query_with='best'), {f'{SAVER}.save_best': 'mAccc', f'{SAVER}.rule': 'greater'}, 'mAccc')])
+def test_a_metric_that_is_not_reported(make_cfg, train, al, changes, name):
+    refused(make_cfg(al, changes=changes), train, '`al.stop.metric` and .*save_best` should be one of aAcc, mIoU, mAcc, '
+            f"but got '{name}'")
+
+
+def test_metrics_that_are_reported_are_as_stock_names_them(make_cfg, train):
+    kinds = ['mIoU', 'mDice', 'mFscore']
+    _, rounds = train(make_cfg(dict(rounds=0, stop=dict(metric='mPrecision', value=100)), changes={
+        'val_evaluator.iou_metrics': kinds, f'{SAVER}.save_best': 'auto'}))
+    known = {'aAcc', *(name for kind in kinds for name in IOU_METRICS[kind])}
+    assert set(rounds[0]['metrics']) == known
+
+
+@pytest.mark.parametrize('al', [dict(weights='best'), dict(query_with='best'), dict(stop=dict(value=50))], ids=str)
+def test_a_validation_that_begins_after_the_end(make_cfg, train, al):
+    refused(make_cfg(al, changes={'train_cfg.val_begin': 5}), train, '`al.*needs .*`train_cfg.val_begin`')
+    train(make_cfg(al, changes={'train_cfg.val_begin': 4}, work_dir=make_cfg().work_dir + '_'))
+
+
+def test_no_label_of_the_pool_is_opened(make_cfg, train, own_data, monkeypatch):
+    shutil.rmtree(osp.join(own_data, 'ann', 'train'))
+    cfg = make_cfg(dict(initial=FIRST), root=str(own_data))
+    opened, real = [], Image.open
+    monkeypatch.setattr(Image, 'open', lambda path, *args: opened.append(path) or real(path, *args))
+    with pytest.raises(ValueError, match='a/00.png cannot be used .there is no such file'):  # where it asks for them
+        train(cfg)
+    assert any('img/train' in str(path) for path in opened) and not any('ann/train' in str(path) for path in opened)
+
+
+# --- one value for "no label" ----------------------------------------------------------------------------------------
+
+
+LOSS, FILL = 'model.decode_head.ignore_index', 'model.data_preprocessor.seg_pad_val'
+PAD = dict(type='Pad', size=(40, 60))
+
+
+@pytest.mark.parametrize('unit', ['image', 'region'])
+@pytest.mark.parametrize('changes, step, key', [
+    ({LOSS: 7}, None, '`seg_pad_val` of SegDataPreProcessor should be 7 .*but got 255'),
+    ({FILL: 0}, None, '`seg_pad_val` of SegDataPreProcessor should be 255 .*but got 0'),
+    ({}, dict(type='RandomRotate', prob=.5, degree=9., seg_pad_val=2), '`seg_pad_val` of RandomRotate .*but got 2'),
+    ({}, dict(PAD, pad_val=dict(img=0, seg=1)), '`pad_val` of Pad .*but got 1'),
+    ({}, dict(type='RandomChoice', transforms=[[dict(PAD, pad_val=dict(seg=1))]]), '`pad_val` of Pad .*but got 1'),
+    ({}, dict(type='RandomApply', transforms=dict(PAD, pad_val=dict(seg=1))), '`pad_val` of Pad .*but got 1'),
+    ({LOSS: 7, FILL: 7}, PAD, '`pad_val` of Pad should be 7 .*but got 255'),
+    ({LOSS: -100, FILL: -100}, None, 'should be -100 .and that from 0 to 255.')])
+def test_what_fills_label_maps_is_what_the_loss_ignores(make_cfg, build, unit, changes, step, key):
+    cfg = make_cfg(dict(unit=unit, initial=4), changes=changes)
+    if step:
+        cfg.train_dataloader.dataset.pipeline.insert(2, step)
+    state = state_of(build(cfg))
+    if unit == 'region':
+        with pytest.raises(ValueError, match=f'{key}.*would be trained on'):
+            check_no_label(state)
+    else:
+        check_no_label(state)
+        assert 'model.decode_head.ignore_index' in tiny.log_of(cfg.work_dir)
+
+
+def test_a_wrappers_own_transforms_are_looked_at(make_cfg, build):
+    cfg = make_cfg(dict(unit='region'))
+    mosaic = dict(type='RandomMosaic', prob=1., img_scale=tiny.SHAPE, seg_pad_val=2)
+    leaf = cfg.train_dataloader.dataset
+    cfg.train_dataloader.dataset = dict(type='MultiImageMixDataset', dataset=leaf, pipeline=[mosaic])
+    with pytest.raises(ValueError, match='`seg_pad_val` of RandomMosaic should be 255 .*but got 2'):
+        check_no_label(state_of(build(cfg)))
+
+
+@pytest.mark.parametrize('head', [dict(ignore_index=7), {}])
+def test_an_auxiliary_head_ignores_the_same(make_cfg, build, head):
+    cfg = make_cfg(dict(unit='region'))
+    cfg.model.auxiliary_head = [dict(cfg.model.decode_head, in_index=0, **head)]
+    if not head:
+        check_no_label(state_of(build(cfg)))
+        return
+    with pytest.raises(ValueError, match='`ignore_index` of FCNHead should be 255 .*but got 7'):
+        check_no_label(state_of(build(cfg)))
+
+
+@pytest.mark.parametrize('key, name', [('train_dataloader.dataset', 'BaseSegDataset'), ('val_evaluator', 'IoUMetric')])
+def test_what_hides_no_label_is_said_but_trains(make_cfg, train, key, name):
+    cfg = make_cfg(dict(unit='pixel', rounds=0), changes={**(SHORT if 'train' in key else {}), f'{key}.ignore_index': 0})
+    train(cfg)
+    assert f'`ignore_index` of {name} should be 255' in tiny.log_of(cfg.work_dir)
+
+
+def test_the_value_that_the_loss_ignores_hides_what_is_not_labelled(make_cfg, train):
+    changes = {LOSS: 7, FILL: 7, **SHORT}
+    runner, rounds = train(make_cfg(dict(unit='pixel', initial=30, rounds=0), changes=changes))
+    state = state_of(runner, read_state(osp.join(runner.work_dir, STATE_FILE)))
+    for sample in runner.build_dataloader(round_config(state).train_dataloader).dataset:
+        label, name = sample['data_samples'].gt_sem_seg.data[0].numpy(), sample['data_samples'].img_path[-8:-4]
+        assert (label != 7).sum() == rounds[0]['asked'][name][1] and 255 not in label
+    assert state.pool.ignore_index == Pool(runner.cfg).ignore_index == 7
 
 
 # --- models ----------------------------------------------------------------------------------------------------------
