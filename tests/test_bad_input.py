@@ -16,7 +16,6 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 import al_patch
-import al_report
 from al_patch import (
     STATE_FILE,
     Pool,
