@@ -23,7 +23,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from typing import TYPE_CHECKING, Iterator
+from typing import TYPE_CHECKING, Callable, Iterator
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
@@ -49,6 +49,19 @@ def hook() -> Hook:
     import mmengine.hooks
 
     import al_patch
+
+    def human(accept_partial=False, accept_unchanged=False, unlabelable=None) -> None:
+        """The options of people who label.
+
+        Args:
+            accept_partial: Go on with what there is; what is not labelled goes back to the pool.
+            accept_unchanged: Take a file that was not touched since it was exported for an answer.
+            unlabelable: The value of a label file for what was looked at and is of no class.
+        """
+
+    human.__annotations__.update(accept_partial=al_patch.Flag, accept_unchanged=al_patch.Flag,
+                                 unlabelable=al_patch.MaybeCount)
+    al_patch.ORACLES['human'] = human
 
     class LabelHook(mmengine.hooks.Hook):
 
@@ -323,7 +336,7 @@ class Inbox:
 
     def __init__(self, state: State):
         self.state, self.oracle = state, state.al.oracle
-        self.exported = read_json(exported_path(state))
+        self.exported, self.reader = read_json(exported_path(state)), label_reader(state.pool)
 
     def sources(self, name: str, before: dict) -> list[tuple[str, str]]:
         """Where an image's labels may come from, and the path there: what counts more comes later. A file that is gone
@@ -423,7 +436,8 @@ class Inbox:
             void_HW = void_HW.all(2) if void_HW.ndim > 2 else void_HW
             if void_HW.all() and void_HW.shape == pool.sizes[name]:
                 return np.full(void_HW.shape, pool.ignore_index), void_HW
-        labels = pool.check_label(name, self.state.class_count, path, void_HW)
+        labels = pool.check_label(name, self.state.class_count, path,
+                                  functools.partial(self.reader.load, path=path, void_HW=void_HW))
         known = labels != pool.ignore_index
         return labels, known if void_HW is None else known | void_HW
 
@@ -445,7 +459,7 @@ class Inbox:
         kept = path('read', name, '.json')
         before = read_json(kept)
         read = {**before, **{source: version for source, _, version in files},
-                'mapped': sorted({*before.get('mapped', ()), *self.state.pool.mapped})}
+                'mapped': sorted({*before.get('mapped', ()), *self.reader.mapped})}
         read[files[-1][0]] = read.pop(files[-1][0])  # the newest is last
         write_atomically(kept, json.dumps(read))
 
@@ -482,6 +496,70 @@ class Inbox:
         if (folder / 'void.txt').is_file():
             warn(f'{folder / "void.txt"} is not read any more: give what is of no class a value of its own in the '
                  'label file, and name it in `al.oracle.unlabelable`')
+
+
+@functools.lru_cache(2)
+def label_reader(pool: Pool) -> LabelReader:
+    return LabelReader(pool)
+
+
+class LabelReader:
+    """Reads label files as training does: by the loaders of its pipeline, and those of its steps that map values.
+
+    Attributes:
+        mapped: The steps that have mapped a file's values.
+    """
+
+    def __init__(self, pool: Pool):
+        from mmengine.dataset import Compose
+        self.pool, self.mapped = pool, set()
+        self.steps = [Compose(copy.deepcopy(pipeline)).transforms for pipeline in pool.training_pipelines]
+
+    def load(self, name: str, path: str, void_HW: np.ndarray | None = None) -> np.ndarray:
+        """The classes of a label file of an image, (H, W).
+
+        Args:
+            void_HW: Where the file says that no class fits: no step sees that.
+        """
+        results, odd = {**self.pool.info(name), 'seg_map_path': path}, ()
+        for step in self.steps[self.pool.where[name][0]]:
+            if 'gt_seg_map' not in results:
+                results = step(results)
+                if void_HW is not None and 'gt_seg_map' in results:
+                    label = results['gt_seg_map'] = results['gt_seg_map'].astype(np.int64)
+                    label[void_HW] = label[np.unravel_index(void_HW.argmin(), void_HW.shape)]
+            elif type(step).__module__.startswith(('mmcv.', 'mmseg.')):  # none of theirs maps values
+                odd = Exception,
+            else:
+                with contextlib.suppress(*odd):  # it may need what a step that is left out would have given
+                    mapped = run_step(step, results)
+                    if maps_values(results, mapped):
+                        results = mapped
+                        self.mapped.add(type(step).__name__)
+                    else:
+                        odd = Exception,
+        if 'gt_seg_map' not in results:
+            raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
+        if void_HW is not None:
+            results['gt_seg_map'][void_HW] = self.pool.ignore_index
+        return results['gt_seg_map']
+
+
+def run_step(transform: Callable, results: dict) -> dict | None:
+    """Run a step of a pipeline on a copy of what the last one gave: it may write to its arrays."""
+    return transform({key: value.copy() if isinstance(value, np.ndarray) else value
+                      for key, value in results.items()})
+
+
+def maps_values(before: dict, after: dict) -> bool:
+    """Whether a step of a pipeline has mapped the values of the label map, each to one, and left the image alone."""
+    old, new = before['gt_seg_map'], after['gt_seg_map']
+    if new.shape[:2] != old.shape[:2] or not np.array_equal(before.get('img'), after.get('img')):
+        return False
+    if old.ndim > 2:  # colours
+        return new.ndim == 2
+    pairs = np.unique(np.stack([old, new]).reshape(2, -1), axis=1)
+    return len(pairs[0]) == len(np.unique(old)) and not np.array_equal(old, new)
 
 
 def version_of(content: bytes) -> str:
@@ -681,7 +759,7 @@ def classes_of_values(pool: Pool, name: str, values_N: np.ndarray) -> np.ndarray
     """The classes that training reads in a label file of these values, (N,)."""
     with tempfile.TemporaryDirectory() as folder:
         Image.fromarray(np.tile(values_N, (2, 2))).save(path := osp.join(folder, 'values.png'))
-        return pool.load_label(name, path)[0, :len(values_N)]
+        return label_reader(pool).load(name, path)[0, :len(values_N)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ import difflib
 import fcntl
 import functools
 import gc
-import glob
 import hashlib
 import importlib.util
 import inspect
@@ -118,7 +117,6 @@ class Block:
     rounds: Count = 5                # queries; training runs rounds + 1 times (a budget list sets it, too)
     weights: Start = 'scratch'       # what a round starts from: scratch (= the config's own) | last | best
     query_with: Which = 'last'       # checkpoint that scores the pool: last | best
-    keep: Keep = 'all'               # checkpoints: all that CheckpointHook keeps | needed: those of the newest round
     pool_size: MaybeAmount = None    # score only a random subset of the pool: int | fraction of the images
     full_res: MaybeFlag = None       # score the enlarged logits, not the native ones; default: as the unit has it
     oracle: TypeName = 'simulated'   # simulated: labels are on disk, hidden until asked for | human: wait for them
@@ -131,7 +129,6 @@ Flag = rule('True or False', lambda v: isinstance(v, bool))
 MaybeFlag = or_none(Flag)
 Start = one_of('scratch', 'last', 'best')
 Which = one_of('last', 'best')
-Keep = one_of('all', 'needed')
 MaybeAmount = or_none(rule('a positive int, or a fraction in (0, 1]', lambda v: is_amount(v)))
 Budget = rule('a positive int, a fraction in (0, 1], or a list of these with one entry a round',
               lambda v: is_amount(v) or is_list_of(v, is_amount))
@@ -182,7 +179,6 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
             tell_hooks(state, 'before_al_train', trainer)
             train_round(state, trainer)
             tell_hooks(state, 'after_al_train', trainer)
-        delete_checkpoints(state)
         reason = why_stop(state)
         if reason:
             break
@@ -301,17 +297,7 @@ def check_config(al: dict, runner: Runner) -> None:
         if hook.out_dir:
             raise ValueError("`default_hooks.checkpoint.out_dir` should be None: a round's checkpoints lie in its own "
                              f'folder, but got {hook.out_dir!r}; choose another --work-dir, or make it a link')
-    loop = cfg.train_cfg
-    validates = cfg.get('val_cfg') is not None and loop.get('val_begin', 1) <= (
-        loop.get('max_iters') or loop.get('max_epochs') or math.inf)
-    for key in ('weights', 'query_with'):
-        if al[key] == 'best' and not (validates and any(hook.save_best for hook in hooks)):
-            raise ValueError(f"`al.{key}='best'` needs validation (`val_cfg`, and a `train_cfg.val_begin` that is "
-                             "reached) and `default_hooks.checkpoint.save_best`, e.g. save_best='mIoU'")
     check_model(unwrap(runner.model), resolve_strategy(al.strategy))
-    if al.stop and not validates:
-        raise ValueError('`al.stop` needs a validation metric, but the config has no `val_cfg`, or training ends '
-                         'before its `train_cfg.val_begin`')
     for k, override in (al.overrides or {}).items():
         if int(k) > al.rounds:
             raise ValueError(f'`al.overrides` should name rounds from 0 to {al.rounds}, but got {k}')
@@ -319,9 +305,6 @@ def check_config(al: dict, runner: Runner) -> None:
             copy.deepcopy(cfg).merge_from_dict(override)
         except Exception as error:
             raise ValueError(f'`al.overrides[{k}]` should fit the config, but got {override} ({error})') from error
-
-
-# of mmseg's IoUMetric: what each of its `iou_metrics` reports, beside aAcc
 
 
 def initial_images(state: State) -> dict[str, None]:
@@ -373,7 +356,8 @@ def add_round(state: State, asked: dict) -> None:
     def ask(name: str) -> tuple:
         old = state.mask(name)
         new = state.mask_of(name, asked[name]) & ~old
-        void = 0 if state.is_human else state.count_void(name, new)
+        void = 0 if state.is_human else int((state.pool.check_label(name, state.class_count)[new] ==
+                                             state.pool.ignore_index).sum())
         if asked[name] is not None:
             write_png(state.mask_path(k, name), old | new)
         return asked[name] is not None and len(asked[name]), int(new.sum()), void
@@ -524,7 +508,8 @@ def parse_settings(block: dict) -> ConfigDict:
         al.stop = check_settings(al.stop, settings_of(reached, 1), 'al.stop')
     name, given = split_setting(al.oracle)
     if name not in ORACLES:
-        raise ValueError(f"`al.oracle` should be 'simulated' or 'human', but got {name!r}")
+        raise ValueError(f"`al.oracle` should be {' or '.join(map(repr, ORACLES))}, but got {name!r} (people's "
+                         'labels need al_label.py beside al_patch.py)')
     al.oracle = dict(check_settings(given, settings_of(ORACLES[name]), 'al.oracle'), type=name)
     unit, strategy = resolve_unit(al.unit), resolve_strategy(al.strategy)
     al.unit, al.strategy = unit.setting, strategy.setting
@@ -542,16 +527,8 @@ def block_settings() -> dict[str, tuple]:
 
 def accept_labels(state: State, **how) -> None:
     """Let whoever gives the labels put what is there into the label store, by a hook's ``accept_labels(state)``: it
-    ends the phase ``label`` when there is enough to train on, and raises ValueError where a label cannot be used.
-
-    Raises:
-        ValueError: Nobody does.
-    """
-    methods = methods_of(state.runner, 'accept_labels')
-    if not methods:
-        raise ValueError("`al.oracle='human'` needs al_label.py beside al_patch.py, or a hook of yours with a method "
-                         'accept_labels(state), but there is neither')
-    for method in methods:
+    ends the phase ``label`` when there is enough to train on, and raises ValueError where a label cannot be used."""
+    for method in methods_of(state.runner, 'accept_labels'):
         method(state, **how)
 
 
@@ -579,7 +556,8 @@ def reached(state: State, metric: str = 'mIoU', value: MaybeNumber = None, patie
     return None
 
 
-COMPANIONS = dict(al_report=['visualize'], al_label=[])  # and their keys of the `al` block
+ORACLES = dict(simulated=lambda: None)  # and al_label's; what one takes are its options
+COMPANIONS = dict(al_report=['visualize', 'keep'], al_label=[])  # and their keys of the `al` block
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: one ordinary runner a round, the weights that it starts from, and what comes of it
@@ -777,14 +755,6 @@ def resumable_checkpoint(folder: str) -> str | None:
     return path if zipfile.is_zipfile(path) else None
 
 
-def delete_checkpoints(state: State) -> None:
-    """With ``al.keep='needed'``, delete those of all rounds before the newest, which is trained."""
-    for k in range(state.round) if state.al.keep == 'needed' and is_main_process() else ():
-        for path in glob.glob(osp.join(glob.escape(state.folder(k)), '*.pth')):
-            os.remove(path)
-            state.logger.info(f"Deleted {path}: al.keep='needed', and a later round is trained")
-
-
 def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
     return [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
 
@@ -960,7 +930,7 @@ class SparseLabels(Compose):
         for transform in self.transforms:
             if type(transform).__name__ in shown.mapped:
                 continue
-            before, results = results, run_step(transform, results)
+            before, results = results, transform(copy.copy(results))
             if results is None:
                 return None
             label, old = results.get('gt_seg_map'), before.get('gt_seg_map')
@@ -985,23 +955,6 @@ class SparseLabels(Compose):
         if mask.shape != label_HW.shape[:2]:
             raise ValueError(f'the mask {path} has size {mask.shape}, but the label map {label_HW.shape[:2]}')
         return np.where(mask, label_HW, np.array(self.ignore_index, label_HW.dtype))
-
-
-def run_step(transform: Callable, results: dict) -> dict | None:
-    """Run a step of a pipeline on a copy of what the last one gave: it may write to its arrays."""
-    return transform({key: value.copy() if isinstance(value, np.ndarray) else value
-                      for key, value in results.items()})
-
-
-def maps_values(before: dict, after: dict) -> bool:
-    """Whether a step of a pipeline has mapped the values of the label map, each to one, and left the image alone."""
-    old, new = before['gt_seg_map'], after['gt_seg_map']
-    if new.shape[:2] != old.shape[:2] or not np.array_equal(before.get('img'), after.get('img')):
-        return False
-    if old.ndim > 2:  # colours
-        return new.ndim == 2
-    pairs = np.unique(np.stack([old, new]).reshape(2, -1), axis=1)
-    return len(pairs[0]) == len(np.unique(old)) and not np.array_equal(old, new)
 
 
 @torch.no_grad()
@@ -1965,10 +1918,6 @@ class State:
         path = png_path(osp.join(self.work_dir, 'labels', kind), name, self.work_dir)
         return path.removesuffix('.png') + suffix
 
-    def count_void(self, name: str, mask_HW: np.ndarray) -> int:
-        """How many pixels of what was asked for are void, after checking the label map."""
-        return int((self.pool.check_label(name, self.class_count)[mask_HW] == self.pool.ignore_index).sum())
-
     @property
     def class_count(self) -> int | None:
         """How many classes the model tells apart. One: its sigmoid tells it from 0."""
@@ -2122,15 +2071,14 @@ class Pool(Dataset):
 
     def __init__(self, cfg: dict, model: torch.nn.Module | None = None):
         self.ignore_index = getattr(decode_head(model or cfg.get('model')), 'ignore_index', 255)
-        pipeline, self.leaves, self.training_steps, self.where, paths = query_pipeline(cfg), [], [], {}, {}
-        self.mapped = set()  # steps of the training pipeline that have mapped the values of a label file
+        pipeline, self.leaves, self.training_pipelines, self.where, paths = query_pipeline(cfg), [], [], {}, {}
         for leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']):
             try:
                 leaf = DATASETS.build({**leaf_cfg, 'pipeline': copy.deepcopy(pipeline)})
             except ValueError as error:  # mmengine's own for an empty one is 'need at least one array to concatenate'
                 raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset` '
                                  f'({error})') from error
-            self.training_steps.append(Compose(copy.deepcopy(leaf_cfg.get('pipeline', []))).transforms)
+            self.training_pipelines.append(leaf_cfg.get('pipeline', []))
             if not isinstance(leaf, BaseDataset):
                 raise ValueError('active learning filters subclasses of mmengine.dataset.BaseDataset, but got a '
                                  f'{type(leaf).__name__}')
@@ -2177,41 +2125,19 @@ class Pool(Dataset):
                 raise ValueError(f'the pipeline should load images (H, W[, C]), but got {image.shape}')
             return image
 
-    def load_label(self, name: str, path: str | None = None, void_HW: np.ndarray | None = None) -> np.ndarray:
-        """The label map of an image that was asked for, in classes, (H, W): by the training pipeline's loader and those
-        of its steps that map values.
-
-        Args:
-            path: Of another label file than the data set's.
-            void_HW: Where the file says that no class fits: no step sees that.
-        """
-        results, odd = self.info(name), ()
-        results.update(seg_map_path=path or results.get('seg_map_path'))
-        for step in self.training_steps[self.where[name][0]]:
-            if 'gt_seg_map' not in results:
-                results = step(results)
-                if void_HW is not None and 'gt_seg_map' in results:
-                    label = results['gt_seg_map'] = results['gt_seg_map'].astype(np.int64)
-                    label[void_HW] = label[np.unravel_index(void_HW.argmin(), void_HW.shape)]
-            elif type(step).__module__.startswith(('mmcv.', 'mmseg.')):  # none of theirs maps values
-                odd = Exception,
-            else:
-                with contextlib.suppress(*odd):  # it may need what a step that is left out would have given
-                    mapped = run_step(step, results)
-                    if maps_values(results, mapped):
-                        results = mapped
-                        self.mapped.add(type(step).__name__)
-                    else:
-                        odd = Exception,
+    def load_label(self, name: str) -> np.ndarray:
+        """The label map of an image that was asked for, (H, W), as training loads it."""
+        results = Compose(filter(loads_labels, self.training_pipelines[self.where[name][0]]))(self.info(name))
         if 'gt_seg_map' not in results:
             raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
-        if void_HW is not None:
-            results['gt_seg_map'][void_HW] = self.ignore_index
         return results['gt_seg_map']
 
-    def check_label(self, name: str, classes: int | None, path: str | None = None,
-                    void_HW: np.ndarray | None = None) -> np.ndarray:
-        """The labels of an image that was asked for, (H, W); see ``load_label``.
+    def check_label(self, name: str, classes: int | None, path: str | None = None, load: Callable | None = None
+                    ) -> np.ndarray:
+        """The labels of an image that was asked for, (H, W).
+
+        Args:
+            path, load: Of another label file than the data set's, and a function (name) that loads it.
 
         Raises:
             ValueError: Image or label map cannot be read, they differ in size, or a label is none of the classes.
@@ -2219,20 +2145,17 @@ class Pool(Dataset):
         ignore_index, shape = self.ignore_index, self.load_image(name).shape[:2]
         path = path or self.info(name).get('seg_map_path')
         with reading(path or f'the label map of {name!r}'):
-            label = self.load_label(name, path, void_HW)
-            if label.ndim != 2:
-                raise ValueError(f'it should be a label map, one number a pixel {shape}, but is a colour picture '
-                                 f'{label.shape}')
+            label = (load or self.load_label)(name)
             if label.shape != shape:
                 is_small = label.shape[0] * shape[1] == label.shape[1] * shape[0]
-                raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}'
-                                 f'{": a thumbnail?" if is_small else ""}')
+                why = ', a colour picture' if label.ndim > 2 else ': a thumbnail?' if is_small else ''
+                raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}{why}')
             strange = np.setdiff1d(label, [*range(classes or 0), ignore_index])
             with contextlib.suppress(Exception), Image.open(path) as image:
-                if image.mode[0] == 'I':  # mmseg's loader cuts 16 bits to 8
-                    known = label != ignore_index
-                    raw = np.asarray(image)[known]
-                    strange = np.unique(raw[raw > 255]) if (raw % 256 == label[known]).all() else strange
+                known = (label != ignore_index) & (image.mode[0] == 'I')
+                raw = np.asarray(image)[known]
+                if raw.max() > 255 and (raw % 256 == label[known]).all():  # mmseg's loader cuts 16 bits to 8
+                    strange = np.unique(raw[raw > 255])
             if classes and len(strange):
                 raise ValueError(f'labels should be below {classes}, the number of classes, or {ignore_index} for none,'
                                  f' but got {", ".join(map(str, strange[:5]))}'
@@ -2311,19 +2234,6 @@ def image_name(dataset: BaseDataset, info: dict) -> str:
     path = info['img_path']
     name = path[len(prefix):].lstrip('/') if prefix and path.startswith(prefix) else osp.basename(path)
     return name.removesuffix(getattr(dataset, 'img_suffix', None) or osp.splitext(name)[1])
-
-
-def human(accept_partial: Flag = False, accept_unchanged: Flag = False, unlabelable: MaybeCount = None) -> None:
-    """The options of people who label.
-
-    Args:
-        accept_partial: Go on with what there is; what is not labelled goes back to the pool.
-        accept_unchanged: Take a file that was not touched since it was exported for an answer.
-        unlabelable: The value of a label file for what was looked at and is of no class.
-    """
-
-
-ORACLES = dict(simulated=lambda: None, human=human)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Units: how a score map becomes candidates, and a chosen candidate a mask

@@ -83,7 +83,7 @@ def main(argv: list | None = None) -> None:
 def hook() -> mmengine.hooks.Hook:
     """The hook of every run. With it, ``visualize`` is a key of the ``al`` block: how many images to draw after each
     query."""
-    al_patch.block_settings()['visualize'] = (0, al_patch.Count)
+    al_patch.block_settings().update(visualize=(0, al_patch.Count), keep=('all', al_patch.one_of('all', 'needed')))
 
     class ReportHook(mmengine.hooks.Hook):
         """Looks at a run. ``al_patch`` turns what goes wrong in it into a warning."""
@@ -106,7 +106,7 @@ def hook() -> mmengine.hooks.Hook:
                     metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
 
         def before_al_run(self, state: al_patch.State) -> None:
-            for check in (check_pool, check_validation, check_no_label, check_disk):
+            for check in (check_best, check_pool, check_validation, check_no_label, check_disk):
                 check(state)
 
         def before_al_train(self, state: al_patch.State, trainer) -> None:
@@ -119,6 +119,7 @@ def hook() -> mmengine.hooks.Hook:
         @torch.no_grad()
         def after_al_train(self, state: al_patch.State, trainer) -> None:
             if al_patch.is_main_process():
+                delete_checkpoints(state)
                 write_table(state)
                 report_curve(state)
                 report_asked(state, trainer)
@@ -134,6 +135,14 @@ def hook() -> mmengine.hooks.Hook:
                 draw_pictures(state, trainer, asked)
 
     return ReportHook()
+
+
+def delete_checkpoints(state: al_patch.State) -> None:
+    """With ``al.keep='needed'``, delete those of all rounds before the newest, which is trained."""
+    for k in range(state.round) if state.al.keep == 'needed' else ():
+        for path in glob.glob(osp.join(glob.escape(state.folder(k)), '*.pth')):
+            os.remove(path)
+            state.logger.info(f"Deleted {path}: al.keep='needed', and a later round is trained")
 
 
 def keep_class_iou(runner, metric, compute: Callable, *args, **kwargs) -> dict:
@@ -187,6 +196,23 @@ def in_short(names: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Before a run: what data, config and disk can tell without training
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_best(state: al_patch.State) -> None:
+    """
+    Raises:
+        ValueError: The run asks for a best checkpoint or a stopping rule where nothing is validated.
+    """
+    al, cfg, hooks = state.al, state.runner.cfg, al_patch.checkpoint_hooks(state.runner)
+    validates = cfg.get('val_cfg') is not None and cfg.train_cfg.get('val_begin', 1) <= (
+        cfg.train_cfg.get('max_iters') or cfg.train_cfg.get('max_epochs') or math.inf)
+    for key in ('weights', 'query_with'):
+        if al[key] == 'best' and not (validates and any(hook.save_best for hook in hooks)):
+            raise ValueError(f"`al.{key}='best'` needs validation (`val_cfg`, and a `train_cfg.val_begin` that is "
+                             "reached) and `default_hooks.checkpoint.save_best`, e.g. save_best='mIoU'")
+    if al.stop and not validates:
+        raise ValueError('`al.stop` needs a validation metric, but the config has no `val_cfg`, or training ends '
+                         'before its `train_cfg.val_begin`')
 
 
 def check_no_label(state: al_patch.State) -> None:
@@ -333,6 +359,7 @@ def check_disk(state: al_patch.State) -> None:
             "`al.keep='needed'`, or choose another --work-dir")
 
 
+# of mmseg's IoUMetric: what each of its `iou_metrics` reports, beside aAcc
 IOU_METRICS = dict(mIoU=['mIoU', 'mAcc'], mDice=['mDice', 'mAcc'], mFscore=['mFscore', 'mPrecision', 'mRecall'])
 
 # ---------------------------------------------------------------------------------------------------------------------

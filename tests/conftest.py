@@ -19,8 +19,10 @@ HERE = osp.dirname(osp.abspath(__file__))
 sys.path[:0] = [osp.dirname(HERE), HERE]
 import tiny  # noqa: E402
 
+import al_label  # noqa: E402
 import al_patch  # noqa: E402
 
+al_label.hook()  # the settings of people who label are its
 TARGETS = ((Runner, 'train'), (Runner, 'build_dataloader'), (mmcv.utils.ext_loader, 'load_ext'))
 
 
