@@ -206,7 +206,11 @@ def try_input(case: Case, folder: str, number: int, scripted: bool, tell: Callab
     shutil.copytree(osp.join(folder, case.run or 'none'), place, symlinks=True)
     with open(osp.join(place, CONFIG), 'w') as file:
         file.write(case.config())
-    case.damage(place)
+    try:
+        case.damage(place)
+    except Exception as error:  # the run that it is made from is another than it was
+        tell(Result(case, [f'it cannot be made: {error!r}'], '', 'not run', 0.))
+        return
     before, lock, begin = snapshot(place), None, time.time()
     if case.holds:
         lock = open(osp.join(place, case.holds), 'r+')
@@ -303,7 +307,7 @@ def main() -> int:
         run_all([try_input(case, folder, i, scripted, tell) for i, (case, scripted) in enumerate(numbered)], args.jobs)
     table = PrettyTable(['kind', 'inputs', 'as they should', 'not'], align='r')
     for kind in [*dict.fromkeys(result.case.kind for result in results), None]:
-        mine = [bool(result.wrong) for result in results if result.how == 'forked' or result.case.gpus is not None
+        mine = [bool(result.wrong) for result in results if result.how != 'script' or result.case.gpus is not None
                 if kind in (None, result.case.kind)]
         table.add_row([kind or 'all', len(mine), len(mine) - sum(mine), sum(mine)])
     scripted = [bool(result.wrong) for result in results if result.how == 'script']

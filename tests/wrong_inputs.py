@@ -341,6 +341,7 @@ def given_as(value):
 # --- generated: each field of the state ------------------------------------------------------------------------------
 
 MISSING = '(missing)'
+DISAGREES = ('a name that is not in the pool', 'zero', 'far too large', 'more than there are', 'empty')
 COUNT = {'text': '1', 'a fraction': 1.5, 'negative': -1, 'far too large': BIG}
 MAYBE_COUNT = COUNT
 AMOUNT = {'text': 'x', 'negative': -1., 'far too large': 1e300}
@@ -355,7 +356,7 @@ STATE_FIELDS = dict(
     settings=(False, {'a list': [], 'text': 'x', 'null': None}),
     config=(False, {'a list': ['x'], 'a number in it': dict(model=3), 'null': None}),
     images=(False, {**COUNT, 'not those of the pool': 11, 'null': None}),
-    pixels=(False, COUNT), rounds=(False, {'a dict': {}, 'empty': [], 'text in it': ['x'], 'null': None}),
+    pixels=(False, COUNT), rounds=(False, {'a dict': dict(a=3), 'empty': [], 'text in it': ['x'], 'null': None}),
     pool=(False, POOL), dropped=(True, NAMES),
     classes=(True, TEXTS))
 ROUND_FIELDS = dict(
@@ -373,7 +374,7 @@ ROUND_FIELDS = dict(
     train_seconds=(False, AMOUNT), query_seconds=(True, AMOUNT))
 REGION_FIELDS = dict(asked=ROUND_FIELDS['asked'], pixels=(False, COUNT),
                      void_pixels=(False, {**COUNT, 'more than there are': 10**6}))
-CRC_FIELDS = dict(held_out=(False, {**NAMES, 'a name that is not in the pool': ['no/such'],
+CRC_FIELDS = dict(held_out=(True, {**NAMES, 'a name that is not in the pool': ['no/such'],
                                     'twice the same': ['a/00', 'a/00']}))
 HUMAN_FIELDS = dict(
     ids=(True, {'a list': [], 'text': {'*': 'x'}, 'negative': {'*': [-1]}, 'far too large': {'*': [10**6]},
@@ -392,8 +393,9 @@ def set_field(field: str, value, is_round: bool) -> Callable:
         elif isinstance(value, dict) and '*' in value:
             name, ids = next(iter(owner[field].items()))
             owner[field][name] = [*ids, ids[0]] if value['*'] == 'twice' else value['*']
-        elif field in ('spent', 'metrics', 'checkpoints', 'config') and isinstance(value, dict) and value:
-            owner[field].update(value)
+        elif field in ('asked', 'spent', 'metrics', 'checkpoints', 'config') and isinstance(value, dict) and value:
+            here = next(iter(owner[field]))  # an image that was asked for
+            owner[field].update({here: value['a/00']} if 'a/00' in value else value)
         else:
             owner[field] = value
 
@@ -416,12 +418,15 @@ def add_state() -> None:
     for run, table, is_round in tables:
         for field, (may_miss, wrong) in table.items():
             for what, value in {**({} if may_miss else {'missing': MISSING}), **wrong}.items():
-                words = [] if value == MISSING or '*' in str(value) else [shown_as(value)]
+                words = [re.compile(rf'\b{field}\b')]
+                if what in DISAGREES:  # with what stands elsewhere
+                    words = [re.compile(rf'\b({field}|rounds|spent)\b')]
+                elif value not in (MISSING, []) and '*' not in str(value):
+                    words.append(shown_as(value))
                 if field == 'schema' and value == 99:
                     words = ['99']
-                add('state', f'{run} {"rounds[0]." * is_round}{field} {what}', 'al_state.json',
-                    re.compile(rf'\b{field}\b'), *words, run=run, options=('--resume', ),
-                    damage=set_field(field, value, is_round))
+                add('state', f'{run} {"rounds[0]." * is_round}{field} {what}', 'al_state.json', *words, run=run,
+                    options=('--resume', ), damage=set_field(field, value, is_round))
 
     def twice(content: dict) -> None:
         content['rounds'][1]['asked'].update(dict.fromkeys(list(content['rounds'][0]['asked'])[:1]))
@@ -442,11 +447,13 @@ def add_state() -> None:
 
     resume = dict(options=('--resume', ))
     for run in ('image', 'region'):
-        add('state', f'{run} asked: whole or part is the other', 'al_state.json', 'asked', run=run,
+        add('state', f'{run} asked: whole or part is the other', 'al_state.json', re.compile('asked|spent'), run=run,
             damage=changes_state(swapped), **resume)
     add('state', 'image asked twice', 'al_state.json', 'a/00', run='image', damage=changes_state(twice), **resume)
     add('state', 'region asked: fewer pixels than the mask', 'al_state.json', re.compile('asked|mask'), run='region',
         damage=changes_state(fewer_pixels), **resume)
+    add('state', 'crc held_out missing', re.compile('held_out|calibrate'), run='crc',
+        damage=set_field('held_out', MISSING, True), **resume)
     add('state', 'a key twice', 'al_state.json', 'phase', run='image', damage=duplicate_key, **resume)
     add('state', 'pool: a name twice', 'al_state.json', 'pool', 'a/00', run='image',
         damage=changes_state(lambda content: content['pool'].append('a/00')), **resume)
@@ -458,8 +465,7 @@ def add_state() -> None:
         damage=changes_state(lambda content: content.update(round=2)), **resume)
     add('state', 'rounds: one lost', 'al_state.json', 'round', run='image',
         damage=changes_state(lambda content: content.update(rounds=content['rounds'][:1])), **resume)
-    for key, value in dict(unit=dict(type='pixel', radius=0), initial=5, seed=3, budget=0, strategy='no such',
-                           oracle='human').items():
+    for key, value in dict(unit=dict(type='pixel', radius=0), initial=5, seed=3, budget=0, oracle='human').items():
         change = functools.partial(lambda content, changed: content['settings'].update(changed), changed={key: value})
         add('state', f'settings.{key} {value!r}', re.compile(rf'\b{key}\b'), shown_as(value), run='image',
             damage=changes_state(change), **resume)
