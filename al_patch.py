@@ -212,7 +212,7 @@ def start_or_resume(runner: Runner) -> State:
     al = parse_settings(runner.cfg.al)
     check_config(al, runner)
     pool, path = Pool(runner.cfg, unwrap(runner.model)), osp.join(runner.work_dir, STATE_FILE)
-    found = on_rank_0(lambda: osp.isfile(path))  # it may write before another rank looks
+    found = on_rank_0(lambda: remove_temporary(runner.work_dir) or osp.isfile(path))  # before another rank writes
     if found and not runner.cfg.get('resume'):
         raise FileExistsError(f'{path} holds an active learning run already: add --resume to go on with it, or choose '
                               'another --work-dir')
@@ -224,10 +224,6 @@ def start_or_resume(runner: Runner) -> State:
         method(state)
     if found:
         check_resume(state, content)
-    for folder, _, files in os.walk(state.work_dir) if is_main_process() else ():
-        for file in files:
-            if file.endswith(TEMPORARY):
-                os.remove(osp.join(folder, file))  # left by a run that was killed
     if found:
         resume_run(state, content)
     else:
@@ -463,7 +459,7 @@ def check_resume(state: State, content: dict) -> None:
             if was[key] != now[key]:
                 raise ValueError(f'`al.{key}` was {was[key]!r} when round {k} used it and cannot change on resume, but '
                                  f'got {now[key]!r}')
-    if state.strategy.calibration and 'held_out' not in state.entry:
+    if state.strategy.calibration and not state.entry.get('held_out'):
         raise ValueError(f'`al.strategy` should not calibrate, for round {state.round} has begun without images to do '
                          f'so, but got {state.strategy.name!r}')
     if content.get('classes') not in (None, state.classes):  # an older version's state does not hold them
@@ -478,7 +474,7 @@ def check_resume(state: State, content: dict) -> None:
                          f'{", ".join(gone[:5])} (`rounds` of {path}). Bring them back, or take them out of the run: '
                          f'python al_label.py drop {shlex.join([state.work_dir, *gone[:5]])}')
     now = state.spent()
-    wrong = [key for key, value in state.entry['spent'].items() if '% of' not in key and now.get(key) != value]
+    wrong = [key for key, value in state.entry['spent'].items() if '% of' not in key and now.get(key, value) != value]
     if wrong:
         raise ValueError(f'`rounds[{state.round}].spent` of {path} should be {now}, the sum over the rounds, but is '
                          f'{state.entry["spent"]}: restore a copy')
@@ -750,9 +746,9 @@ def close_round(trainer: Runner) -> None:
 def resumable_checkpoint(folder: str) -> str | None:
     """The checkpoint that mmengine wrote last, if it is there and was written to its end: the folder may have been
     moved or copied, so that only the name counts of the path that ``last_checkpoint`` holds."""
-    path = osp.join(folder, 'last_checkpoint')
-    path = osp.join(folder, osp.basename(mmengine.get_text(path).strip()) if osp.isfile(path) else path)
-    return path if zipfile.is_zipfile(path) else None
+    with contextlib.suppress(FileNotFoundError):
+        path = osp.join(folder, osp.basename(mmengine.get_text(osp.join(folder, 'last_checkpoint')).strip()))
+        return path if zipfile.is_zipfile(path) else None
 
 
 def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
@@ -846,7 +842,7 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     state = State(content, osp.dirname(where['state']), ConfigDict(content['settings']))
     have = {name: Shown(k is not None and state.mask_path(k, name), *(state.stored(name) if state.is_human else ()))
             for name, k in state.labelled(where['round']).items()
-            if name not in state.rounds[where['round']].get('held_out', ())}
+            if name not in (state.rounds[where['round']].get('held_out') or ())}
 
     def filtered(config: dict) -> dict:
 
@@ -3354,6 +3350,14 @@ def write_atomically(path: str, content: str | bytes) -> None:
     directory = os.open(osp.dirname(path), os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)
+
+
+def remove_temporary(folder: str) -> None:
+    """Remove what a run that was killed was just writing."""
+    for where, _, files in os.walk(folder):
+        for file in files:
+            if file.endswith(TEMPORARY):
+                os.remove(osp.join(where, file))
 
 
 TEMPORARY = '.al.tmp'

@@ -228,10 +228,10 @@ def check_no_label(state: al_patch.State) -> None:
             *getattr(part, 'datasets', []), getattr(part, 'dataset', None), *getattr(part, 'transforms', []),
             *mmengine.dataset.Compose(copy.deepcopy(getattr(part, 'pipeline', []))).transforms])
     for part in [*parts, *state.model.modules(), *(loop.evaluator.metrics if loop else [])]:
-        pads = getattr(part, 'pad_val', None)  # of mmcv's Pad a dict
-        for key, value in dict(
-                ignore_index=getattr(part, 'ignore_index', void), seg_pad_val=getattr(part, 'seg_pad_val', void),
-                pad_val=pads.get('seg', 255) if isinstance(pads, dict) else void).items():
+        pads = getattr(part, 'pad_val', None)
+        is_pad = isinstance(pads, dict)  # mmcv's Pad; elsewhere it is the image's
+        for key in ('ignore_index', 'pad_val' if is_pad else 'seg_pad_val'):
+            value = pads.get('seg', 255) if key == 'pad_val' else getattr(part, key, void)
             trains = state.counts_pixels and (key != 'ignore_index' or hasattr(part, 'loss_decode'))
             if value != void or trains and not 0 <= void < 256:
                 name = part['type'] if isinstance(part, dict) else type(part).__name__
@@ -306,7 +306,8 @@ def check_validation(state: al_patch.State) -> None:
             raise ValueError(f'{text}: there is no `best` checkpoint, and no end for `al.stop`')
         state.logger.warning(text)
     if [str(type(metric)) for metric in metrics] == ["<class 'mmseg.evaluation.metrics.iou_metric.IoUMetric'>"]:
-        names = ['auto', 'aAcc', *itertools.chain(*map(IOU_METRICS.get, metrics[0].metrics))]
+        _, *means = metrics[0].total_area_to_metrics(*[torch.ones(1)] * 4, metrics[0].metrics)  # the first is aAcc
+        names = ['auto', 'aAcc', *map('m{}'.format, means)]
         for name in sum((getattr(hook, 'save_best', None) or [] for hook in state.runner.hooks),
                         [al.stop.metric] if al.stop else []):
             if name not in names:
@@ -357,10 +358,6 @@ def check_disk(state: al_patch.State) -> None:
             f'{state.work_dir} should have {need / 1e9:.2f} GB free for {left} rounds with {copies} times the weights '
             f'each, but has {free[0] / 1e9:.2f}: lower `default_hooks.checkpoint.max_keep_ckpts`, set '
             "`al.keep='needed'`, or choose another --work-dir")
-
-
-# of mmseg's IoUMetric: what each of its `iou_metrics` reports, beside aAcc
-IOU_METRICS = dict(mIoU=['mIoU', 'mAcc'], mDice=['mDice', 'mAcc'], mFscore=['mFscore', 'mPrecision', 'mRecall'])
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures of a run: its curve, and what it has asked for

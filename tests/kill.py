@@ -187,7 +187,8 @@ def start(options: list, folder: str, processes: int, board: memoryview, log: st
 
 
 def run_until(options: list, work_dir: str, processes: int, log: str, delay: float, aim: tuple) -> tuple:
-    """Start a run and kill it after so many seconds, or where it aims at: at a rank's write, and how long after it.
+    """Start a run and kill it so many seconds after it has loaded its config, or where it aims at: at a rank's write,
+    and how long after it.
 
     Returns:
         The phase in which it was killed, '' if it ended before, and each rank's writes.
@@ -196,7 +197,7 @@ def run_until(options: list, work_dir: str, processes: int, log: str, delay: flo
         Wrong: A process fails by itself, or hangs.
     """
     board, begin = memoryview(mmap.mmap(-1, 64)).cast('I'), time.time()
-    pids, was_killed = start(options, work_dir, processes, board, log, aim), False
+    pids, was_killed, at = start(options, work_dir, processes, board, log, aim), False, None
     group = pids[0]
 
     def kill() -> None:
@@ -214,7 +215,8 @@ def run_until(options: list, work_dir: str, processes: int, log: str, delay: flo
                     for each in pids:
                         os.waitpid(each, 0)
                     raise Wrong(f'a process fails by itself: {" ".join(open(log).read()[-1500:].split())}')
-        if time.time() > begin + delay:
+        at = at or board[0] and time.time() + delay
+        if at and time.time() > at:
             kill()
         if time.time() > begin + 300:
             kill()

@@ -3,6 +3,7 @@
     python tests/same.py HEAD
     python tests/same.py HEAD --only image-entropy region-human --keep some/folder
     python tests/same.py HEAD --alone
+    python tests/same.py HEAD --named
 
 Side A is the revision, side B the working tree. A run is `al_train.main()` on a config of its own, several starts in a
 row where a run is resumed. What is compared: exit codes, what was asked for in each round, masks, metrics, weights,
@@ -469,7 +470,11 @@ def main() -> int:
     parser.add_argument('--keep', metavar='FOLDER', help='a new folder for data, runs and logs, to look into')
     parser.add_argument('--alone', action='store_true', help='side B is al_patch.py and al_train.py alone; reports, '
                         'pictures and to_label/ are not compared')
+    parser.add_argument('--named', action='store_true', help='start from images by name, so that a change of what is '
+                        'drawn is no difference for those that draw nothing')
     args = parser.parse_args()
+    for each in CASES.values() if args.named else ():
+        each.al['initial'] = tiny.NAMES[:each.al['initial']] if 'unit' not in each.al else WHOLE
     if args.keep and osp.isdir(args.keep) and os.listdir(args.keep):
         parser.error(f'--keep should be a new or an empty folder, but there is something in {args.keep}')
     names, begin = args.only or list(CASES), time.time()

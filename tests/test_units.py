@@ -299,3 +299,14 @@ def test_superpixels_say_what_they_miss(superpixels, monkeypatch):
     monkeypatch.setitem(sys.modules, 'skimage.segmentation', None)
     with pytest.raises(ImportError, match="^`al.unit='superpixel'` needs scikit-image: pip install scikit-image"):
         superpixels()
+
+
+def test_superpixels_of_another_size_than_their_image_are_named(superpixels, tmp_path):
+    superpixels()
+    [path] = tmp_path.glob('superpixels/**/*.png')
+    al_patch.write_png(str(path), np.zeros((30, 48), np.uint16))
+    with pytest.raises(ValueError, match=rf'^{path} cannot be used .*size should be that of its image, \(32, 48\), but '
+                                         r'is \(30, 48\): delete it'):
+        superpixels()
+    path.unlink()
+    assert superpixels().shape == (32, 48)
