@@ -1,9 +1,12 @@
 """The `al` block: what is refused, by which words, what equal settings become, and the arithmetic of amounts."""
+import types
+
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 import al_patch
+import al_report
 from al_patch import State, block_settings, budgets, check_config, number_of, parse_settings, round_config
 
 NAME = r"a name, dict\(type=name, \*\*options\) or 'package.module:function'"
@@ -168,7 +171,7 @@ def test_an_option_without_a_default_has_to_be_given(own):
 
 def test_an_empty_block_is_the_defaults():
     defaults = {key: default for key, (default, _) in block_settings().items()}
-    assert parse_settings({}).to_dict() == {**defaults, 'unit': dict(type='image')}
+    assert parse_settings({}).to_dict() == {**defaults, 'unit': dict(type='image'), 'oracle': dict(type='simulated')}
     assert vars(al_patch.Block()).items() <= defaults.items()
 
 
@@ -278,8 +281,10 @@ def test_budgets():
     (dict(overrides={2: {}}), {}, '`al.overrides` should name rounds from 0 to 1, but got 2')])
 def test_a_config_that_cannot_serve_is_refused(make_cfg, build, al, changes, match):
     cfg = make_cfg(al, changes=changes)
+    al, runner = parse_settings(cfg.al), build(cfg)
     with pytest.raises(ValueError, match=f'^{match}'):
-        check_config(parse_settings(cfg.al), build(cfg))
+        check_config(al, runner)
+        al_report.check_best(State(dict(seed=0, config={}), runner.work_dir, al, runner))
 
 
 @pytest.fixture
@@ -344,5 +349,6 @@ def test_any_block_is_a_plan_or_a_value_error_that_names_it(runner, block):
     plan = budgets(al)
     assert len(plan) == al.rounds and all(1 <= number_of(amount, 1000) for amount in plan)
     for k in range(al.rounds + 1):
-        state = State(dict(seed=0, config={}, rounds=[{}] * (k + 1)), runner.work_dir, al, runner)
+        state = State(dict(seed=0, config={}, rounds=[{}] * (k + 1)), runner.work_dir, al, runner,
+                      types.SimpleNamespace(ignore_index=255))
         assert round_config(state).work_dir.endswith(f'round_{k}')
