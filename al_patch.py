@@ -340,6 +340,8 @@ def add_round(state: State, asked: dict) -> None:
         shutil.rmtree(osp.join(state.folder(k), 'to_label'), ignore_errors=True)
 
     def ask(name: str) -> tuple:
+        if not state.counts_pixels:
+            return 0, 0, 0 if state.is_human else state.count_void(name)
         old = state.mask(name)
         new = state.mask_of(name, asked[name]) & ~old
         void = 0 if state.is_human else state.count_void(name, new)
@@ -1810,9 +1812,10 @@ class State:
         path = png_path(osp.join(self.work_dir, 'labels', kind), name, self.work_dir)
         return path.removesuffix('.png') + suffix
 
-    def count_void(self, name: str, mask_HW: np.ndarray) -> int:
-        """How many pixels of what was asked for are void, after checking the label map."""
-        return int((self.pool.check_label(name, self.classes)[mask_HW] == self.pool.ignore_index(name)).sum())
+    def count_void(self, name: str, mask_HW: np.ndarray | slice = slice(None)) -> int:
+        """How many pixels of what was asked for are void, after checking their labels."""
+        label = self.pool.check_label(name, self.classes, mask_HW)
+        return int((label[mask_HW] == self.pool.ignore_index(name)).sum())
 
     @property
     def classes(self) -> int | None:
@@ -1970,12 +1973,13 @@ class Pool(Dataset):
             results['gt_seg_map'][void_HW] = self.ignore_index(name)
         return results['gt_seg_map']
 
-    def check_label(self, name: str, classes: int | None, path: str | None = None,
-                    void_HW: np.ndarray | None = None) -> np.ndarray:
+    def check_label(self, name: str, classes: int | None, mask_HW: np.ndarray | slice = slice(None),
+                    path: str | None = None, void_HW: np.ndarray | None = None) -> np.ndarray:
         """The labels of an image that was asked for, (H, W); see ``load_label``.
 
         Raises:
-            ValueError: Image or label map cannot be read, they differ in size, or a label is none of the classes.
+            ValueError: Image or label map cannot be read, they differ in size, or a label under the mask is none of the
+                classes.
         """
         ignore_index, shape = self.ignore_index(name), self.load_image(name).shape[:2]
         path = path or self.info(name).get('seg_map_path')
@@ -1988,12 +1992,12 @@ class Pool(Dataset):
                 is_small = label.shape[0] * shape[1] == label.shape[1] * shape[0]
                 raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}'
                                  f'{": a thumbnail?" if is_small else ""}')
-            strange = np.setdiff1d(label, [*range(classes or 0), ignore_index])
+            strange = np.setdiff1d(label[mask_HW], [*range(classes or 0), ignore_index])
             with contextlib.suppress(Exception), Image.open(path) as image:
                 if image.mode[0] == 'I':  # mmseg's loader cuts 16 bits to 8
-                    known = label != ignore_index
-                    raw = np.asarray(image)[known]
-                    strange = np.unique(raw[raw > 255]) if (raw % 256 == label[known]).all() else strange
+                    raw, labels = np.asarray(image)[mask_HW], label[mask_HW]
+                    is_cut = ((raw % 256 == labels) | (labels == ignore_index)).all()
+                    strange = np.unique(raw[raw > 255]) if is_cut else strange
             if classes and len(strange):
                 raise ValueError(f'labels should be below {classes}, the number of classes, or {ignore_index} for none,'
                                  f' but got {", ".join(map(str, strange[:5]))}'

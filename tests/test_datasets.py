@@ -108,7 +108,8 @@ def filtered(tmp_path):
 
     def build(dataset: dict, names: list):
         path = tmp_path / 'al_state.json'
-        mmengine.dump(dict(schema=2, seed=0, config={}, rounds=[dict(asked=dict.fromkeys(names))]), str(path))
+        mmengine.dump(dict(schema=2, seed=0, config={}, settings=dict(oracle=dict(type='simulated')),
+                           rounds=[dict(asked=dict.fromkeys(names))]), str(path))
         return Runner.build_dataloader(dict(
             batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset,
             al=dict(state=str(path), round=0))).dataset

@@ -29,7 +29,8 @@ def filtered(tmp_path):
     """A function that builds a data set's dataloader where these names are labelled."""
 
     def build(dataset: dict, names: list) -> object:
-        path, state = tmp_path / 'al_state.json', dict(schema=2, seed=0, config={})
+        path, settings = tmp_path / 'al_state.json', dict(oracle=dict(type='simulated'))
+        state = dict(schema=2, seed=0, config={}, settings=settings)
         write_atomically(str(path), json.dumps(dict(state, rounds=[dict(asked=dict.fromkeys(names))])))
         return Runner.build_dataloader(dict(
             batch_size=1, num_workers=0, sampler=dict(type='DefaultSampler', shuffle=False), dataset=dataset,

@@ -46,7 +46,8 @@ def sparse(tmp_path, shared_data):
             write_png(mask_path(work_dir, 1, name), mask)
         rounds = [dict.fromkeys(whole), {name: [1, int(mask.sum())] for name, mask in masks.items()}]
         state_file = osp.join(work_dir, al_patch.STATE_FILE)
-        mmengine.dump(dict(schema=2, seed=0, config={}, rounds=[dict(asked=asked) for asked in rounds]), state_file)
+        mmengine.dump(dict(schema=2, seed=0, config={}, settings=dict(oracle=dict(type='simulated')),
+                           rounds=[dict(asked=asked) for asked in rounds]), state_file)
         leaf = dict(type='BaseSegDataset', data_root=shared_data, img_suffix='.png', seg_map_suffix='.png',
                     metainfo=dict(classes=('dark', 'grey', 'bright'), palette=[[0] * 3] * 3),
                     data_prefix=dict(img_path='img/train', seg_map_path='ann/train'),
