@@ -372,7 +372,7 @@ class Inbox:
         try:
             waits = bool(((rows >= 0) & ~done).any())
             for source, path, content, version in self.new_files(name, report, waits) if reads else ():
-                labels, known = self.read(name, path)
+                labels, known = self.read(name, path, mask)
                 if source != DATA_SET:
                     report['outside'] += int((known & ~mask).sum())
                 answered |= known & mask
@@ -420,11 +420,12 @@ class Inbox:
             if content and is_new:
                 yield source, path, content, version
 
-    def read(self, name: str, path: str) -> tuple[np.ndarray, np.ndarray]:
+    def read(self, name: str, path: str, mask_HW: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The classes of a label file, and where it has an answer, (H, W) both.
 
         Raises:
-            ValueError: It cannot be read, is of another size, or has a value that is no class; it names the file.
+            ValueError: It cannot be read, is of another size, or has a value that is no class under the mask; it names
+                the file.
         """
         from mmengine import fileio
 
@@ -436,7 +437,7 @@ class Inbox:
             void_HW = void_HW.all(2) if void_HW.ndim > 2 else void_HW
             if void_HW.all() and void_HW.shape == pool.sizes[name]:
                 return np.full(void_HW.shape, pool.ignore_index), void_HW
-        labels = pool.check_label(name, self.state.class_count, path,
+        labels = pool.check_label(name, self.state.class_count, mask_HW, path,
                                   functools.partial(self.reader.load, path=path, void_HW=void_HW))
         known = labels != pool.ignore_index
         return labels, known if void_HW is None else known | void_HW

@@ -350,10 +350,11 @@ def add_round(state: State, asked: dict) -> None:
         shutil.rmtree(osp.join(state.folder(k), 'to_label'), ignore_errors=True)
 
     def ask(name: str) -> tuple:
+        if not state.counts_pixels:
+            return 0, 0, 0 if state.is_human else state.count_void(name)
         old = state.mask(name)
         new = state.mask_of(name, asked[name]) & ~old
-        void = 0 if state.is_human else int((state.pool.check_label(name, state.class_count)[new] ==
-                                             state.pool.ignore_index).sum())
+        void = 0 if state.is_human else state.count_void(name, new)
         if asked[name] is not None:
             write_png(state.mask_path(k, name), old | new)
         return asked[name] is not None and len(asked[name]), int(new.sum()), void
@@ -1914,6 +1915,11 @@ class State:
         path = png_path(osp.join(self.work_dir, 'labels', kind), name, self.work_dir)
         return path.removesuffix('.png') + suffix
 
+    def count_void(self, name: str, mask_HW: np.ndarray | slice = slice(None)) -> int:
+        """How many pixels of what was asked for are void, after checking their labels."""
+        label = self.pool.check_label(name, self.class_count, mask_HW)
+        return int((label[mask_HW] == self.pool.ignore_index).sum())
+
     @property
     def class_count(self) -> int | None:
         """How many classes the model tells apart. One: its sigmoid tells it from 0."""
@@ -2128,15 +2134,16 @@ class Pool(Dataset):
             raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
         return results['gt_seg_map']
 
-    def check_label(self, name: str, classes: int | None, path: str | None = None, load: Callable | None = None
-                    ) -> np.ndarray:
+    def check_label(self, name: str, classes: int | None, mask_HW: np.ndarray | slice = slice(None),
+                    path: str | None = None, load: Callable | None = None) -> np.ndarray:
         """The labels of an image that was asked for, (H, W).
 
         Args:
             path, load: Of another label file than the data set's, and a function (name) that loads it.
 
         Raises:
-            ValueError: Image or label map cannot be read, they differ in size, or a label is none of the classes.
+            ValueError: Image or label map cannot be read, they differ in size, or a label under the mask is none of the
+                classes.
         """
         ignore_index, shape = self.ignore_index, self.load_image(name).shape[:2]
         path = path or self.info(name).get('seg_map_path')
@@ -2146,12 +2153,12 @@ class Pool(Dataset):
                 is_small = label.shape[0] * shape[1] == label.shape[1] * shape[0]
                 why = ', a colour picture' if label.ndim > 2 else ': a thumbnail?' if is_small else ''
                 raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}{why}')
-            strange = np.setdiff1d(label, [*range(classes or 0), ignore_index])
+            strange = np.setdiff1d(label[mask_HW], [*range(classes or 0), ignore_index])
             with contextlib.suppress(Exception), Image.open(path) as image:
-                known = (label != ignore_index) & (image.mode[0] == 'I')
-                raw = np.asarray(image)[known]
-                if raw.max() > 255 and (raw % 256 == label[known]).all():  # mmseg's loader cuts 16 bits to 8
-                    strange = np.unique(raw[raw > 255])
+                if image.mode[0] == 'I':  # mmseg's loader cuts 16 bits to 8
+                    raw, labels = np.asarray(image)[mask_HW], label[mask_HW]
+                    is_cut = ((raw % 256 == labels) | (labels == ignore_index)).all()
+                    strange = np.unique(raw[raw > 255]) if is_cut else strange
             if classes and len(strange):
                 raise ValueError(f'labels should be below {classes}, the number of classes, or {ignore_index} for none,'
                                  f' but got {", ".join(map(str, strange[:5]))}'

@@ -127,10 +127,10 @@ def test_only_labels_that_were_asked_for_are_looked_at(make_state, own_data):
     mask[0, :2] = True
     with pytest.raises(ValueError, match=f'^{file_of(own_data, "ann", "a/00")} cannot be used .*labels should be below '
                                          '3, the number of classes, or 255 for none, but got 7'):
-        state.check_label('a/00', mask)
+        state.count_void('a/00', mask)
     mask[0, 1] = False
     mask[1] = True
-    assert state.check_label('a/00', mask) == 1  # void pixel
+    assert state.count_void('a/00', mask) == 1  # void pixel
 
 
 @pytest.mark.parametrize('unit', ['image', 'pixel'])
@@ -498,7 +498,7 @@ def test_names_in_a_state_cannot_lead_out(make_cfg, train):
     state = read_state(path)
     state['rounds'][0]['asked']['../../x'] = [1, 1]
     write_atomically(path, json.dumps(state))
-    with pytest.raises(ValueError, match='1 labelled images are not in the data set any more: ../../x'):
+    with pytest.raises(ValueError, match='1 images that were asked for are not in the data set any more: ../../x'):
         train(make_cfg(dict(unit='pixel', rounds=0), changes={**SHORT, 'resume': True}))
 
 
