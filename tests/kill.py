@@ -298,7 +298,7 @@ class Project:
         """Kill a run until it ends or has been killed so often, and see what it came to: a line of the results."""
         rng, begin = random.Random(f'{seed} {self.cell} {number}'), time.time()
         folder = osp.join(self.folder, str(number))
-        work_dir, places, copies, given = osp.join(folder, 'work'), itertools.count(1), {}, None
+        work_dir, places, copies, given = osp.join(folder, 'work'), itertools.count(1), {}, ()
         line = dict(self.cell._asdict(), run=number, seed=seed, kills=[], starts=0, moved=0, copied=0, halves=0)
         try:
             while True:
@@ -327,13 +327,13 @@ class Project:
                         work_dir, state = place, self.state(place)
                 elif state.phase != 'label':
                     break
-                elif given == state.round:
-                    raise Wrong(f'does not take the labels of round {given}')
-                if state and state.phase == 'label' and (not phase or rng.random() < .5):
-                    every = rng.choice([1, 2]) if given is None or abs(given) != state.round + .5 else 1
-                    line['halves'] += every == 2
-                    self.annotate(state, every)
-                    given = state.round if every == 1 else state.round + .5
+                elif given == (state.round, 1):
+                    raise Wrong(f'does not take the labels of round {state.round}')
+                is_asked = state and state.phase == 'label' and given != (state.round, 1)
+                if is_asked and (not phase or rng.random() < .5):  # the annotator may be slower than the next start
+                    given = state.round, 1 if given == (state.round, 2) else rng.choice([1, 2])
+                    line['halves'] += given[1] == 2
+                    self.annotate(state, given[1])
             wrong = [*differences(self.whole.files, contents(work_dir))]
             wrong += [f'left over: {name}' for name in sorted({*os.listdir(folder)} - {
                 osp.basename(path) for path in (work_dir, *copies)})]
