@@ -111,6 +111,7 @@ def hook() -> mmengine.hooks.Hook:
 
         def before_al_train(self, state: al_patch.State, trainer) -> None:
             if al_patch.is_main_process():
+                al_patch.write_atomically(osp.join(state.work_dir, 'sizes.json'), json.dumps(state.seen_files))
                 look_at_labels(state)
 
         def after_al_validate(self, state: al_patch.State, trainer) -> None:
@@ -243,8 +244,8 @@ def check_no_label(state: al_patch.State) -> None:
 
 
 def check_pool(state: al_patch.State) -> None:
-    """Look at every image of the pool once, by its header where that tells what is loaded, for its size; the next start
-    finds that in ``sizes.json``. No label is opened.
+    """Look at every image of the pool once, by its header where that tells what is loaded, for its size. No label is
+    opened. ``state.seen_files`` is for ``sizes.json``, where the next start finds it.
 
     Raises:
         ValueError: An image cannot be read, or the model does not take images of their sizes in one batch.
@@ -264,8 +265,7 @@ def check_pool(state: al_patch.State) -> None:
     loader = al_patch.scoring_loader(state.runner.cfg)
     check_batches(state, 'test_dataloader', pool, pool.sizes, loader.get('batch_size', 1))
     state.logger.info(f'Looked at the {len(pool)} images of the pool in {time.time() - begin:.1f} s')
-    if al_patch.is_main_process() and seen != known:
-        al_patch.write_atomically(path, json.dumps(seen))
+    state.seen_files = seen
 
 
 def check_validation(state: al_patch.State) -> None:
