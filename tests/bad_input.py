@@ -57,7 +57,8 @@ SAYS_HOW = re.compile(
     r'\buse\b|\badd\b|choose|restore|expected|invalid|'
     r'required|unrecognized|usage|must|not allowed|refused|has no|does not|can not|fail(ed|s)\b|nothing', re.I)
 TRAINING = re.compile(r'(Iter|Epoch)\(train\)')
-LOGS = re.compile(r'(^|/)(\d{8}_\d{6}|__pycache__|vis_data)(/|$)|\.log$|(^|/)(al\.lock|sizes\.json)$|(^|/)work\S*/[^/]+\.py$')
+LOGS = re.compile(r'(^|/)(\d{8}_\d{6}|__pycache__|vis_data)(/|$)|\.log$|'
+                  r'(^|/)(al\.lock|sizes\.json)$|(^|/)work\S*/[^/]+\.py$')
 
 
 def import_all() -> None:

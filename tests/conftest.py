@@ -129,6 +129,8 @@ def make_state(make_cfg, build):
         pool, al = al_patch.Pool(runner.cfg), al_patch.parse_settings(runner.cfg.al)
         state = al_patch.State(dict(seed=0, config={}), runner.work_dir, al, runner, pool)
         for names in asked:
+            for entry in state.rounds:
+                entry.update(metrics={}, checkpoints=dict(last='iter_4.pth'), train_seconds=1.)
             al_patch.add_round(state, dict.fromkeys(names))
         return state
 
