@@ -774,7 +774,7 @@ def check_names(state: State) -> None:
     Raises:
         ValueError: It names the image.
     """
-    for name in state.entry['asked']:
+    for name in (name for name in state.entry['asked'] if name not in state.dropped):
         for line in name, image_stem(state.pool, name):
             if line.strip().splitlines() != [line] or line.startswith('#'):
                 raise ValueError(f'image names should be one line, without spaces around it or # before it, to stand '
