@@ -580,7 +580,7 @@ def exported_path(state: State) -> str:
     return osp.join(state.work_dir, 'labels', 'exported.json')
 
 
-DATA_SET = 'data set'
+DATA_SET, UNLABELABLE = 'data set', 'unlabelable'
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What: masks, pictures, label maps to start from
@@ -802,6 +802,16 @@ def class_colours(pool: Pool) -> tuple[list[str], np.ndarray]:
     return classes, np.array([list(number.to_bytes(3, 'big')) for number in taken][1:], np.uint8)
 
 
+def tool_labels(state: State) -> tuple[list[str], np.ndarray]:
+    """What people choose from in an annotation tool: the classes and, if label files have a value for it, a label for
+    what is of none. Names, and colours (C, 3) uint8."""
+    classes, colours = class_colours(state.pool)
+    if state.al.oracle.unlabelable is None:
+        return classes, colours
+    free = next(colour for colour in ([n, n, n] for n in range(255, 0, -1)) if colour not in colours.tolist())
+    return [*classes, UNLABELABLE], np.append(colours, np.uint8([free]), 0)
+
+
 def voc_colours() -> np.ndarray:
     """Pascal VOC's colour of each number, (256, 3) uint8: its bit 3 b + c is bit 7 - b of channel c."""
     bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], 1, 9, 'little')
@@ -813,7 +823,7 @@ def export_cvat(state: State) -> None:
     one object a class. ``cvat_labels.json`` is for CVAT's raw label constructor."""
     import al_patch
     folder, pool, names = folder_of(state), state.pool, names_to_label(state)
-    classes, colours = class_colours(pool)
+    classes, colours = tool_labels(state)
     labels = [dict(name=c, color=f'#{bytes(colour).hex()}', attributes=[]) for c, colour in zip(classes, colours)]
     al_patch.write_atomically(folder / 'cvat_labels.json', json.dumps(labels, ensure_ascii=False))
     colours = np.insert(colours, 0, 0, 0)
@@ -825,7 +835,7 @@ def export_cvat(state: State) -> None:
         archive.writestr('ImageSets/Segmentation/default.txt', ''.join(f'{image_stem(pool, name)}\n' for name in names))
         for name in names:
             label = read_label(png_path(state, 'prediction', name), pool, name)
-            label = np.where(label < len(classes), label + 1, 0)
+            label = np.where((label < len(classes)) & (label != pool.ignore_index), label + 1, 0)
             for kind, table in dict(SegmentationClass=colours, SegmentationObject=voc_colours()).items():
                 png = cv2.imencode('.png', table[label][..., ::-1])[1]
                 archive.writestr(f'{kind}/{image_stem(pool, name)}.png', png.tobytes())
@@ -843,13 +853,13 @@ def export_label_studio(state: State) -> None:
     ``label_studio.xml``, the labelling interface that they are for. Images are local files below the root ``/``."""
     import al_patch
     folder, pool, tasks = folder_of(state), state.pool, []
-    classes, colours = class_colours(pool)
+    classes, colours = tool_labels(state)
     for name in names_to_label(state):
         label = read_label(png_path(state, 'prediction', name), pool, name)
         brushes = [dict(id=f'class_{c}', type='brushlabels', from_name='label', to_name='image', image_rotation=0,
                         original_width=label.shape[1], original_height=label.shape[0],
                         value=dict(format='rle', rle=encode_rle(label == c), brushlabels=[classes[c]]))
-                   for c in np.unique(label).tolist() if c < len(classes)]
+                   for c in np.unique(label).tolist() if c < len(classes) and c != pool.ignore_index]
         url = '/data/local-files/?d=' + quote(osp.abspath(pool.info(name)['img_path']).lstrip(os.sep))
         tasks.append(json.dumps(dict(data=dict(image=url, name=name), predictions=[
             dict(model_version=f'round_{state.round}', result=brushes)] if brushes else []), ensure_ascii=False))

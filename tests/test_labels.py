@@ -852,3 +852,15 @@ def test_no_label_file_is_opened_that_nobody_asked_for(make_cfg, train, unit, or
                                         strategy='margin'), changes={**SHORT, 'resume': resume}))
     asked = {name for entry in rounds for name in entry['asked']}
     assert len(rounds) == 2 and 'metrics' in rounds[1] and {*OPENED} == asked and len(asked) < 12
+
+
+@pytest.mark.parametrize('value', [None, 200])
+def test_tools_have_a_label_for_what_is_of_no_class(people, value):
+    run = people(unlabelable=value)
+    run.ask({'a/01': None})
+    al_label.export(run.state)
+    names = ['dark', 'grey', 'bright', *['unlabelable'] * (value is not None)]
+    labels = json.load(open(run.path('round_0', 'to_label', 'cvat_labels.json')))
+    assert [label['name'] for label in labels] == names and len({label['color'] for label in labels}) == len(names)
+    interface = open(run.path('round_0', 'to_label', 'label_studio.xml')).read()
+    assert [f'value="{name}"' in interface for name in (*names, 'unlabelable')] == [True] * len(names) + [value is not None]
