@@ -182,7 +182,7 @@ def warn_of_draws(state: al_patch.State) -> None:
     collector, strategy = state.collector, state.strategy
     equals = sum(al_patch.all_gather_object(collector.equals), collections.Counter())
     n, vectors_ND = collector.range[2], al_patch.Candidates.join(collector.parts).vector
-    if n > 1 and max(equals.values()) > .9 * n and strategy.score is not al_patch.random_scores:
+    if n > 1 and max(equals.values(), default=0) > .9 * n and strategy.score is not al_patch.random_scores:
         state.warn(f'More than nine in ten scores of the {strategy.name} query are equal, and the choice among them is '
                    'a draw: has the model learned anything?')
     if n > 1 and vectors_ND is not None and (vectors_ND == vectors_ND[0]).all():
