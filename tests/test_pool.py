@@ -2,6 +2,7 @@
 import copy
 import io
 import json
+import pathlib
 import struct
 import zlib
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 import al_label
 import al_patch
+import al_report
 from al_patch import Pool, leaf_configs, query_pipeline, write_atomically
 
 
@@ -215,7 +217,7 @@ def test_images_are_seen_through_the_labels_they_have(shared_data):
 def test_what_people_call_void_is_void_whatever_its_value(make_cfg, void):
     """Also one that 8 bits do not hold."""
     cfg = make_cfg({})
-    cfg.train_dataloader.dataset.ignore_index = void
+    cfg.model.decode_head.ignore_index = void
     pool, is_void = Pool(cfg), np.eye(*tiny.SHAPE, dtype=bool)
     label = al_label.LabelReader(pool).load('a/01', pool.info('a/01')['seg_map_path'], is_void)
     assert (label[is_void] == void).all() and (label[~is_void] == pool.load_label('a/01')[~is_void]).all()
@@ -275,21 +277,23 @@ def test_a_loader_of_the_users_own_decides(make_cfg, monkeypatch):
 
 
 def test_sizes_are_remembered_while_a_file_has_as_many_bytes(make_cfg, make_state, tmp_path, monkeypatch):
-    root, path = tiny.make_data(str(tmp_path / 'data')), tmp_path / 'sizes.json'
+    root = tiny.make_data(str(tmp_path / 'data'))
     state, looked = make_state(root=root, changes={'test_dataloader.batch_size': 1}), []
-    path.write_text(json.dumps(al_patch.check_pool(state, str(path))))
+    path = pathlib.Path(state.work_dir, 'sizes.json')
+    al_report.check_pool(state)
+    path.write_text(json.dumps(state.seen_files))
     real = Pool.size
     monkeypatch.setattr(Pool, 'size', lambda self, name: looked.append(name) or real(self, name))
-    al_patch.check_pool(state, str(path))
+    al_report.check_pool(state)
     assert not looked and state.pool.sizes == dict.fromkeys(tiny.NAMES, tiny.SHAPE)
     cv2.imwrite(f'{root}/img/train/b/07.png', np.zeros((8, 9, 3), np.uint8))
-    al_patch.check_pool(state, str(path))
+    al_report.check_pool(state)
     assert looked == ['b/07'] and state.pool.sizes['b/07'] == (8, 9)
     del looked[:]
     state.pool.leaves[0].pipeline.transforms[0].color_type = 'grayscale'  # another loader may turn images
-    al_patch.check_pool(state, str(path))
+    al_report.check_pool(state)
     assert looked == tiny.NAMES
     for damaged in ('', '{', '[]', 'null'):
         path.write_text(damaged)
-        al_patch.check_pool(state, str(path))
+        al_report.check_pool(state)
         assert state.pool.sizes['b/07'] == (8, 9)

@@ -1,6 +1,7 @@
 """The query: what is chosen of all candidates, in any number of processes, and where a planted uncertainty is found."""
 import functools
 import math
+import os
 import os.path as osp
 import re
 import types
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from mmengine.config import ConfigDict
 
 import al_patch
+import al_report
 from al_patch import AL_SELECTORS, Candidates, Collector, Pool, Query, State, parse_settings, query, topk
 
 top_percent = AL_SELECTORS.get('top_percent')
@@ -393,10 +395,11 @@ def test_a_map_that_is_flat_is_asked_for_anywhere(make_state, unit, per_image):
     budget = 4 if unit == 'image' else 2 if per_image else 24
     state = make_state(dict(unit=UNITS[unit], initial=1, budget=budget, rounds=9, per_image=per_image,
                             strategy='tiny:flat'), changes=tiny.NO_VAL)
-    torch.save(state.runner.model.state_dict(), osp.join(state.work_dir, 'untrained.pth'))
     images, quarters = np.zeros(12), np.zeros(4)
     for k in range(1, 10):
         state.rounds = [dict(asked={}, checkpoints=dict(last='untrained.pth')) for _ in range(k)]
+        os.makedirs(state.folder())
+        torch.save(state.runner.model.state_dict(), osp.join(state.folder(), 'untrained.pth'))
         for name, ids in query(state, state.runner).items():
             images[tiny.NAMES.index(name)] += 1 if ids is None else len(ids)
             y, x = np.nonzero(state.mask_of(name, ids))
@@ -423,17 +426,20 @@ def test_nine_in_ten_equal_scores_are_a_warning(make_state, monkeypatch, unit, n
         units = state.units(name)
         scores = torch.linspace(.1, .9, units.number) + i / 99 if i % 11 == 0 and i // 11 < others else \
             torch.full((units.number, ), .5)
-        found = units.candidates(scores, np.full(state.pool.sizes[name], False) if unit != 'image' else False)
-        number = np.full(len(found[0]), i, np.int32)
-        this.collector.add(name, Candidates(number, *found), Candidates(number, *found).rows(slice(0)))
+        draw = functools.partial(al_patch.uniform, i)
+        taken = np.full(state.pool.sizes[name], False) if unit != 'image' else False
+        found = units.candidates(scores.numpy(), taken, draw, None, -math.inf)
+        rows = Candidates(np.full(len(found[0]), i, np.int32), *found, draw(found[0]))
+        this.collector.add(name, rows, rows.rows(slice(0)))
     assert this.collector.range[2] == n and len(this.asked()) > 0
+    al_report.warn_of_draws(state)
     assert [EQUAL in text for text in state.entry.get('warnings', ())] == [True] * warns
 
 
 def test_drawn_scores_are_no_warning_and_no_figures_in_the_log(make_cfg, train):
     cfg = make_cfg(dict(strategy='random', unit=dict(type='region', size=[8, 8]), initial=20), changes=tiny.NO_VAL)
     _, rounds = train(cfg)
-    assert not any('warnings' in entry for entry in rounds)
+    assert not any('warnings' in entry for entry in rounds), rounds
     told = re.findall(r'INFO - Query (\d): random asks for (\d+ of \d+ candidates \(\d+ pixels\)) in .* images\n',
                       tiny.log_of(cfg.work_dir))
     assert told == [('0', '20 of 288 candidates (1280 pixels)'), ('1', '2 of 268 candidates (128 pixels)')]
