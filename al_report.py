@@ -417,7 +417,8 @@ def look_at_labels(state: al_patch.State) -> None:
     shown = np.array([(each > 0).sum() for each in counts.values()])
     total = sum(counts.values(), np.zeros(len(classes), int))
     keep(state, 'asked_classes.json', total.tolist())
-    if (total > 0).sum() <= 1 < len(counts):
+    many = units_of(state.entry) > 9 if state.counts_pixels else len(counts) > 1  # a few units may well be of one
+    if (total > 0).sum() <= 1 and many:
         absent = [name for name, n in zip(classes, total) if not n]
         state.warn(f'All labels that round {state.round} got are {classes[int(total.argmax())]!r}: none is '
                    f'{" or ".join(map(repr, absent[:5]))}. If label files hold 0 and 255, divide them by 255, which is '
