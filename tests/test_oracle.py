@@ -498,7 +498,8 @@ def test_cvat_reads_the_same_classes(asked, blind):
     assert not files
     assert json.load(open(to_label(cfg.work_dir, 1, 'cvat_labels.json'))) == [
         dict(name=name, color=colour, attributes=[]) for name, colour in (
-            ('dark', '#000001'), ('grey', '#5a5a5a'), ('bright', '#c8c8c8'))]
+            ('dark', '#000001'), ('grey', '#5a5a5a'), ('bright', '#c8c8c8'),
+            ('unlabelable', '#ffffff'))]
 
 
 def decode_rle(data: list) -> np.ndarray:
