@@ -15,6 +15,7 @@ import argparse
 import collections
 import contextlib
 import copy
+import csv
 import functools
 import gc
 import glob
@@ -369,8 +370,9 @@ def check_disk(state: al_patch.State) -> None:
 
 def write_table(state: al_patch.State) -> None:
     """Write the run so far, one row a round, into ``learning_curve.csv``."""
-    table = rounds_table(state.rounds).get_csv_string(lineterminator='\n')
-    al_patch.write_atomically(osp.join(state.work_dir, 'learning_curve.csv'), table)
+    table, text = rounds_table(state.rounds), io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows([table.field_names, *table.rows])
+    al_patch.write_atomically(osp.join(state.work_dir, 'learning_curve.csv'), text.getvalue())
 
 
 def report_curve(state: al_patch.State) -> None:

@@ -348,7 +348,7 @@ def test_the_score_map_is_that_of_the_query(make_cfg, train, monkeypatch, no_fai
     if strategy['type'] == 'coreset':
         assert set(maps.values()) == {None} and scores == {}
     else:
-        assert len(set(maps) & set(scores)) > 1
+        assert set(maps) & set(scores)
         assert {name: map_HW.max() for name, map_HW in maps.items() if name in scores} == {
             name: pytest.approx(scores[name], rel=1e-5) for name in maps if name in scores}
 
@@ -448,7 +448,7 @@ def test_figures_that_right_labels_do_not_give_are_warnings(make_cfg, train, sha
     queries = [text for text in rounds[0].get('warnings', ()) if 'query are equal' in text]
     assert bool(queries) == (keep == (0, ))
     for entry in rounds:
-        warned = [text for text in entry.get('warnings', ()) if text not in queries]
+        warned = [text for text in entry.get('warnings', ()) if text not in queries and 'All labels' not in text]
         assert len(warned) == len(texts) and all(map(str.startswith, warned, texts))
         assert all(told.count(text) == 2 for text in warned)
     main(['status', cfg.work_dir])
