@@ -179,7 +179,7 @@ def test_a_run_that_stops_goes_on_as_one_that_does_not(make_cfg, train, monkeypa
 def test_neither_another_unit_nor_a_lost_mask_goes_unnoticed_on_resume(make_cfg, train):
     cfg = make_cfg(dict(unit=CELL, rounds=0), changes=SHORT)
     train(cfg)
-    with pytest.raises(ValueError, match='^`al.unit` was .* when the run began and cannot change on resume'):
+    with pytest.raises(ValueError, match='^`al.unit` was .* when round 0 used it and cannot change on resume'):
         train(make_cfg(dict(unit=dict(CELL, size=[8, 9]), rounds=0), changes={**SHORT, 'resume': True}))
     shutil.rmtree(osp.join(cfg.work_dir, 'round_0', 'labelled'))
     with pytest.raises(ValueError, match=r'^the mask .*/round_0/labelled/[ab]/\d\d.png is missing or damaged'):
