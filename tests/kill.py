@@ -241,6 +241,7 @@ class Project:
             file.write(f'{text}al = {al!r}\n')
         cfg = Config.fromfile(self.config)
         init_default_scope(cfg.default_scope)
+        al_label.hook()  # the settings of people who label are its
         self.settings, self.pool = al_patch.parse_settings(cfg.al), al_patch.Pool(cfg)
         shutil.rmtree(self.folder, ignore_errors=True)
         self.whole = self.run_whole()
