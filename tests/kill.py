@@ -288,7 +288,7 @@ class Project:
         """Put labels of what the newest round asks for into its inbox: of every unit, or of every second."""
         units = itertools.count()
         for name in state.entry['asked']:
-            rows = state.unit_rows(name)
+            rows = al_label.unit_rows(state, name)
             known = np.isin(rows, [row for row in range(rows.max() + 1) if next(units) % every == 0])
             path = osp.join(state.folder(), 'labels', f'{name}.png')
             if known.any():
