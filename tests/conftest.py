@@ -21,8 +21,9 @@ import tiny  # noqa: E402
 
 import al_label  # noqa: E402
 import al_patch  # noqa: E402
+import al_report  # noqa: E402
 
-al_label.hook()  # the settings of people who label are its
+al_label.hook(), al_report.hook()  # some settings are theirs
 TARGETS = ((Runner, 'train'), (Runner, 'build_dataloader'), (mmcv.utils.ext_loader, 'load_ext'))
 
 
