@@ -69,6 +69,10 @@ def hook() -> Hook:
             if state.phase == 'label' and not al_patch.on_all_ranks(lambda _: is_finished(state), ['rank 0'])['rank 0']:
                 export(state, trainer)
 
+        def before_al_run(self, state: State) -> None:
+            if state.is_human and state.al.oracle.unlabelable is not None:
+                check_unlabelable(state)
+
         def accept_labels(self, state: State, is_asking: bool = False) -> None:
             accept_labels(state, is_asking)
 
@@ -218,6 +222,20 @@ def waiting_run(work_dir: str) -> State:
 # ---------------------------------------------------------------------------------------------------------------------
 # What comes back: label files that people hand in, the store that keeps them, and when a round has enough
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_unlabelable(state: State) -> None:
+    """
+    Raises:
+        ValueError: The value for what is of no class has a meaning already.
+    """
+    value, pool = state.al.oracle.unlabelable, state.pool
+    names, values = class_colours(pool)[0], label_values(pool, pool.names[0])[1]
+    known = {int(values[c]): f'the class {name!r}' for c, name in enumerate(names) if c != pool.ignore_index}
+    known[int(values[pool.ignore_index])] = 'no label, `ignore_index`'
+    if value in known:
+        raise ValueError(f'`al.oracle.unlabelable` should be a value that label files do not have, but got {value}, '
+                         f'which is {known[value]}')
 
 
 def accept_labels(state: State, is_asking: bool = False) -> None:

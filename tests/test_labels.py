@@ -865,3 +865,13 @@ def test_tools_have_a_label_for_what_is_of_no_class(people, value):
     interface = open(run.path('round_0', 'to_label', 'label_studio.xml')).read()
     found = [f'value="{name}"' in interface for name in (*names, 'unlabelable')]
     assert found == [True] * len(names) + [value is not None]
+
+
+@pytest.mark.parametrize('value, meaning', [(1, "the class 'grey'"), (255, 'no label, `ignore_index`'), (200, None)])
+def test_a_value_for_no_class_that_has_a_meaning_is_refused(people, value, meaning):
+    run = people(unlabelable=value)
+    if meaning is None:
+        al_label.check_unlabelable(run.state)
+        return
+    with pytest.raises(ValueError, match=f'^`al.oracle.unlabelable` should be .* but got {value}, which is {meaning}$'):
+        al_label.check_unlabelable(run.state)
