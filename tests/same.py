@@ -337,7 +337,7 @@ def look_alike(a: np.ndarray, b: np.ndarray) -> bool:
 # what is compared beside the state: files, how they are read and compared, and whether al_patch.py alone writes them
 FILES = {
     'mask': ('round_*/labelled/**/*.png', read_pixels, np.array_equal, True),
-    'learning curve': ('learning_curve.csv', read_curve, alike, True),
+    'learning curve': ('learning_curve.csv', read_curve, alike, False),
     'to_label': ('round_*/to_label/**', read_content, alike, False),
     'scores and classes': ('round_*/*.json', read_json, alike, False),
     'figure': ('*.png', read_pixels, look_alike, False),
