@@ -1,9 +1,13 @@
 """What people are given when a run asks for labels, in ``round_<k>/to_label``: what to label, as masks and as pictures,
-label maps to start from, and the same for CVAT and Label Studio.
+label maps to start from, and the same for CVAT and Label Studio. And what comes back: label files in
+``round_<k>/labels``, and the store in ``labels`` that keeps them for training.
 
-Beside ``al_patch.py`` it attaches itself to every run. What failed then, or was deleted since, is written again by
+Beside ``al_patch.py`` it attaches itself to every run. By hand it writes again what failed or was deleted, sets a run
+back to a round, or takes images out of it:
 
     python al_label.py export WORK_DIR
+    python al_label.py rewind WORK_DIR K
+    python al_label.py drop WORK_DIR IMAGE ...
 """
 from __future__ import annotations
 
@@ -142,7 +146,7 @@ def rewind(work_dir: str, round: int, train: bool = False) -> str:
             (aside / folder.name).mkdir()
             for path in [path for path in folder.iterdir() if path.name not in ('labelled', 'labels', 'to_label')]:
                 shutil.move(path, aside / folder.name)
-        write_state(work_dir, content)  # stopped before this, it can be done again
+        al_patch.write_state(work_dir, content)  # stopped before this, it can be done again
         for k in range(round + 1, last + 1):
             if osp.isdir(later := osp.join(work_dir, f'round_{k}')):
                 shutil.move(later, aside)
@@ -156,6 +160,7 @@ def drop(work_dir: str, names: list[str]) -> str:
     Raises:
         ValueError: The run knows no image of that name.
     """
+    import al_patch
     with stopped_run(work_dir) as content:
         known = {*content['pool'], *(name for entry in content['rounds'] for name in entry['asked'])}
         strange = [name for name in names if name not in known]
@@ -165,7 +170,7 @@ def drop(work_dir: str, names: list[str]) -> str:
         content['dropped'] = sorted({*content.get('dropped', ()), *names})
         for entry in content['rounds']:
             entry['held_out'] = [name for name in entry.get('held_out', ()) if name not in names]
-        write_state(work_dir, content)
+        al_patch.write_state(work_dir, content)
     return f'{work_dir} goes on without {", ".join(names)}'
 
 
@@ -184,12 +189,6 @@ def stopped_run(work_dir: str) -> Iterator[dict]:
     content = al_patch.read_state(osp.join(work_dir, al_patch.STATE_FILE))
     with al_patch.only_run(types.SimpleNamespace(work_dir=work_dir, logger=mmengine.MMLogger.get_current_instance())):
         yield content
-
-
-def write_state(work_dir: str, content: dict) -> None:
-    import al_patch
-    path = osp.join(work_dir, al_patch.STATE_FILE)
-    al_patch.write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False))
 
 
 def waiting_run(work_dir: str) -> State:
@@ -213,7 +212,7 @@ def waiting_run(work_dir: str) -> State:
     cfg.update(work_dir=work_dir, resume=True, launcher='none')
     runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
     al_patch.attach_companions(runner)  # keys of the `al` block may be theirs
-    al, pool = al_patch.parse_settings(cfg.al), al_patch.Pool(cfg)
+    al, pool = al_patch.parse_settings(cfg.al), al_patch.Pool(cfg, al_patch.unwrap(runner.model))
     state = al_patch.State(content, runner.work_dir, al, runner, pool)
     al_patch.check_resume(state, content)
     return state
@@ -253,7 +252,8 @@ def accept_labels(state: State, is_asking: bool = False) -> None:
     entry, oracle, inbox = state.entry, state.al.oracle, Inbox(state)
     entry.setdefault('ids', {})  # older states have none: what an image was asked for is one unit
     waits = state.phase == 'label'
-    reports = al_patch.on_all_ranks(lambda name: inbox.take(name, not is_asking), list(state.labelled()))
+    names = entry['asked'] if is_asking else state.labelled()
+    reports = al_patch.on_all_ranks(lambda name: inbox.take(name, not is_asking), list(names))
     newest = {name: reports[name] for name in entry['asked'] if name in reports}
     accepted, asked = (sum(report[key] for report in newest.values()) for key in ('accepted', 'asked'))
     missing = {name: report['missing'] for name, report in newest.items() if report['missing']}
@@ -383,8 +383,9 @@ class Inbox:
         import al_patch
         state, report = self.state, dict(untouched='', changed=0, outside=0, wrong='')
         (classes, done), rows, files = state.stored_label(name), unit_rows(state, name), []
-        mask = state.mask(name) | (rows >= 0)
-        if (mask & ~state.mask(name)).any():  # stopped while units went back to the pool
+        labelled = state.mask(name)
+        mask = labelled | (rows >= 0)
+        if (mask & ~labelled).any():  # stopped while units went back to the pool
             al_patch.write_png(state.mask_path(state.round, name), mask)
         was, had, answered = classes.copy(), done.copy(), np.zeros_like(done)
         try:
@@ -613,18 +614,18 @@ def export(state: State, trainer: Runner | None = None) -> None:
         trainer: The runner whose model asked. Without it, it is built as it was.
     """
     import al_patch
-    folder = folder_of(state)
     check_names(state)
+    folder, names = folder_of(state), names_to_label(state)
     folder.mkdir(parents=True, exist_ok=True)
     if state.counts_pixels:
-        al_patch.on_all_ranks(lambda name: write_mask(state, name), names_to_label(state))
+        al_patch.on_all_ranks(lambda name: write_mask(state, name), names)
     if state.round:  # before round 0 there is no model
-        write_predictions(state, trainer)
+        write_predictions(state, trainer, names)
 
     def write_formats() -> None:
-        export_cvat(state)
-        export_label_studio(state)
-        al_patch.write_atomically(folder / 'to_label.txt', ''.join(f'{name}\n' for name in names_to_label(state)))
+        export_cvat(state, names)
+        export_label_studio(state, names)
+        al_patch.write_atomically(folder / 'to_label.txt', ''.join(f'{name}\n' for name in names))
 
     al_patch.on_rank_0(write_formats)  # which can take long
 
@@ -686,13 +687,13 @@ def overlay(image: np.ndarray, mask_HW: np.ndarray) -> np.ndarray:
     return picture
 
 
-def write_predictions(state: State, trainer: Runner | None) -> None:
-    """Write label maps to start from, with what the checkpoint that asked for the round predicts."""
+def write_predictions(state: State, trainer: Runner | None, names: list[str]) -> None:
+    """Write label maps of some images to start from, with what the checkpoint that asked for the round predicts."""
     import torch
 
     import al_patch
     past = copy.copy(state)
-    past.rounds, names = state.rounds[:-1], names_to_label(state)
+    past.rounds = state.rounds[:-1]
     past.runner = trainer or type(state.runner).from_cfg(al_patch.round_config(past))  # a round may override the model
 
     @torch.no_grad()
@@ -836,11 +837,11 @@ def voc_colours() -> np.ndarray:
     return np.packbits(bits.reshape(256, 3, 3), 1)[:, 0]
 
 
-def export_cvat(state: State) -> None:
+def export_cvat(state: State, names: list[str]) -> None:
     """Write ``cvat.zip``, label maps to start from in the layout of CVAT's 'Segmentation mask 1.1': one colour a class,
     one object a class. ``cvat_labels.json`` is for CVAT's raw label constructor."""
     import al_patch
-    folder, pool, names = folder_of(state), state.pool, names_to_label(state)
+    folder, pool = folder_of(state), state.pool
     classes, colours = tool_labels(state)
     labels = [dict(name=c, color=f'#{bytes(colour).hex()}', attributes=[]) for c, colour in zip(classes, colours)]
     al_patch.write_atomically(folder / 'cvat_labels.json', json.dumps(labels, ensure_ascii=False))
@@ -866,13 +867,13 @@ def image_stem(pool: Pool, name: str) -> str:
     return osp.splitext(name + suffix)[0] if suffix else name
 
 
-def export_label_studio(state: State) -> None:
+def export_label_studio(state: State, names: list[str]) -> None:
     """Write ``label_studio.json``, tasks with label maps to start from, one brush region a class, and
     ``label_studio.xml``, the labelling interface that they are for. Images are local files below the root ``/``."""
     import al_patch
     folder, pool, tasks = folder_of(state), state.pool, []
     classes, colours = tool_labels(state)
-    for name in names_to_label(state):
+    for name in names:
         label = read_label(png_path(state, 'prediction', name), pool, name)
         brushes = [dict(id=f'class_{c}', type='brushlabels', from_name='label', to_name='image', image_rotation=0,
                         original_width=label.shape[1], original_height=label.shape[0],

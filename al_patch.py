@@ -224,7 +224,6 @@ def start_or_resume(runner: Runner) -> State:
         method(state)
     if found:
         check_resume(state, content)
-    if found:
         resume_run(state, content)
     else:
         start_run(state)
@@ -518,8 +517,6 @@ def parse_settings(block: dict) -> ConfigDict:
 def block_settings() -> dict[str, tuple]:
     """The keys of the ``al`` block, each with default and annotation. A companion adds its own."""
     return settings_of(Block)
-
-
 
 
 def accept_labels(state: State, **how) -> None:
@@ -1160,8 +1157,8 @@ class Query:
         map_HW, maps = self.maps(seen) if seen else (None, {})
         if any(not torch.isfinite(each).all() for each in (map_HW, *maps.values()) if each is not None):
             raise ValueError(f'the score of image {name!r} is not finite: the model, or the strategy, gives no finite '
-                              'numbers; if it is the model, train its round again by: python al_label.py rewind '
-                              f'{shlex.quote(state.work_dir)} {state.round} --train')
+                             'numbers; if it is the model, train its round again by: python al_label.py rewind '
+                             f'{shlex.quote(state.work_dir)} {state.round} --train')
         draw = functools.partial(uniform, seed_of(state.seed, 'draw', len(state.rounds), name))
         values = random_scores(draw(np.arange(units.number))) if map_HW is None else units.values(
             map_HW.float(), strategy.reduce)
@@ -1761,7 +1758,7 @@ class State:
                            settings=self.al.to_dict(), config=self.config, images=len(self.pool),
                            pixels=self.pool.pixels if self.counts_pixels else None, rounds=self.rounds,
                            pool=self.pool.names, classes=self.classes, dropped=self.dropped)
-            write_atomically(osp.join(self.work_dir, STATE_FILE), json.dumps(content, indent=1, ensure_ascii=False))
+            write_state(self.work_dir, content)
         barrier()
 
     @property
@@ -1976,6 +1973,10 @@ def read_state(path: str) -> dict:
     return content
 
 
+def write_state(work_dir: str, content: dict) -> None:
+    write_atomically(osp.join(work_dir, STATE_FILE), json.dumps(content, indent=1, ensure_ascii=False))
+
+
 def without_duplicates(pairs: list) -> dict:
     """A JSON object, in which no key stands twice."""
     content = {}
@@ -2167,7 +2168,7 @@ class Pool(Dataset):
 
     @functools.cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """(H, W) of every image as its pipeline loads it. A run knows them from ``check_data``."""
+        """(H, W) of every image as its pipeline loads it. al_report.py remembers them between two starts."""
         return {name: self.size(name) for name in self.names}
 
     def size(self, name: str) -> tuple[int, int]:
@@ -2237,6 +2238,7 @@ def image_name(dataset: BaseDataset, info: dict) -> str:
     path = info['img_path']
     name = path[len(prefix):].lstrip('/') if prefix and path.startswith(prefix) else osp.basename(path)
     return name.removesuffix(getattr(dataset, 'img_suffix', None) or osp.splitext(name)[1])
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Units: how a score map becomes candidates, and a chosen candidate a mask

@@ -82,12 +82,13 @@ def main(argv: list | None = None) -> None:
 
 @functools.cache
 def hook() -> mmengine.hooks.Hook:
-    """The hook of every run. With it, ``visualize`` is a key of the ``al`` block: how many images to draw after each
-    query."""
+    """The hook of every run. With it, these are keys of the ``al`` block: ``visualize``, how many images to draw after
+    each query, and ``keep``, which checkpoints."""
     al_patch.block_settings().update(visualize=(0, al_patch.Count), keep=('all', al_patch.one_of('all', 'needed')))
 
     class ReportHook(mmengine.hooks.Hook):
-        """Looks at a run. ``al_patch`` turns what goes wrong in it into a warning."""
+        """Looks at a run. ``al_patch`` turns what goes wrong in it into a warning, once ``before_al_run`` has let it
+        begin."""
         shown = set()  # values of the validation labels of a round that this rank has seen
 
         def before_train(self, runner) -> None:
@@ -363,6 +364,7 @@ def check_disk(state: al_patch.State) -> None:
             f'each, but has {free[0] / 1e9:.2f}: lower `default_hooks.checkpoint.max_keep_ckpts`, set '
             "`al.keep='needed'`, or choose another --work-dir")
 
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Figures of a run: its curve, and what it has asked for
 # ---------------------------------------------------------------------------------------------------------------------
@@ -400,7 +402,7 @@ def mark_changes(figure: figures.Figure, rounds: list[dict], metric: str, points
 
 def report_asked(state: al_patch.State, trainer) -> None:
     """Draw what the run has asked for, and hand the numbers to its visualizer."""
-    pool, rounds, classes = state.pool, state.round + 1, classes_of(state.pool)
+    pool, rounds, classes = state.pool, state.round + 1, state.classes
     queries = kept(state, 'query_scores.json', state.round)
     asked = Asked(
         classes, np.array([each or [0] * len(classes) for each in kept(state, 'asked_classes.json', rounds)]),
@@ -413,7 +415,7 @@ def report_asked(state: al_patch.State, trainer) -> None:
 
 def look_at_labels(state: al_patch.State) -> None:
     """Count the classes of what the newest round was given, and say it aloud where there is only one."""
-    classes = classes_of(state.pool)
+    classes = state.classes
     counts = {name: class_counts(state.load_label(name)[state.asked_mask(name)], len(classes))
               for name in state.entry['asked'] if name not in state.dropped}
     shown = np.array([(each > 0).sum() for each in counts.values()])
@@ -452,7 +454,7 @@ def units_per_image(rounds: list[dict], images: int) -> np.ndarray:
 
 def predicted_classes(state: al_patch.State, trainer, images: int = 32) -> np.ndarray:
     """Pixels of every class that the model predicts in a few images of the pool, drawn at random. (C,)"""
-    have, classes = state.labelled(), len(classes_of(state.pool))
+    have, classes = state.labelled(), len(state.classes)
     names = [name for name in state.pool.names if have.get(name, 0) is not None]
     looks = look(state, trainer, state.shuffled(names, 'predicted', state.round)[:images])
     return sum((class_counts(prediction_HW, classes) for _, prediction_HW, _ in looks), np.zeros(classes, int))
@@ -577,7 +579,7 @@ def draw_picture(state: al_patch.State, asked: dict, name: str, prediction_HW: n
                  score_HW: np.ndarray | None) -> figures.Figure:
     """An image in six panels: input, prediction, scores, asked for now, labelled so far, and the labels asked for."""
     pool, old = state.pool, state.mask(name)
-    classes, image, strength = classes_of(pool), to_rgb(pool.load_image(name)), .5
+    classes, image, strength = state.classes, to_rgb(pool.load_image(name)), .5
     new, n = state.mask_of(name, asked[name]) & ~old if name in asked else np.zeros_like(old), len(classes)
     titles = f'asked for now: {100 * new.mean():.3g} %', f'labelled so far: {100 * (old | new).mean():.3g} %'
     known = old if state.is_human else old | new  # a human has yet to label what is new
@@ -870,11 +872,11 @@ def rounds_table(rounds: list[dict]) -> prettytable.PrettyTable:
     """Finished rounds, one row each."""
     metrics = list(dict.fromkeys(key for entry in rounds for key in entry['metrics']))
     columns = ['round', *rounds[-1]['spent'], *metrics, 'train s', 'query s', 'changed']
-    table = prettytable.PrettyTable(columns, align='r', none_format='-')
-    for k, (entry, words) in enumerate(zip(rounds, changes(rounds))):
+    table, marks = prettytable.PrettyTable(columns, align='r', none_format='-'), changes(rounds)
+    for k, (entry, words) in enumerate(zip(rounds, marks)):
         table.add_row([k, *entry['spent'].values(), *map(entry['metrics'].get, metrics), entry['train_seconds'],
                        entry.get('query_seconds'), words])
-    if not any(changes(rounds)):
+    if not any(marks):
         table.del_column('changed')
     return table
 
@@ -960,8 +962,9 @@ def add_scalars(state: al_patch.State, scalars: dict[str, float]) -> None:
 
 
 def save_figure(figure: figures.Figure, path: str) -> None:
-    """Write a figure, as a whole or not at all."""
-    content, temporary = rendered(figure, osp.splitext(path)[1][1:] or 'png'), f'{path}.tmp'
+    """Write a figure, as a whole or not at all; what a kill leaves, the next start of a run removes by its name. (It is
+    ``al_patch.write_atomically``'s work, which ``compare`` does without, because it would import torch.)"""
+    content, temporary = rendered(figure, osp.splitext(path)[1][1:] or 'png'), f'{path}.al.tmp'
     os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
     with open(temporary, 'wb') as file:
         file.write(content)
@@ -972,10 +975,6 @@ def rendered(figure: figures.Figure, kind: str = 'png') -> bytes:
     content = io.BytesIO()
     figure.savefig(content, format=kind)
     return content.getvalue()
-
-
-def classes_of(pool: al_patch.Pool) -> list[str]:
-    return list(pool.leaves[0].metainfo['classes'])
 
 
 def class_counts(labels: np.ndarray, classes: int) -> np.ndarray:

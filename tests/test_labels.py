@@ -1,4 +1,5 @@
 """What people hand in, and the label store: what counts as done, what is kept, what is named, and going back."""
+import contextlib
 import json
 import os
 import os.path as osp
@@ -6,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from typing import Iterator
 
 import cv2
 import mmengine
@@ -169,6 +171,22 @@ def part(label: np.ndarray, *masks) -> np.ndarray:
     return np.where(np.any(masks, axis=0), label, VOID).astype(np.uint8)
 
 
+@contextlib.contextmanager
+def killed_at_write(monkeypatch, stop: int) -> Iterator[list]:
+    """Ends what it holds as a kill does, at the write that comes after so many others. Gives the writes."""
+    write, calls = al_patch.write_atomically, []
+
+    def write_or_die(*args):
+        calls.append(args)
+        if len(calls) == stop + 1:
+            raise KeyboardInterrupt
+        write(*args)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(al_patch, 'write_atomically', write_or_die)
+        yield calls
+
+
 # --- nothing is lost -------------------------------------------------------------------------------------------------
 
 
@@ -304,20 +322,8 @@ def test_a_kill_between_any_two_writes(people, truth, monkeypatch, stop):
     mended = part(truth(name), first, second)
     mended[0, 0] = (mended[0, 0] + 1) % 3
     run.hand_in(run.inbox(1, name), mended)
-    write, calls = al_patch.write_atomically, []
-
-    def write_or_die(*args):
-        calls.append(args)
-        if len(calls) == stop + 1:
-            raise KeyboardInterrupt
-        write(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(al_patch, 'write_atomically', write_or_die)
-        try:
-            run.accept()
-        except KeyboardInterrupt:
-            pass
+    with killed_at_write(monkeypatch, stop) as calls:
+        run.accept()
     assert run.accept() == 'train'
     assert np.array_equal(run.store(name)[0], mended) and np.array_equal(run.store(name)[1], first | second)
     [changes] = json.load(open(run.path('labels', 'label_changes.json'))).values()
@@ -395,21 +401,9 @@ def test_a_kill_while_units_go_back_to_the_pool(people, truth, monkeypatch, stop
     asked = run.ask({'a/01': [0, 7], 'b/08': [1]})
     only = run.state.mask_of('a/01', np.array([7]))
     run.hand_in(run.inbox(0, 'a/01'), part(truth('a/01'), only))
-    write, calls = al_patch.write_atomically, []
-
-    def write_or_die(*args):
-        calls.append(args)
-        if len(calls) == stop + 1:
-            raise KeyboardInterrupt
-        write(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(al_patch, 'write_atomically', write_or_die)
-        try:
-            run.accept(accept_partial=True)
-            return
-        except KeyboardInterrupt:
-            pass
+    with killed_at_write(monkeypatch, stop):
+        run.accept(accept_partial=True)
+        return
     for name in asked:
         run.hand_in(run.inbox(0, name), part(truth(name), asked[name]))
     assert run.accept() == 'train'

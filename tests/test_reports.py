@@ -495,3 +495,13 @@ def test_a_resumed_run_may_be_looked_at(make_cfg, train):
     mmengine.dump(state, path)
     again = Config(make_cfg(dict(rounds=2, visualize=2), changes=tiny.NO_VAL, resume=True).to_dict())
     assert len(train(again)[1]) == 3 and osp.isdir(osp.join(cfg.work_dir, 'round_1', 'pictures'))
+
+
+def test_what_a_kill_leaves_of_a_figure_is_removed_at_the_next_start(tmp_path, monkeypatch):
+    """By its name: `al_report` has it without importing `al_patch`."""
+    monkeypatch.setattr(al_report.os, 'replace', lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        al_report.save_figure(al_report.figures.Figure(), str(tmp_path / 'asked.png'))
+    assert [path.name for path in tmp_path.iterdir()] == ['asked.png' + al_patch.TEMPORARY]
+    al_patch.remove_temporary(str(tmp_path))
+    assert not [*tmp_path.iterdir()]
