@@ -382,7 +382,7 @@ class Inbox:
         """
         import al_patch
         state, report = self.state, dict(untouched='', changed=0, outside=0, wrong='')
-        (classes, done), rows, files = state.stored_label(name), unit_rows(state, name), []
+        (classes, done), rows, files = self.stored(name), unit_rows(state, name), []
         labelled = state.mask(name)
         mask = labelled | (rows >= 0)
         if (mask & ~labelled).any():  # stopped while units went back to the pool
@@ -420,15 +420,35 @@ class Inbox:
             report['unchanged'] = int((is_done & (pixels(same) == size)).sum())
         return report
 
+    def stored(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """As ``State.stored_label``.
+
+        Raises:
+            ValueError: The store has lost a file, or has one of another image.
+        """
+        import al_patch
+        size, paths = self.state.pool.sizes[name], [self.state.label_path(kind, name) for kind in ('classes', 'done')]
+        if osp.isfile(self.state.label_path('read', name, '.json')) and not all(map(osp.isfile, paths)):
+            raise ValueError(f'{" and ".join(path for path in paths if not osp.isfile(path))} of the label store is '
+                             'gone: restore it from a copy')
+        stored = self.state.stored_label(name)
+        for path, array in zip(paths, stored):
+            if array.shape != size:
+                raise ValueError(f'{path} cannot be used (its size should be that of its image, {size}, but is '
+                                 f'{array.shape}): restore it from a copy')
+        return stored
+
     def new_files(self, name: str, report: dict, is_new: bool) -> Iterator[tuple[str, str, bytes, str]]:
         """An image's files that have something new, and those that count more than these: source, path, content, and
         the name of this version. All of them are ``is_new`` where something is waited for: it may have been in a file,
         kept aside, before anybody asked for it."""
         from mmengine import fileio
+
+        import al_patch
         before = read_json(self.state.label_path('read', name, '.json'))
         for source, path in self.sources(name, before):
             content = b''
-            with contextlib.suppress(FileNotFoundError):  # a data set may have no label maps yet
+            with al_patch.reading(path), contextlib.suppress(FileNotFoundError):  # a data set may have none yet
                 content = fileio.get(path) if path else b''
             version = version_of(content)
             if version in self.exported.get(name, ()) and not self.oracle.accept_unchanged:

@@ -210,7 +210,8 @@ def start_or_resume(runner: Runner) -> State:
     """
     companions = attach_companions(runner)
     al = parse_settings(runner.cfg.al)
-    check_config(al, runner)
+    check_config(runner)
+    check_model(unwrap(runner.model), resolve_strategy(al.strategy))
     pool, path = Pool(runner.cfg, unwrap(runner.model)), osp.join(runner.work_dir, STATE_FILE)
     found = on_rank_0(lambda: remove_temporary(runner.work_dir) or osp.isfile(path))  # before another rank writes
     if found and not runner.cfg.get('resume'):
@@ -224,7 +225,7 @@ def start_or_resume(runner: Runner) -> State:
         method(state)
     if found:
         check_resume(state, content)
-        resume_run(state, content)
+        resume_run(state)
     else:
         start_run(state)
     return state
@@ -236,24 +237,14 @@ def start_run(state: State) -> None:
     tell_hooks(state, 'after_al_ask', None)
 
 
-def resume_run(state: State, content: dict) -> None:
-    """Say what has changed since the run stopped, and accept the labels that it waited for."""
-    pool, known, logger = state.pool, content['pool'], state.logger
+def resume_run(state: State) -> None:
+    """Accept the labels that the run waited for."""
     state.entry['spent'] = state.entry['spent'] or state.spent()  # schema 1 had it after training alone
-    changed = [f'al.{key} was {value!r} and is {state.al[key]!r}' for key, value in content['settings'].items()
-               if key in state.al and value != state.al[key]]
-    if changed:
-        logger.warning(f'Settings have changed since the run last started: {"; ".join(changed)}')
     if state.phase == 'label':
         tell_hooks(state, 'after_al_ask', None)  # where the run was killed before, or a hook failed
     if state.is_human:
         accept_labels(state)
-    added, removed = set(pool.names) - set(known), [name for name in known if name not in pool.where]
-    if added:
-        logger.info(f'{len(added)} new images have joined the pool, which has {len(pool)} now')
-    if removed:
-        logger.warning(f'{len(removed)} unlabelled images have left the data set: {", ".join(removed[:10])}')
-    state.save()
+        state.save()
 
 
 def attach_companions(runner: Runner) -> list[Hook]:
@@ -273,33 +264,15 @@ def attach_companions(runner: Runner) -> list[Hook]:
     return hooks
 
 
-def check_config(al: dict, runner: Runner) -> None:
-    """Refuse, before anything expensive, what ``al`` asks of a config that cannot give it.
-
-    Raises:
-        ValueError: It names the key of the config to change.
+def check_config(runner: Runner) -> None:
     """
-    cfg = runner.cfg
+    Raises:
+        ValueError: The config is not one that rounds can be built of.
+    """
     for key in ('model', 'train_dataloader', 'train_cfg', 'optim_wrapper'):
-        if not isinstance(cfg.get(key), dict):
+        if not isinstance(value := runner.cfg.get(key), dict):
             raise ValueError(f'active learning builds a new runner every round, so the config needs `{key}` as a dict, '
-                             f'but got {type(cfg.get(key)).__name__}')
-    hooks = checkpoint_hooks(runner)
-    if not any(hook.save_last for hook in hooks):
-        raise ValueError('`default_hooks.checkpoint` should be a CheckpointHook with save_last=True (its default): '
-                         "a round's weights have to be on disk to score the pool and to resume")
-    for hook in hooks:
-        if hook.out_dir:
-            raise ValueError("`default_hooks.checkpoint.out_dir` should be None: a round's checkpoints lie in its own "
-                             f'folder, but got {hook.out_dir!r}; choose another --work-dir, or make it a link')
-    check_model(unwrap(runner.model), resolve_strategy(al.strategy))
-    for k, override in (al.overrides or {}).items():
-        if int(k) > al.rounds:
-            raise ValueError(f'`al.overrides` should name rounds from 0 to {al.rounds}, but got {k}')
-        try:
-            copy.deepcopy(cfg).merge_from_dict(override)
-        except Exception as error:
-            raise ValueError(f'`al.overrides[{k}]` should fit the config, but got {override} ({error})') from error
+                             f'but got {type(value).__name__}')
 
 
 def initial_images(state: State) -> dict[str, None]:
@@ -317,9 +290,8 @@ def initial_images(state: State) -> dict[str, None]:
             raise ValueError(f'`al.initial` should be at most the {len(pool)} images there are, but got {initial!r}')
         names = state.shuffled(pool.names, 'initial')[:n]
     else:
-        if isinstance(initial, str) and not osp.isfile(initial):
-            raise ValueError(f'`al.initial` should name a split file, but there is no file {initial!r}')
-        names = initial if isinstance(initial, list) else mmengine.list_from_file(initial)
+        with reading(f'the split file `al.initial` = {initial!r:.200}'):
+            names = initial if isinstance(initial, list) else mmengine.list_from_file(initial)
         names = list(dict.fromkeys(filter(None, (name.strip() for name in names))))
         strangers = [name for name in names if name not in pool.where]
         if strangers or not names:
@@ -452,7 +424,7 @@ def check_resume(state: State, content: dict) -> None:
         began = parse_settings({key: settings[key] for key in state.al if key in settings and key != 'strategy'})
     for k in range(len(rounds)):
         begun = k < state.round or state.phase == 'query' or resumable_checkpoint(state.folder())
-        was, now = (dict(unit=al.unit, initial=al.initial, seed=al.seed, oracle=al.oracle.type,
+        was, now = (dict(rounds=min(k, al.rounds), unit=al.unit, initial=al.initial, seed=al.seed, oracle=al.oracle.type,
                          budget=[0, *budgets(al)][k:k + 1], overrides=begun and (al.overrides or {}).get(str(k)))
                     for al in (began, state.al))
         for key in was:
@@ -478,7 +450,6 @@ def check_resume(state: State, content: dict) -> None:
     if wrong:
         raise ValueError(f'`rounds[{state.round}].spent` of {path} should be {now}, the sum over the rounds, but is '
                          f'{state.entry["spent"]}: restore a copy')
-    state.check_masks()
 
 
 def parse_settings(block: dict) -> ConfigDict:
@@ -1156,7 +1127,7 @@ class Query:
         state, strategy, units = self.state, self.strategy, self.state.units(name)
         map_HW, maps = self.maps(seen) if seen else (None, {})
         if any(not torch.isfinite(each).all() for each in (map_HW, *maps.values()) if each is not None):
-            raise ValueError(f'the score of image {name!r} is not finite: the model, or the strategy, gives no finite '
+            raise ValueError(f'the score of image {name!r} is not finite: the model, or `al.strategy`, gives no finite '
                              'numbers; if it is the model, train its round again by: python al_label.py rewind '
                              f'{shlex.quote(state.work_dir)} {state.round} --train')
         draw = functools.partial(uniform, seed_of(state.seed, 'draw', len(state.rounds), name))
@@ -1781,7 +1752,7 @@ class State:
     @property
     def is_human(self) -> bool:
         """Whether people give the labels."""
-        return self.al.oracle['type'] == 'human'
+        return split_setting(self.al.oracle)[0] == 'human'
 
     @property
     def classes(self) -> list[str]:
@@ -1861,23 +1832,6 @@ class State:
             return read_mask(self.mask_path(have[name], name))
         return np.full(self.pool.sizes[name], name in have)
 
-    def check_masks(self) -> None:
-        """Compare the masks of all that is labelled with what was asked for.
-
-        Raises:
-            ValueError: On every rank; it names those that are missing or damaged, or do not agree.
-        """
-
-        def check(name: str) -> None:
-            path, size = self.mask_path(self.labelled()[name], name), self.pool.sizes[name]
-            mask, pixels = read_mask(path), sum(entry['asked'].get(name, (0, 0))[1] for entry in self.rounds)
-            if mask.shape != size or mask.sum() != pixels:
-                raise ValueError(f'the mask {path} should show the {pixels} pixels of {size} that {STATE_FILE} has in '
-                                 f'`asked`, but shows {mask.sum()} of {mask.shape}: restore both from one copy')
-
-        now = self.round if self.phase == 'label' else None  # people's answers may shrink what is asked for just now
-        on_all_ranks(check, [name for name, k in self.labelled().items() if k not in (None, now)])
-
     def mask_of(self, name: str, ids: np.ndarray | None) -> np.ndarray:
         """The pixels of some units of an image, or all where ``ids`` is None, (H, W) booleans."""
         return np.full(self.pool.sizes[name], True) if ids is None else self.units(name).mask(ids)
@@ -1956,7 +1910,7 @@ def read_state(path: str) -> dict:
                 entry.setdefault('strategy', {})
                 for which, file in entry.get('checkpoints', {}).items():
                     entry['checkpoints'][which] = osp.basename(file)
-            content = {'pool': [], 'ended': None, **content, 'schema': SCHEMA}
+            content = {'pool': [], 'ended': None, 'pixels': None, **content, 'schema': SCHEMA}
         if type(schema) is not int or schema <= SCHEMA:
             check_fields(content, STATE_FIELDS, 'state')
             last = len(content['rounds']) - 1
@@ -1965,7 +1919,7 @@ def read_state(path: str) -> dict:
                 check_fields(entry, ROUND_FIELDS + TRAINED_FIELDS * is_trained, f'rounds[{k}]')
             if content['round'] != last:
                 raise ValueError(f'`state.round` should be {last}, the last of `rounds`, but is {content["round"]}')
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f'{path} is damaged ({error}): restore a copy, or start in another work_dir') from error
     if schema > SCHEMA:
         raise ValueError(f'{path} should have schema {SCHEMA} or less, but got {schema}: use the al_patch.py that wrote'
@@ -1990,11 +1944,13 @@ def without_duplicates(pairs: list) -> dict:
 def check_fields(given: dict, fields: str, where: str) -> None:
     """
     Raises:
-        ValueError: A field is not what ``fields``, a line each, say of it.
+        ValueError: A field is not what ``fields``, a line each, say of it. One with a question mark may be missing.
     """
     for field, kind in (line.split(None, 1) for line in fields.splitlines()):
-        if not is_kind(given.get(field), kind):
-            raise ValueError(f'`{where}.{field}` should be {kind}, but is {given.get(field)!r:.200}')
+        name = field.rstrip('?')
+        if not (is_kind(given[name], kind) if name in given else name != field):
+            raise ValueError(f'`{where}.{name}` should be {kind}, but is '
+                             f'{repr(given[name])[:200] if name in given else "missing"}')
 
 
 def is_kind(value, kind: str) -> bool:
@@ -2023,8 +1979,8 @@ images         count
 pixels         None | count
 rounds         [dict]
 pool           [str]
-dropped        None | [str]
-classes        None | [str]
+dropped?       [str]
+classes?       [str]
 """
 # `asked`: of each image units and pixels, or None for the whole; `pixels`: below image level; `held_out`: images that
 # the round does not train on; `ids`: of the units that people are asked for
@@ -2032,22 +1988,22 @@ ROUND_FIELDS = """\
 asked          {None | units_and_pixels}
 strategy       dict
 spent          {amount}
-pixels         None | count
-void_pixels    None | count
-held_out       None | [str]
-ids            None | {[count]}
-returned       None | {None | units_and_pixels}
-unchanged      None | count
-from_store     None | count
-warnings       None | [str]
+pixels?        count
+void_pixels?   count
+held_out?      [str]
+ids?           {[count]}
+returned?      {None | units_and_pixels}
+unchanged?     count
+from_store?    count
+warnings?      [str]
 """
 # `checkpoints`: last and best, in the round's own folder; `changed`: keys of the config, since the round before
 TRAINED_FIELDS = """\
 metrics        {float}
 checkpoints    {file_name}
 train_seconds  amount
-query_seconds  None | amount
-changed        None | [str]
+query_seconds? amount
+changed?       [str]
 """
 STATE_FILE = 'al_state.json'
 SCHEMA = 3
@@ -3244,7 +3200,8 @@ def reading(path: str, errors: type = Exception):
     try:
         yield
     except errors as error:
-        why = 'there is no such file' if isinstance(error, FileNotFoundError) else f'{type(error).__name__}: {error}'
+        is_gone = isinstance(error, FileNotFoundError) and osp.basename(path) in str(error)
+        why = 'there is no such file' if is_gone else f'{type(error).__name__}: {error}'
         if isinstance(error, pickle.UnpicklingError):  # torch's own text, of many lines, tells to drop the protection
             what = ', '.join(re.findall(r'GLOBAL ([\w.]+)', why)) or 'what no checkpoint has'
             why = f'beside weights and training state it holds {what}: reading that could run any code'

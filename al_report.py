@@ -20,6 +20,7 @@ import functools
 import gc
 import glob
 import importlib
+import inspect
 import io
 import itertools
 import json
@@ -30,7 +31,7 @@ import re
 import shutil
 import sys
 import time
-from typing import Callable, Iterator, NamedTuple
+from typing import Any, Callable, Iterator, NamedTuple
 
 
 class Lazy:
@@ -72,7 +73,7 @@ def main(argv: list | None = None) -> None:
         print(status(args.dir) if args.command == 'status' else
               compare(args.dirs, args.out, args.metric, args.full))
     except (OSError, ValueError) as error:
-        raise SystemExit(f'al_report.py {args.command}: {error}') from error
+        parser.exit(2, f'al_report.py {args.command}: {error}\n')
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,14 +102,17 @@ def hook() -> mmengine.hooks.Hook:
 
         def before_val_epoch(self, runner) -> None:
             """Have mmseg's IoUMetric, and those like it, keep the IoU of every class: they return means only."""
-            is_round, evaluator = runner.cfg.get('al') is None, getattr(runner.val_loop, 'evaluator', None)
-            for metric in getattr(evaluator, 'metrics', ()) if is_round else ():
+            if runner.cfg.get('al') is not None:  # it is no round's
+                return
+            name_files(runner.val_dataloader.dataset)
+            for metric in getattr(getattr(runner.val_loop, 'evaluator', None), 'metrics', ()):
                 compute = getattr(metric, 'total_area_to_metrics', None)
                 if compute and 'total_area_to_metrics' not in vars(metric):
                     metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
 
         def before_al_run(self, state: al_patch.State) -> None:
-            for check in (check_best, check_pool, check_validation, check_no_label, check_disk):
+            for check in (check_rounds, check_overrides, check_schedule, check_best, check_pool, check_masks,
+                          check_validation, check_no_label, check_disk):
                 check(state)
 
         def before_al_train(self, state: al_patch.State, trainer) -> None:
@@ -146,6 +150,20 @@ def delete_checkpoints(state: al_patch.State) -> None:
         for path in glob.glob(osp.join(glob.escape(state.folder(k)), '*.pth')):
             os.remove(path)
             state.logger.info(f"Deleted {path}: al.keep='needed', and a later round is trained")
+
+
+def name_files(dataset) -> None:
+    """Have a data set name the file that it cannot read."""
+    pipeline = getattr(dataset, 'pipeline', None)
+    if type(pipeline) is mmengine.dataset.Compose:
+
+        class Named(mmengine.dataset.Compose):
+
+            def __call__(self, results: dict) -> dict | None:
+                with al_patch.reading(f'{results.get("img_path")} or its label map {results.get("seg_map_path")}'):
+                    return super().__call__(results)
+
+        dataset.pipeline = Named(pipeline.transforms)
 
 
 def keep_class_iou(runner, metric, compute: Callable, *args, **kwargs) -> dict:
@@ -199,6 +217,134 @@ def in_short(names: list[str]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # Before a run: what data, config and disk can tell without training
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_rounds(state: al_patch.State) -> None:
+    """Compare what the state of a resumed run says with itself, and say what has changed since.
+
+    Raises:
+        ValueError: It names the field that does not agree.
+    """
+    path, pool, warn = osp.join(state.work_dir, al_patch.STATE_FILE), state.pool, state.logger.warning
+    if not state.rounds:
+        return
+    content = al_patch.read_state(path)
+    for field, should, given in disagreements(content, pool):
+        raise ValueError(f'`{field}` of {path} should {should}, but has {given!r:.200}: restore a copy, or start in '
+                         'another work_dir')
+    changed = [f'al.{key} was {value!r} and is {state.al[key]!r}' for key, value in content['settings'].items()
+               if key in state.al and value != state.al[key]]
+    if changed:
+        warn(f'Settings have changed since the run last started: {"; ".join(changed)}')
+    joined, left = {*pool.names}.difference(content['pool']), [name for name in content['pool']
+                                                               if name not in pool.where]
+    if joined:
+        state.logger.info(f'{len(joined)} new images have joined the pool, which has {len(pool)} now')
+    if left:
+        warn(f'{len(left)} images have left the data set: {in_short(left)}')
+
+
+def disagreements(content: dict, pool: al_patch.Pool) -> Iterator[tuple[str, str, Any]]:
+    """What a state says that cannot be, by its own settings: the field, what it should be, and what it has."""
+    names, is_partly, phase, whole, labelled = content['pool'], content['pixels'] is not None, content['phase'], {}, {}
+    is_human = al_patch.split_setting(content['settings'].get('oracle', 'simulated'))[0] == 'human'
+    twice = [name for name, n in collections.Counter(names).items() if n > 1]
+    if twice:
+        yield 'pool', 'name each image once', twice[0]
+    if names and content['images'] != len(names):  # the oldest have no names
+        yield 'images', f'be {len(names)}, how many `pool` has', content['images']
+    if phase == 'label' and not is_human:
+        yield 'phase', "be 'train' or 'query' where nobody is asked", phase
+    for k, entry in enumerate(content['rounds']):
+        where, asked, held_out = f'rounds[{k}]', entry['asked'], entry.get('held_out', [])
+        for name, units in asked.items():
+            if name in whole or units and not is_partly:
+                yield f'{where}.asked', 'name images that are not labelled yet, whole ones with null', {name: units}
+        whole.update((name, k) for name, units in asked.items() if units is None)
+        labelled.update(asked)
+        for name, ids in entry.get('ids', {}).items():
+            n, pixels = asked.get(name) or (0, 0)
+            if not n == len({*ids}) == len(ids) or max(ids) >= math.prod(pool.sizes.get(name, (math.inf, ))):
+                yield f'{where}.ids', 'have units that were asked for, each once', {name: ids}
+        if len({*held_out}) < len(held_out) or {*held_out} - {*labelled}:
+            yield f'{where}.held_out', 'name labelled images, each once', held_out
+        if (k < len(content['rounds']) - 1 or phase == 'query') and 'last' not in entry['checkpoints']:
+            yield f'{where}.checkpoints', 'have a `last`', entry['checkpoints']
+        for key in ('pixels', 'void_pixels') if is_partly else ():
+            if key not in entry:
+                yield f'{where}.{key}', 'be a count', 'nothing'
+        if is_partly and {*asked} <= {*pool.sizes}:
+            pixels = sum(math.prod(pool.sizes[name]) if units is None else units[1] for name, units in asked.items())
+            if not entry['void_pixels'] <= entry['pixels'] == pixels:
+                yield f'{where}.pixels', f'be {pixels}, the sum of `asked`, with fewer `void_pixels`', entry['pixels']
+
+
+def check_masks(state: al_patch.State) -> None:
+    """Compare the masks of all that is labelled with what was asked for.
+
+    Raises:
+        ValueError: On every rank; it names those that are missing or damaged, or do not agree.
+    """
+
+    def check(name: str) -> None:
+        path, size = state.mask_path(state.labelled()[name], name), state.pool.sizes[name]
+        mask, pixels = al_patch.read_mask(path), sum(entry['asked'].get(name, (0, 0))[1] for entry in state.rounds)
+        if mask.shape != size or mask.sum() != pixels:
+            raise ValueError(f'the mask {path} should show the {pixels} pixels of {size} that {al_patch.STATE_FILE} has '
+                             f'in `asked`, but shows {mask.sum()} of {mask.shape}: restore both from one copy')
+
+    now = state.round if state.phase == 'label' else None  # people's answers may shrink what is asked for just now
+    al_patch.on_all_ranks(check, [name for name, k in state.labelled().items()
+                                  if k not in (None, now) and name in state.pool.where])
+
+
+def check_overrides(state: al_patch.State) -> None:
+    """
+    Raises:
+        ValueError: An override is of a round that never comes, of no key of the config, or does not fit there.
+    """
+    al, cfg = state.al, state.runner.cfg
+    read = re.findall(r"cfg\.get\(\s*'(\w+)'", inspect.getsource(mmengine.runner.Runner))  # keys that need not be there
+    known = {*cfg, *read, *inspect.signature(mmengine.runner.Runner).parameters} - {'al', 'work_dir', 'resume'}
+    for k, override in (al.overrides or {}).items():
+        if int(k) > al.rounds:
+            raise ValueError(f'`al.overrides` should name rounds from 0 to {al.rounds}, but got {k}')
+        for key in override:
+            if key.split('.')[0] not in known:
+                raise ValueError(f'`al.overrides[{k}]` should hold keys of the config but `al`, `work_dir` and '
+                                 f"`resume`, e.g. 'train_cfg.max_iters', but got {key!r}")
+        try:
+            copy.deepcopy(cfg).merge_from_dict(override)
+        except Exception as error:
+            raise ValueError(f'`al.overrides[{k}]` should fit the config, but got {override} ({error})') from error
+
+
+def check_schedule(state: al_patch.State) -> None:
+    """
+    Raises:
+        ValueError: A round cannot train, or its weights are not to be found.
+    """
+    for k, override in {None: {}, **(state.al.overrides or {})}.items():
+        cfg, where = copy.deepcopy(state.runner.cfg), '' if k is None else f'`al.overrides[{k}]`: '
+        cfg.merge_from_dict(override)
+        for key in ('max_iters', 'max_epochs'):
+            if (length := cfg.train_cfg.get(key, 1)) is not None and not al_patch.is_int(length, 1):
+                raise ValueError(f'{where}`train_cfg.{key}` should be a positive int, but got {length!r}')
+        with al_patch.reading(f'{where}`optim_wrapper` = {cfg.optim_wrapper}'):
+            state.runner.build_optim_wrapper(copy.deepcopy(cfg.optim_wrapper))
+        path = cfg.get('load_from')
+        if path and '://' not in path and not osp.isfile(osp.expanduser(path)):
+            raise FileNotFoundError(f'{where}`load_from` should be a checkpoint, but there is no file {path!r}')
+    hooks = al_patch.checkpoint_hooks(state.runner)
+    if not any(hook.save_last for hook in hooks):
+        raise ValueError('`default_hooks.checkpoint` should be a CheckpointHook with save_last=True (its default): '
+                         "a round's weights have to be on disk to score the pool and to resume")
+    for hook in hooks:
+        if hook.out_dir:
+            raise ValueError("`default_hooks.checkpoint.out_dir` should be None: a round's checkpoints lie in its own "
+                             f'folder, but got {hook.out_dir!r}; choose another --work-dir, or make it a link')
+    if state.counts_pixels:
+        al_patch.gather_labelled_pixels(state.model)  # of which a loss may be incapable
 
 
 def check_best(state: al_patch.State) -> None:
@@ -278,7 +424,7 @@ def check_validation(state: al_patch.State) -> None:
             in one batch; or what the run asks of their metrics, they do not give.
     """
     al, labelled = state.al, []
-    with al_patch.reading('the validation set of `val_dataloader.dataset`, which should have an image at least,'):
+    with al_patch.reading('the validation set, `val_dataloader.dataset`, which should have an image at least,'):
         loop = state.runner.val_loop
         if loop is None or not hasattr(loop.dataloader.dataset, 'get_data_info'):
             return
@@ -290,23 +436,27 @@ def check_validation(state: al_patch.State) -> None:
     def look(i: int) -> tuple:
         info = images.get_data_info(i)
         image, label = info['img_path'], info.get('seg_map_path')
-        size = al_patch.header_size(image)
-        if not (labelled and size and size == al_patch.header_size(label)):
+        size, values = al_patch.header_size(image), []
+        if not (labelled and size and size == al_patch.header_size(label) and is_grey(label)):
             with al_patch.reading(f'{image} or its label map {label}'):
                 sample = images[i]['data_samples']
                 if not hasattr(sample, 'gt_sem_seg'):  # it is validated by something else
                     labelled.append(i)
-                    return size, True
-                size, label = sample.ori_shape, sample.gt_sem_seg.data[0]
+                    return size, True, []
+                size, label = sample.ori_shape, sample.gt_sem_seg.data.squeeze(0)
                 if label.shape != size:
-                    raise ValueError(f'its size should be that of its image, {size}, but is {tuple(label.shape)}')
-                labelled.extend([i] * bool(np.isin(label, voids, invert=True).any()))
-        return size, bool(labelled)
+                    raise ValueError(f'its size should be that of its image, {size}, but is {tuple(label.shape)}'
+                                     f'{", a colour picture" * (label.shape[-1] in (3, 4))}')
+                values = [value for value in label.unique().tolist() if value not in voids]
+                labelled.extend(value for value in values if value < (state.class_count or math.inf))
+        return size, bool(labelled), values[:5]
 
     seen = al_patch.on_all_ranks(look, numbers, 'Validation set')
     check_batches(state, 'val_dataloader', images, {i: seen[i][0] for i in numbers}, loop.dataloader.batch_size)
-    if not any(shown for _, shown in seen.values()):
-        text = 'no pixel of the validation set has a label of a class, so that its metrics are nan'
+    if not any(shown for _, shown, _ in seen.values()):
+        values = sorted({value for _, _, values in seen.values() for value in values})
+        text = (f'no pixel of `val_dataloader.dataset` has a label of a class, below {state.class_count}, but void or '
+                f'{", ".join(map(str, values[:5])) or "nothing"}, so that its metrics are nan')
         if al.stop or 'best' in (al.weights, al.query_with):
             raise ValueError(f'{text}: there is no `best` checkpoint, and no end for `al.stop`')
         state.logger.warning(text)
@@ -318,6 +468,12 @@ def check_validation(state: al_patch.State) -> None:
             if name not in names:
                 raise ValueError(f'`al.stop.metric` and `default_hooks.checkpoint.save_best` should be one of '
                                  f'{", ".join(names[1:])}, but got {name!r}')
+
+
+def is_grey(path: str) -> bool:
+    """Whether a label file has one number a pixel, by its header."""
+    with al_patch.Image.open(path) as image:
+        return len(image.getbands()) == 1
 
 
 def check_batches(state: al_patch.State, key: str, dataset, sizes: dict, n: int) -> None:
@@ -672,7 +828,9 @@ def compare(dirs: list[str], out: str, metric: str | None = None, full: float | 
     metric = metric or next(filter(None, metrics), None)
     groups = group_runs(runs, metric)
     if not groups:
-        raise ValueError(f'no run has finished a round with {metric or "a validation"}')
+        known = sorted({key for run in runs.values() for entry in run['rounds'] for key in entry.get('metrics', ())})
+        raise ValueError(f'no run has finished a round with {metric or "a validation"}: --metric should be one of '
+                         f'{", ".join(known)}')
     full = full_level([curve(run['rounds'], metric) for run in runs.values()]) if full is None else full
     save_figure(draw_curves(groups, metric, full), out)
     return f'{groups_table(groups, metric, full)}\nCurves: {out}'

@@ -67,6 +67,9 @@ def build_runner(args: argparse.Namespace) -> Runner:
         cfg.merge_from_dict(args.cfg_options or {})
     if cfg.get('al') is None:
         raise ValueError(f"{args.config} has no `al` block: add al = dict(strategy='entropy'), or use tools/train.py")
+    seed = cfg.get('randomness', {}).get('seed')
+    if seed is not None and not al_patch.is_int(seed):
+        raise ValueError(f'`randomness.seed` should be an int >= 0, but got {seed!r}')
     cfg.launcher, cfg.resume = args.launcher, args.resume
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
         'work_dirs', osp.splitext(osp.basename(args.config))[0])
@@ -125,6 +128,9 @@ def in_one_line(error: Exception) -> str:
     text, whole = str(error), ''.join(traceback.format_exception(error))
     if '\nOriginal Traceback' in text:
         text = text.rstrip().rpartition('\n')[2].partition(': ')[2]
+    if isinstance(error, OSError) and error.filename:
+        return (f'al_train.py: {error.filename} cannot be used ({error.strerror}): choose another place, or mend what is '
+                'there')
     text, where = ' '.join(text.splitlines()), re.findall('^ *File "(.+?)", line', whole, re.M)[-1]
     if osp.basename(where).startswith('al_') and isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
         return f'al_train.py: {text}'

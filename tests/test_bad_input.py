@@ -4,6 +4,9 @@ import json
 import os
 import os.path as osp
 import shutil
+import subprocess
+import sys
+import time
 
 import cv2
 import numpy as np
@@ -273,10 +276,10 @@ def test_a_validation_set_without_any_label(make_cfg, train, own_data, al, fatal
         cv2.imwrite(val_file(own_data, 'ann', name), np.full(tiny.SHAPE, void, np.uint8))
     cfg = make_cfg(al, root=str(own_data), changes={'val_evaluator.ignore_index': void})
     if fatal:
-        refused(cfg, train, 'no pixel of the validation set has a label .*`best` checkpoint.*`al.stop`')
+        refused(cfg, train, 'no pixel of `val_dataloader.dataset` has a label .*`best` checkpoint.*`al.stop`')
     else:
         train(cfg)
-        assert 'no pixel of the validation set has a label' in tiny.log_of(cfg.work_dir)
+        assert 'no pixel of `val_dataloader.dataset` has a label' in tiny.log_of(cfg.work_dir)
     cv2.imwrite(val_file(own_data, 'ann', '3'), np.full(tiny.SHAPE, 0, np.uint8))  # one label is enough
     train(make_cfg(al, root=str(own_data), work_dir=cfg.work_dir + '_', changes={'val_evaluator.ignore_index': void}))
 
@@ -635,3 +638,13 @@ def test_a_test_pipeline_alone_scores_the_pool(make_cfg, train, unit, strategy):
     cfg = make_cfg(al, changes={**SHORT, 'test_dataloader': None, 'test_cfg': None, 'test_evaluator': None})
     cfg.test_pipeline = [dict(type='LoadImageFromFile'), dict(type='PackSegInputs')]
     assert [entry['asked'] for entry in train(cfg)[1]] == [entry['asked'] for entry in expected]
+
+
+# --- hundreds of inputs ----------------------------------------------------------------------------------------------
+
+
+def test_a_sample_of_wrong_inputs():
+    """bad_input.py has them all."""
+    done = subprocess.run([sys.executable, osp.join(osp.dirname(__file__), 'bad_input.py'), '--sample', '40', '--seed',
+                           f'{time.time_ns()}', '--scripts', '1'], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

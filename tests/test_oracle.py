@@ -366,7 +366,7 @@ def test_new_images_join_the_pool_and_removed_ones_are_reported(train, human, bl
     assert unit == 'image' or state['pixels'] == (14 - bool(left)) * 32 * 48
     log = logs_of(cfg)
     assert f'2 new images have joined the pool, which has {14 - bool(left)} now' in log
-    assert not left or f'1 unlabelled images have left the data set: {left}' in log
+    assert not left or f'1 images have left the data set: {left}' in log
     assert unit == 'region' or {'a/new', 'c/new'} <= set(state['rounds'][2]['asked'])
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import al_patch
 import al_report
-from al_patch import State, block_settings, budgets, check_config, number_of, parse_settings, round_config
+from al_patch import State, block_settings, budgets, number_of, parse_settings, round_config
 
 NAME = r"a name, dict\(type=name, \*\*options\) or 'package.module:function'"
 AMOUNT = r'a positive int, a fraction in \(0, 1\]'
@@ -283,8 +283,13 @@ def test_a_config_that_cannot_serve_is_refused(make_cfg, build, al, changes, mat
     cfg = make_cfg(al, changes=changes)
     al, runner = parse_settings(cfg.al), build(cfg)
     with pytest.raises(ValueError, match=f'^{match}'):
-        check_config(al, runner)
-        al_report.check_best(State(dict(seed=0, config={}), runner.work_dir, al, runner))
+        check_plan(al, runner)
+
+
+def check_plan(al, runner) -> None:
+    state = State(dict(seed=0, config={}), runner.work_dir, al, runner)
+    for check in (al_report.check_overrides, al_report.check_schedule, al_report.check_best):
+        check(state)
 
 
 @pytest.fixture
@@ -340,7 +345,7 @@ def test_any_block_is_a_plan_or_a_value_error_that_names_it(runner, block):
     """What passes is one budget a round, and a config for each of them."""
     try:
         al = parse_settings(block)
-        check_config(al, runner)
+        check_plan(al, runner)
     except ValueError as error:
         assert str(error).startswith('`al') and '\n' not in str(error)
         event('refused')

@@ -126,7 +126,7 @@ def test_initial_as_names_or_split_file(initial, tmp_path):
 
 @pytest.mark.parametrize('setting, match', [
     (13, '`al.initial` should be at most the 12 images there are, but got 13'),
-    ('no/such/file.txt', "`al.initial` should name a split file, but there is no file 'no/such/file.txt'"),
+    ('no/such/file.txt', "the split file `al.initial` = 'no/such/file.txt' cannot be used .there is no such file"),
     (['a/02', 'a/2'], r"such as 'a/\d\d', but 1 of 2 are not in the data set: a/2"),
     ([' '], 'should hold names of training images')])
 def test_wrong_initials_are_refused(initial, setting, match):
@@ -325,7 +325,7 @@ def test_the_state_on_disk_is_json_with_all_settings(make_cfg, train):
 
 
 WRONG = 'text', [3], 2.5, {'a': 'text'}, {'a': -1}, -1, 2**64, True, None
-# which of these are right after all, for what the table of fields says; where it begins with None, None and nothing too
+# which of these are right after all, for what the table of fields says; where it begins with None, None too
 RIGHT = {'dict': [{'a': 'text'}, {'a': -1}], '{str}': [{'a': 'text'}], '{file_name}': [{'a': 'text'}], 'str': ['text'],
          'amount': [2.5]}
 
@@ -362,8 +362,8 @@ def test_every_field_of_a_state_is_checked(finished, tmp_path, where):
     content = read_state(osp.join(finished, STATE_FILE))
     text = al_patch.STATE_FIELDS if where == 'state' else al_patch.ROUND_FIELDS + al_patch.TRAINED_FIELDS
     path, tried, kinds = str(tmp_path / STATE_FILE), 0, dict(line.split(None, 1) for line in text.splitlines())
-    for field, kind in kinds.items():
-        optional = kind.startswith('None | ')
+    for name, kind in kinds.items():
+        field = name.rstrip('?')
         for wrong in (*WRONG, 'missing'):
             altered = copy.deepcopy(content)
             part = altered if where == 'state' else altered['rounds'][1]
@@ -372,14 +372,14 @@ def test_every_field_of_a_state_is_checked(finished, tmp_path, where):
             else:
                 part[field] = wrong
             write_atomically(path, json.dumps(altered))
-            if optional and wrong in (None, 'missing') or wrong in RIGHT.get(kind.removeprefix('None | '), ()):
+            if field != name and wrong == 'missing' or kind.startswith('None | ') and wrong is None or wrong in RIGHT.get(kind.removeprefix('None | '), ()):
                 read_state(path)
                 continue
             with pytest.raises(ValueError, match=rf'^{path} .*') as error:
                 read_state(path)
             assert field in str(error.value) and '\n' not in str(error.value)
             tried += 1
-    assert tried > 7 * len(kinds) and set(content if where == 'state' else content['rounds'][1]) <= set(kinds)
+    assert tried > 7 * len(kinds) and set(content if where == 'state' else content['rounds'][1]) <= {name.rstrip('?') for name in kinds}
 
 
 def both(key: str, value) -> Callable:
@@ -390,13 +390,13 @@ def both(key: str, value) -> Callable:
     (lambda c: c.update(phase='trian'), "`state.phase` should be 'label' | 'train' | 'query', but is 'trian'"),
     (lambda c: c.update(round=0), '`state.round` should be 1, the last of `rounds`, but is 0'),
     (lambda c: c['rounds'][1]['asked'].update(x=[1, 256]), 'not in the data set any more: x (`rounds` of'),
-    (lambda c: c['rounds'][1]['asked'].pop(next(iter(c['rounds'][1]['asked']))), '`rounds[1].spent` of '),
-    (both('pixels', 6 * 256 + 1), '`rounds[1].spent` of '), (both('void_pixels', 99), '`rounds[1].spent` of '),
+    (lambda c: c['rounds'][1]['asked'].pop(next(iter(c['rounds'][1]['asked']))), '`rounds[1].pixels` of '),
+    (both('pixels', 6 * 256 + 1), '`rounds[1].pixels` of '), (both('void_pixels', 99), '`rounds[1].spent` of '),
     (both('spent', dict(images=10**9)), '`rounds[1].spent` of '),
     (both('checkpoints', dict(last='../round_0/iter_1.pth')), '`rounds[1].checkpoints` should be {file_name}'),
     (both('checkpoints', dict(last='..')), '`rounds[1].checkpoints` should be {file_name}'),
     (both('metrics', dict(mIoU=-3)), '`rounds[1].metrics` should be {float}'),
-    (lambda c: c['rounds'][0].pop('metrics'), '`rounds[0].metrics` should be {float}, but is None'),
+    (lambda c: c['rounds'][0].pop('metrics'), '`rounds[0].metrics` should be {float}, but is missing'),
     (lambda c: c['settings'].update(unit='cell'), '`al.unit` should be one of'),
     (lambda c: c['settings'].update(rounds=-1), '`al.rounds` should be an int >= 0, but got -1')])
 def test_what_does_not_agree_is_refused_and_nothing_changes(finished, make_cfg, train, tmp_path, alter, match):

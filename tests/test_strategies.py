@@ -353,7 +353,6 @@ def test_it_asks_for_what_the_budget_buys(make_state, name, unit):
     if (name, unit) in MEANINGLESS:
         return
     state = make_state(dict(UNITS[unit], strategy=name), changes=tiny.NO_VAL)
-    al_patch.check_config(state.al, state.runner)
     al_patch.add_round(state, al_patch.initial_images(state) or al_patch.query(state, None))
     os.makedirs(state.folder(), exist_ok=True)
     torch.save(state.runner.model.state_dict(), osp.join(state.folder(), 'untrained.pth'))
