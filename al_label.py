@@ -426,7 +426,6 @@ class Inbox:
         Raises:
             ValueError: The store has lost a file, or has one of another image.
         """
-        import al_patch
         size, paths = self.state.pool.sizes[name], [self.state.label_path(kind, name) for kind in ('classes', 'done')]
         if osp.isfile(self.state.label_path('read', name, '.json')) and not all(map(osp.isfile, paths)):
             raise ValueError(f'{" and ".join(path for path in paths if not osp.isfile(path))} of the label store is '

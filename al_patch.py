@@ -225,26 +225,15 @@ def start_or_resume(runner: Runner) -> State:
         method(state)
     if found:
         check_resume(state, content)
-        resume_run(state)
+        state.entry['spent'] = state.entry['spent'] or state.spent()  # schema 1 had it after training alone
     else:
-        start_run(state)
-    return state
-
-
-def start_run(state: State) -> None:
-    """Label what there is to be before the first round."""
-    add_round(state, initial_images(state) or query(state, None))
-    tell_hooks(state, 'after_al_ask', None)
-
-
-def resume_run(state: State) -> None:
-    """Accept the labels that the run waited for."""
-    state.entry['spent'] = state.entry['spent'] or state.spent()  # schema 1 had it after training alone
-    if state.phase == 'label':
-        tell_hooks(state, 'after_al_ask', None)  # where the run was killed before, or a hook failed
-    if state.is_human:
+        add_round(state, initial_images(state) or query(state, None))
+    if not found or state.phase == 'label':  # where the run was killed before, or a hook failed
+        tell_hooks(state, 'after_al_ask', None)
+    if found and state.is_human:
         accept_labels(state)
         state.save()
+    return state
 
 
 def attach_companions(runner: Runner) -> list[Hook]:
@@ -321,8 +310,6 @@ def add_round(state: State, asked: dict) -> None:
         shutil.rmtree(osp.join(state.folder(k), 'to_label'), ignore_errors=True)
 
     def ask(name: str) -> tuple:
-        if not state.counts_pixels:
-            return 0, 0, 0 if state.is_human else state.count_void(name)
         old = state.mask(name)
         new = state.mask_of(name, asked[name]) & ~old
         void = 0 if state.is_human else state.count_void(name, new)
@@ -424,8 +411,9 @@ def check_resume(state: State, content: dict) -> None:
         began = parse_settings({key: settings[key] for key in state.al if key in settings and key != 'strategy'})
     for k in range(len(rounds)):
         begun = k < state.round or state.phase == 'query' or resumable_checkpoint(state.folder())
-        was, now = (dict(rounds=min(k, al.rounds), unit=al.unit, initial=al.initial, seed=al.seed, oracle=al.oracle.type,
-                         budget=[0, *budgets(al)][k:k + 1], overrides=begun and (al.overrides or {}).get(str(k)))
+        was, now = (dict(rounds=min(k, al.rounds), unit=al.unit, initial=al.initial, seed=al.seed,
+                         oracle=al.oracle.type, budget=[0, *budgets(al)][k:k + 1],
+                         overrides=begun and (al.overrides or {}).get(str(k)))
                     for al in (began, state.al))
         for key in was:
             if was[key] != now[key]:

@@ -290,8 +290,8 @@ def check_masks(state: al_patch.State) -> None:
         path, size = state.mask_path(state.labelled()[name], name), state.pool.sizes[name]
         mask, pixels = al_patch.read_mask(path), sum(entry['asked'].get(name, (0, 0))[1] for entry in state.rounds)
         if mask.shape != size or mask.sum() != pixels:
-            raise ValueError(f'the mask {path} should show the {pixels} pixels of {size} that {al_patch.STATE_FILE} has '
-                             f'in `asked`, but shows {mask.sum()} of {mask.shape}: restore both from one copy')
+            raise ValueError(f'the mask {path} should show the {pixels} pixels of {size} that {al_patch.STATE_FILE} '
+                             f'has in `asked`, but shows {mask.sum()} of {mask.shape}: restore both from one copy')
 
     now = state.round if state.phase == 'label' else None  # people's answers may shrink what is asked for just now
     al_patch.on_all_ranks(check, [name for name, k in state.labelled().items()

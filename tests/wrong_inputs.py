@@ -598,7 +598,8 @@ def add_data_of_runs() -> None:
     for what, do in dict(truncated=cut, smaller=smaller, of_no_class=of_no_class, missing=remove).items():
         by_training = what in ('truncated', 'of_no_class')  # a header does not show it
         add('data', f'labels that are {what} now', re.compile(r'ann/train/\S+\.png'), run='image', trains=by_training,
-            writes=('work/*', ) if by_training else ('work/round_1/query_scores.json', ), damage=at(*map(label, tiny.NAMES), do=do), **resume)
+            writes=('work/*', ) if by_training else ('work/round_1/query_scores.json', ),
+            damage=at(*map(label, tiny.NAMES), do=do), **resume)
     superpixels = WORK + '/superpixels/12_100.0/{}.png'
     for what, do in dict(truncated=cut, page=page, smaller=smaller, folder=folder).items():
         add('data', f'superpixels {what}', re.compile(r'superpixels/\S+\.png'), run='superpixel',
