@@ -301,9 +301,9 @@ def read_json(path: str) -> Any:
 
 
 def read_curve(path: str) -> list:
-    """A learning curve's rows with numbers as numbers, less the columns of seconds."""
+    """A learning curve's rows with numbers as numbers, less the columns of seconds and of what changed."""
     with open(path, newline='') as file:
-        rows = [{key: value for key, value in row.items() if key not in ('train s', 'query s')}
+        rows = [{key: value for key, value in row.items() if key not in ('train s', 'query s', 'changed')}
                 for row in csv.DictReader(file)]
     return [{key: float(value) if value else None for key, value in row.items()} for row in rows]
 
