@@ -134,6 +134,8 @@ def in_one_line(error: Exception) -> str:
     text, where = ' '.join(text.splitlines()), re.findall('^ *File "(.+?)", line', whole, re.M)[-1]
     if osp.basename(where).startswith('al_') and isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
         return f'al_train.py: {text}'
+    if isinstance(error, KeyError):
+        text += ' is missing: has each step of the pipelines what it needs from those before it?'
     return f'al_train.py: {type(error).__name__}: {text} (AL_TRACEBACK=1 shows where)'
 
 
