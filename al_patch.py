@@ -746,7 +746,7 @@ def check_loss(loss: torch.nn.Module, channels: int, device: torch.device) -> in
         ValueError: It looks at neighbours, which a pixel of a partly labelled image does not have.
     """
     pred = torch.linspace(0, 9, 12 * channels, device=device).sin().view(1, channels, 12, 1)
-    label, why = (torch.arange(12, device=device) % max(2, channels)).view(1, 12, 1), 'it looks at neighbours of pixels'
+    label, why = (torch.arange(12) % max(2, channels)).view(1, 12, 1).to(device), 'it looks at neighbours of pixels'
     try:
         values = [loss(pred[:, :, order], label[:, order]).mean()
                   for order in ([*range(12)], [*range(0, 12, 2), *range(1, 12, 2)])]
@@ -1403,11 +1403,11 @@ class Network:
         batch = [Seen(meta, data['inputs'].shape[2:], self.model.align_corners, [{} for _ in views], None)
                  for meta in metas]
         with native_resolution(self.model):
-            for logits_SNCHW in self.passes(data['inputs'], [dict(meta) for meta in metas], seeds):
-                for n, seen in enumerate(batch):
+            for logits_NSCHW in self.passes(data['inputs'], [dict(meta) for meta in metas], seeds):
+                for logits_SCHW, seen in zip(logits_NSCHW, batch):
                     for view, mean in zip(views, seen.means):
-                        seen_MHW = view(logits_SNCHW[:, n].flatten(0, 1), seen)
-                        self.average(mean, to_probs(seen_MHW.unflatten(0, (len(logits_SNCHW), -1)), are_scores))
+                        seen_MHW = view(logits_SCHW.flatten(0, 1), seen)
+                        self.average(mean, to_probs(seen_MHW.unflatten(0, (len(logits_SCHW), -1)), are_scores))
         if hook:
             hook.remove()
             if not caught:
@@ -1428,9 +1428,9 @@ class Network:
         return (probs_CHW[1] > head.threshold if is_binary else probs_CHW.argmax(0)).long().cpu().numpy()
 
     def passes(self, inputs_NCHW: torch.Tensor, metas: list[dict], seeds: list[int]) -> Iterator[torch.Tensor]:
-        """Yield logits (S, N, C, h, w) of S passes at a time."""
+        """Yield logits (N, S, C, h, w) of S passes at a time."""
         if self.mc == 1:
-            yield self.logits(inputs_NCHW, metas)[None]
+            yield self.logits(inputs_NCHW, metas)[:, None]
             return
         last, untouched, generators, head = [], [True], [], decode_head(self.model)
         from mmseg.models.decode_heads.decode_head import BaseDecodeHead
@@ -1455,7 +1455,7 @@ class Network:
                 return
             for draw in draws:
                 generators[:] = draw
-                yield self.logits(inputs_NCHW, metas)[None]
+                yield self.logits(inputs_NCHW, metas)[:, None]
 
     def logits(self, inputs_NCHW: torch.Tensor, metas: list[dict]) -> torch.Tensor:
         """Logits of one pass, (N, C, h, w).
@@ -1480,7 +1480,7 @@ class Network:
             weight_NSCK = weight_CK * ((mask_NSK >= p) / (1 - p)).to(weight_CK)[:, :, None]
             logits_NMP = weight_NSCK.flatten(1, 2) @ features_NKHW.flatten(2)
             logits_NSCHW = logits_NMP.unflatten(1, (-1, len(weight_CK))).unflatten(3, (h, w))
-            yield (logits_NSCHW + conv.bias.view(-1, 1, 1)).transpose(0, 1)
+            yield logits_NSCHW + conv.bias.view(-1, 1, 1)
 
 
 def feature_head(model: torch.nn.Module) -> torch.nn.Module | None:

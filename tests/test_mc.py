@@ -149,7 +149,7 @@ def network(model: nn.Module, mc: int, strategy='entropy') -> Network:
 def passes(model: nn.Module, inputs: torch.Tensor, seeds: list, mc: int, native=True) -> torch.Tensor:
     """Logits of all passes, (T, N, C, h, w)."""
     with al_patch.native_resolution(model) if native else contextlib.nullcontext():
-        return torch.cat(list(network(model, mc).passes(inputs, metas(len(inputs)), seeds)))
+        return torch.cat(list(network(model, mc).passes(inputs, metas(len(inputs)), seeds)), 1).transpose(0, 1)
 
 
 @torch.no_grad()
@@ -232,8 +232,8 @@ def test_how_many_passes_the_short_cut_takes_at_once_changes_nothing(model_of, a
     model, features = model_of(), torch.randn(3, 8, 8, 12, generator=generator(0))
     parts = [list(network(model, 5).last_layer(
         features, [[generator(i, seed) for seed in SEEDS] for i in range(5)], n)) for n in (at_once, 5)]
-    assert max(map(len, parts[0])) == min(at_once, 5) and len(parts[0]) == -(-5 // at_once)
-    assert_close(torch.cat(parts[0]).detach(), torch.cat(parts[1]).detach())
+    assert max(part.shape[1] for part in parts[0]) == min(at_once, 5) and len(parts[0]) == -(-5 // at_once)
+    assert_close(torch.cat(parts[0], 1).detach(), torch.cat(parts[1], 1).detach())
 
 
 @pytest.mark.parametrize('kind', [nn.Dropout, nn.Dropout2d])
@@ -246,7 +246,7 @@ def test_masks_are_drawn_on_the_cpu_whatever_the_device_is(kind, model_of):
     model = model_of().to('meta')
     [logits] = network(model, 2).last_layer(
         torch.empty(3, 8, 8, 12, device='meta'), [[generator(i, seed) for seed in SEEDS] for i in range(2)], 2)
-    assert logits.is_meta and logits.shape == (2, 3, 3, 8, 12)
+    assert logits.is_meta and logits.shape == (3, 2, 3, 8, 12)
 
 
 def test_one_pass_is_without_dropout(model_of):
