@@ -27,7 +27,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from typing import TYPE_CHECKING, Callable, Iterator
+from typing import TYPE_CHECKING, Iterator
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
@@ -497,8 +497,7 @@ class Inbox:
         write_png(path('done', name), done)
         kept = path('read', name, '.json')
         before = read_json(kept)
-        read = {**before, **{source: version for source, _, version in files},
-                'mapped': sorted({*before.get('mapped', ()), *self.reader.mapped})}
+        read = {**before, **{source: version for source, _, version in files}}
         read[files[-1][0]] = read.pop(files[-1][0])  # the newest is last
         write_atomically(kept, json.dumps(read))
 
@@ -543,16 +542,10 @@ def label_reader(pool: Pool) -> LabelReader:
 
 
 class LabelReader:
-    """Reads label files as training does: by the loaders of its pipeline, and those of its steps that map values.
-
-    Attributes:
-        mapped: The steps that have mapped a file's values.
-    """
+    """Reads label files as training does: by the loaders of its pipeline, and those of its steps that map values."""
 
     def __init__(self, pool: Pool):
-        from mmengine.dataset import Compose
-        self.pool, self.mapped = pool, set()
-        self.steps = [Compose(copy.deepcopy(pipeline)).transforms for pipeline in pool.training_pipelines]
+        self.pool = pool
 
     def load(self, name: str, path: str, void_HW: np.ndarray | None = None) -> np.ndarray:
         """The classes of a label file of an image, (H, W).
@@ -560,45 +553,17 @@ class LabelReader:
         Args:
             void_HW: Where the file says that no class fits: no step sees that.
         """
-        results, odd = {**self.pool.info(name), 'seg_map_path': path}, ()
-        for step in self.steps[self.pool.where[name][0]]:
-            if 'gt_seg_map' not in results:
-                results = step(results)
-                if void_HW is not None and 'gt_seg_map' in results:
-                    label = results['gt_seg_map'] = results['gt_seg_map'].astype(np.int64)
-                    label[void_HW] = label[np.unravel_index(void_HW.argmin(), void_HW.shape)]
-            elif type(step).__module__.startswith(('mmcv.', 'mmseg.')):  # none of theirs maps values
-                odd = Exception,
-            else:
-                with contextlib.suppress(*odd):  # it may need what a step that is left out would have given
-                    mapped = run_step(step, results)
-                    if maps_values(results, mapped):
-                        results = mapped
-                        self.mapped.add(type(step).__name__)
-                    else:
-                        odd = Exception,
-        if 'gt_seg_map' not in results:
-            raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
+        from mmengine.dataset import Compose
+        loading, mapping = self.pool.label_steps(name, seg_map_path=path)
+        results = Compose(loading)({**self.pool.info(name), 'seg_map_path': path})
+        label = results['gt_seg_map']
         if void_HW is not None:
-            results['gt_seg_map'][void_HW] = self.pool.ignore_index
-        return results['gt_seg_map']
-
-
-def run_step(transform: Callable, results: dict) -> dict | None:
-    """Run a step of a pipeline on a copy of what the last one gave: it may write to its arrays."""
-    return transform({key: value.copy() if isinstance(value, np.ndarray) else value
-                      for key, value in results.items()})
-
-
-def maps_values(before: dict, after: dict) -> bool:
-    """Whether a step of a pipeline has mapped the values of the label map, each to one, and left the image alone."""
-    old, new = before['gt_seg_map'], after['gt_seg_map']
-    if new.shape[:2] != old.shape[:2] or not np.array_equal(before.get('img'), after.get('img')):
-        return False
-    if old.ndim > 2:  # colours
-        return new.ndim == 2
-    pairs = np.unique(np.stack([old, new]).reshape(2, -1), axis=1)
-    return len(pairs[0]) == len(np.unique(old)) and not np.array_equal(old, new)
+            label = results['gt_seg_map'] = label.astype(np.int64)
+            label[void_HW] = label[np.unravel_index(void_HW.argmin(), void_HW.shape)]
+        label = Compose(mapping)(results)['gt_seg_map']
+        if void_HW is not None:
+            label[void_HW] = self.pool.ignore_index
+        return label
 
 
 def version_of(content: bytes) -> str:
@@ -898,7 +863,7 @@ def export_label_studio(state: State, names: list[str]) -> None:
                         original_width=label.shape[1], original_height=label.shape[0],
                         value=dict(format='rle', rle=encode_rle(label == c), brushlabels=[classes[c]]))
                    for c in np.unique(label).tolist() if c < len(classes) and c != pool.ignore_index]
-        url = '/data/local-files/?d=' + quote(osp.abspath(pool.info(name)['img_path']).lstrip(os.sep))
+        url = '/data/local-files/?d=' + quote(osp.abspath(al_patch.image_path(pool.info(name))).lstrip(os.sep))
         tasks.append(json.dumps(dict(data=dict(image=url, name=name), predictions=[
             dict(model_version=f'round_{state.round}', result=brushes)] if brushes else []), ensure_ascii=False))
     al_patch.write_atomically(folder / 'label_studio.json', '[' + ',\n'.join(tasks) + ']\n')

@@ -117,6 +117,7 @@ class Block:
     rounds: Count = 5                # queries; training runs rounds + 1 times (a budget list sets it, too)
     weights: Start = 'scratch'       # what a round starts from: scratch (= the config's own) | last | best
     query_with: Which = 'last'       # checkpoint that scores the pool: last | best
+    pool: MaybeText = None           # which training data sets are the pool, e.g. 'dataset.datasets.1'; default: all
     pool_size: MaybeAmount = None    # score only a random subset of the pool: int | fraction of the images
     full_res: MaybeFlag = None       # score the enlarged logits, not the native ones; default: as the unit has it
     oracle: TypeName = 'simulated'   # simulated: labels are on disk, hidden until asked for | human: wait for them
@@ -127,6 +128,7 @@ class Block:
 
 Flag = rule('True or False', lambda v: isinstance(v, bool))
 MaybeFlag = or_none(Flag)
+MaybeText = or_none(rule('a path in `train_dataloader`', lambda v: isinstance(v, str)))
 Start = one_of('scratch', 'last', 'best')
 Which = one_of('last', 'best')
 MaybeAmount = or_none(rule('a positive int, or a fraction in (0, 1]', lambda v: is_amount(v)))
@@ -411,7 +413,7 @@ def check_resume(state: State, content: dict) -> None:
         began = parse_settings({key: settings[key] for key in state.al if key in settings and key != 'strategy'})
     for k in range(len(rounds)):
         begun = k < state.round or state.phase == 'query' or resumable_checkpoint(state.folder())
-        was, now = (dict(rounds=min(k, al.rounds), unit=al.unit, initial=al.initial, seed=al.seed,
+        was, now = (dict(rounds=min(k, al.rounds), pool=al.pool, unit=al.unit, initial=al.initial, seed=al.seed,
                          oracle=al.oracle.type, budget=[0, *budgets(al)][k:k + 1],
                          overrides=begun and (al.overrides or {}).get(str(k)))
                     for al in (began, state.al))
@@ -524,6 +526,8 @@ def build_round(state: State) -> Runner:
     for hook in [RoundHook(seed_of(state.seed, 'train', state.round), state.counts_pixels), *state.companions]:
         trainer.register_hook(hook)
     state.runner.model = trainer.model
+    if state.phase == 'query' and hasattr(state.model, 'init_weights'):  # a checkpoint may hold only what is trained
+        state.model.init_weights()
     if state.counts_pixels:
         gather_labelled_pixels(state.model)
     return trainer
@@ -553,7 +557,7 @@ def round_config(state: State) -> Config:
     seed = cfg.get('randomness', {}).get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': state.seed if seed is None else seed}
     cfg.train_dataloader.al = dict(state=osp.join(state.work_dir, STATE_FILE), round=k,
-                                   ignore_index=state.pool.ignore_index)
+                                   ignore_index=state.pool.ignore_index, pool=state.pool.paths)
     if k > 0 and state.phase == 'train' and state.al.weights != 'scratch':
         cfg.load_from = state.checkpoint(k - 1, state.al.weights)
     halfway = resumable_checkpoint(cfg.work_dir) if state.is_resumed and state.phase == 'train' else None
@@ -791,7 +795,8 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
 
     Args:
         build: Stock ``Runner.build_dataloader``.
-        dataloader: A dataloader's config with ``al=dict(state=path of al_state.json, round=k, ignore_index=255)``.
+        dataloader: A dataloader's config with ``al=dict(state=path of al_state.json, round=k, ignore_index=255,
+            pool=paths of the data sets in it that are filtered)``; all others stay as they are.
     """
     dataloader = copy.copy(dataloader)
     where, kept = dataloader.pop('al'), []
@@ -801,7 +806,9 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
             for name, k in state.labelled(where['round']).items()
             if name not in (state.rounds[where['round']].get('held_out') or ())}
 
-    def filtered(config: dict) -> dict:
+    def filtered(config: dict, path: str) -> dict:
+        if path not in where.get('pool', [path]):
+            return config
 
         def build_leaf(**more) -> BaseDataset:  # a wrapper may add arguments of its own
             leaf = DATASETS.build({**copy.deepcopy(config), **more})
@@ -834,9 +841,11 @@ def keep_labelled(dataset: BaseDataset, have: dict, ignore_index: int) -> None:
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     names = [image_name(dataset, info) for info in infos]
     dataset.get_subset_([i for i, name in enumerate(names) if name in have])
-    shown = {info['img_path']: have[name] for info, name in zip(infos, names) if any(have.get(name, ()))}
+    shown = {image_path(info): have[name] for info, name in zip(infos, names) if any(have.get(name, ()))}
     if shown or type(dataset.pipeline) is Compose:
         dataset.pipeline = SparseLabels(dataset.pipeline.transforms, shown, ignore_index)
+        if shown:
+            dataset.pipeline.find_steps(dataset.get_data_info(0))
 
 
 class Shown(NamedTuple):
@@ -844,7 +853,6 @@ class Shown(NamedTuple):
     mask: str | None = None  # path of the mask of what is labelled; none: the whole image is
     classes: str | None = None  # path of the label store's map, in place of the data set's
     file: str | None = None  # path of the file that it came in, for the data set's loader
-    mapped: tuple = ()  # steps of the pipeline that map a label file's values: the store's map is behind them
 
 
 def read_classes(path: str, ignore_index: int) -> np.ndarray:
@@ -858,8 +866,9 @@ class SparseLabels(Compose):
     """A data set's pipeline that shows only the labelled pixels of an image, and takes care not to lose them. A file
     that cannot be read is named.
 
-    - The mask is applied by the transform that loads the label map, before any geometry.
-    - The label store's map takes the place of what that transform loads, and steps that map its values are passed over.
+    - The mask is applied behind the steps that load the label map and map its values, before any geometry, to all
+      integer maps that they load.
+    - The label store's map takes the place of what these steps give.
     - A random transform that leaves no labelled pixel, as a crop can, is drawn again, up to ten times.
     - A resize keeps every labelled pixel: its label lands where the pixel lands, also where nearest neighbour skips it.
 
@@ -871,17 +880,23 @@ class SparseLabels(Compose):
 
     def __init__(self, transforms: list, shown: dict, ignore_index: int):
         super().__init__(transforms)
-        self.shown, self.ignore_index = shown, ignore_index
+        self.shown, self.ignore_index, self.mapping = shown, ignore_index, []
+
+    def find_steps(self, info: dict) -> None:
+        """Find the steps that map a label's values, by one image that is labelled."""
+        file = self.shown.get(image_path(info), Shown()).file
+        with reading(f'{image_path(info)} or its label map'):
+            self.mapping = label_steps(self.transforms, {**info, 'seg_map_path': file} if file else info)[1]
 
     def __call__(self, results: dict) -> dict | None:
-        shown = self.shown.get(results['img_path'])
-        with reading(f'{results["img_path"]} or its label map'):
+        shown = self.shown.get(image_path(results))
+        with reading(f'{image_path(results)} or its label map'):
             return super().__call__(results) if shown is None else self.show_labelled(results, shown)
 
     def show_labelled(self, results: dict, shown: Shown) -> dict | None:
         results = {**results, 'seg_map_path': shown.file} if shown.file else results
         for transform in self.transforms:
-            if type(transform).__name__ in shown.mapped:
+            if transform in self.mapping:
                 continue
             before, results = results, transform(copy.copy(results))
             if results is None:
@@ -892,8 +907,14 @@ class SparseLabels(Compose):
             if old is None:
                 if shown.classes:
                     classes = read_classes(shown.classes, self.ignore_index)
-                    label = classes.astype(np.promote_types(label.dtype, np.min_scalar_type(classes.max())))
-                results['gt_seg_map'] = self.hide(label, shown.mask) if shown.mask else label
+                    results['gt_seg_map'] = classes.astype(np.promote_types(
+                        label.dtype, np.min_scalar_type(classes.max())))
+                else:
+                    results = Compose(self.mapping)(results)
+                for key, value in results.items() if shown.mask else ():
+                    is_new = key != 'img' and key not in before and isinstance(value, np.ndarray)
+                    if is_new and value.dtype.kind in 'iub' and value.shape[:2] == label.shape[:2]:
+                        results[key] = self.hide(value, shown.mask)
             elif any('Resize' in cls.__name__ for cls in type(transform).__mro__):  # mmcv's and mmseg's
                 results['gt_seg_map'] = keep_pixels(old, label, self.ignore_index)
             elif (old != self.ignore_index).any():
@@ -907,7 +928,8 @@ class SparseLabels(Compose):
         mask = read_mask(path)
         if mask.shape != label_HW.shape[:2]:
             raise ValueError(f'the mask {path} has size {mask.shape}, but the label map {label_HW.shape[:2]}')
-        return np.where(mask, label_HW, np.array(self.ignore_index, label_HW.dtype))
+        return np.where(mask.reshape(mask.shape + (1, ) * (label_HW.ndim - 2)), label_HW, np.array(
+            self.ignore_index, label_HW.dtype))
 
 
 @torch.no_grad()
@@ -1371,7 +1393,8 @@ class Network:
     """
 
     def __init__(self, trainer: Runner, strategy: Strategy | None = None):
-        self.trainer, self.model = trainer, unwrap(trainer.model).eval()
+        self.trainer, self.model = trainer, unwrap(trainer.model)
+        self.model.train(False)
         self.mc = strategy.mc if strategy else 1
         self.wanted = [name for name in STATISTICS if name == 'probs_NCHW' or strategy and strategy.asks_for(name)]
         self.with_features = bool(strategy and strategy.asks_for('features_KHW'))
@@ -1839,18 +1862,15 @@ class State:
             return np.full(shape, ignore_index), np.zeros(shape, bool)
         return read_classes(self.label_path('classes', name), ignore_index), read_mask(self.label_path('done', name))
 
-    def stored(self, name: str) -> tuple[str, str, list[str]]:
-        """Where the label store has an image's classes, the newest file that they came in, and the steps of the
-        pipeline that map such files' values."""
-        read = mmengine.load(self.label_path('read', name, '.json'))
-        newest = [*read.values()][-1]
-        return self.label_path('classes', name), self.label_path('handed_in', f'{name}.{newest}', ''), read['mapped']
+    def stored(self, name: str) -> tuple[str, str]:
+        """Where the label store has an image's classes, and the newest file that they came in."""
+        newest = [*mmengine.load(self.label_path('read', name, '.json')).values()][-1]
+        return self.label_path('classes', name), self.label_path('handed_in', f'{name}.{newest}', '')
 
     def label_path(self, kind: str, name: str, suffix: str = '.png') -> str:
         """Where the label store keeps what people have given, whatever becomes of the files that it came in:
         ``labels/classes`` has classes, in 16 bits where 8 do not do, ``done`` the masks of what is done, where the
-        highest value is void; ``handed_in`` has the files, under their hashes, and ``read`` their names by source, with
-        the steps of the pipeline that have ``mapped`` their values."""
+        highest value is void; ``handed_in`` has the files, under their hashes, and ``read`` their names by source."""
         path = png_path(osp.join(self.work_dir, 'labels', kind), name, self.work_dir)
         return path.removesuffix('.png') + suffix
 
@@ -2011,6 +2031,8 @@ class Pool(Dataset):
 
     Attributes:
         ignore_index: What stands for "no label": what the loss ignores.
+        paths: Of the data sets in the config that are the pool.
+        leaves: These data sets; ``training``: the transforms of each in training.
 
     Raises:
         ValueError: There is no image, or two images have one name.
@@ -2018,14 +2040,17 @@ class Pool(Dataset):
 
     def __init__(self, cfg: dict, model: torch.nn.Module | None = None):
         self.ignore_index = getattr(decode_head(model or cfg.get('model')), 'ignore_index', 255)
-        pipeline, self.leaves, self.training_pipelines, self.where, paths = query_pipeline(cfg), [], [], {}, {}
-        for leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']):
+        self.leaves, self.training, self.where, self.steps, paths = [], [], {}, {}, {}
+        self.paths, transforms = pool_paths(cfg), None
+        for path, leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']).items():
+            if path not in self.paths:
+                continue
             try:
-                leaf = DATASETS.build({**leaf_cfg, 'pipeline': copy.deepcopy(pipeline)})
+                leaf = DATASETS.build({**leaf_cfg, 'pipeline': []})
             except ValueError as error:  # mmengine's own for an empty one is 'need at least one array to concatenate'
                 raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset` '
                                  f'({error})') from error
-            self.training_pipelines.append(leaf_cfg.get('pipeline', []))
+            self.training.append(Compose(copy.deepcopy(leaf_cfg.get('pipeline', []))).transforms)
             if not isinstance(leaf, BaseDataset):
                 raise ValueError('active learning filters subclasses of mmengine.dataset.BaseDataset, but got a '
                                  f'{type(leaf).__name__}')
@@ -2033,12 +2058,15 @@ class Pool(Dataset):
             leaf.test_mode = True  # an unreadable image is then an error, and not replaced by another one
             for index in range(len(leaf)):
                 info = leaf.get_data_info(index)
-                name, path = image_name(leaf, info), info['img_path']
+                name, path = image_name(leaf, info), image_path(info)
                 with reading(path):
                     name.encode()  # the state is UTF-8: a file's name that is not has no place there
                 if paths.setdefault(name, path) != path:
                     raise ValueError(f'image names should be unique, but {paths[name]} and {path} are both {name!r}')
                 self.where.setdefault(name, (len(self.leaves), index))
+            if len(leaf):
+                transforms = transforms or query_steps(cfg, leaf.get_data_info(0))
+                leaf.pipeline = Compose(transforms)
             self.leaves.append(leaf)
         self.names = list(self.where)
         if not self.names:
@@ -2050,7 +2078,7 @@ class Pool(Dataset):
     def __getitem__(self, name: str | int) -> dict:
         """An image, by name or position, as the query pipeline gives it. One that cannot be read is named."""
         leaf, index = self.leaf_of(name if isinstance(name, str) else self.names[name])
-        with reading(leaf.get_data_info(index)['img_path']):
+        with reading(image_path(leaf.get_data_info(index))):
             return leaf[index]
 
     def leaf_of(self, name: str) -> tuple[BaseDataset, int]:
@@ -2065,19 +2093,31 @@ class Pool(Dataset):
 
     def load_image(self, name: str) -> np.ndarray:
         """An image as its pipeline loads it, (H, W[, C]), before any other transform."""
-        info = self.info(name)
-        with reading(info['img_path']):
-            image = self.leaf_of(name)[0].pipeline.transforms[0](info)['img']
-            if image.ndim not in (2, 3):
-                raise ValueError(f'the pipeline should load images (H, W[, C]), but got {image.shape}')
-            return image
+        results = self.info(name)
+        with reading(image_path(results)):
+            for step in self.leaf_of(name)[0].pipeline.transforms:
+                if 'img' not in results:
+                    results = step(results)
+            return results['img']
 
     def load_label(self, name: str) -> np.ndarray:
         """The label map of an image that was asked for, (H, W), as training loads it."""
-        results = Compose(filter(loads_labels, self.training_pipelines[self.where[name][0]]))(self.info(name))
-        if 'gt_seg_map' not in results:
-            raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
-        return results['gt_seg_map']
+        (*first, last), mapping = self.label_steps(name)
+        with reading(image_path(self.info(name))):
+            results = Compose(first)(self.info(name))
+        return Compose([last, *mapping])(results)['gt_seg_map']
+
+    def label_steps(self, name: str, **more) -> tuple[list, list]:
+        """The steps that load the label map of an image that was asked for, and those that map its values. Found once
+        for a data set.
+
+        Args:
+            more: What is another in what the data set knows of the image, e.g. ``seg_map_path``.
+        """
+        leaf = self.where[name][0]
+        if leaf not in self.steps:
+            self.steps[leaf] = label_steps(self.training[leaf], {**self.info(name), **more})
+        return self.steps[leaf]
 
     def check_label(self, name: str, classes: int | None, mask_HW: np.ndarray | slice = slice(None),
                     path: str | None = None, load: Callable | None = None) -> np.ndarray:
@@ -2090,7 +2130,7 @@ class Pool(Dataset):
             ValueError: Image or label map cannot be read, they differ in size, or a label under the mask is none of the
                 classes.
         """
-        ignore_index, shape = self.ignore_index, self.load_image(name).shape[:2]
+        ignore_index, shape = self.ignore_index, self.sizes[name]
         path = path or self.info(name).get('seg_map_path')
         with reading(path or f'the label map of {name!r}'):
             label = (load or self.load_label)(name)
@@ -2120,7 +2160,7 @@ class Pool(Dataset):
         from mmcv.transforms import LoadImageFromFile
         step = self.leaf_of(name)[0].pipeline.transforms[0]
         is_stock = type(step) is LoadImageFromFile and vars(step) == vars(LoadImageFromFile())
-        return is_stock and header_size(self.info(name)['img_path']) or self.load_image(name).shape[:2]
+        return is_stock and header_size(image_path(self.info(name))) or self.load_image(name).shape[:2]
 
     @functools.cached_property
     def pixels(self) -> int:
@@ -2137,26 +2177,141 @@ def header_size(path: str) -> tuple[int, int] | None:
     return None
 
 
-def query_pipeline(cfg: dict) -> list:
-    """The test pipeline without the transforms that load labels."""
+def query_steps(cfg: dict, info: dict) -> list[Callable]:
+    """The transforms of the test pipeline that do without a label: what loads one goes, and what fails without.
+
+    Args:
+        info: What the data set knows of an image, on which they are tried.
+
+    Raises:
+        ValueError: There is no pipeline, or no ``inputs`` come of it; it names the step that fails.
+    """
     loader = scoring_loader(cfg)
-    pipeline = leaf_configs(loader['dataset'])[0]['pipeline'] if loader else cfg.get('test_pipeline')
+    pipeline = next(iter(leaf_configs(loader['dataset']).values()))['pipeline'] if loader else cfg.get('test_pipeline')
     if not pipeline:
         raise ValueError('the pool is scored through the test pipeline, but the config has no `test_dataloader`, '
                          '`val_dataloader` or `test_pipeline`')
-    return [step for step in pipeline if not loads_labels(step)]
+    results, kept, failed = {key: value for key, value in info.items() if key != 'seg_map_path'}, [], None
+    with undisturbed(), reading(image_path(info)):
+        for step in Compose(copy.deepcopy(pipeline)).transforms:
+            try:
+                after = step(copy.deepcopy(results))
+            except Exception as error:
+                failed = failed or (step, error)
+                continue
+            if 'gt_seg_map' not in after or 'gt_seg_map' in results:
+                results = after
+                kept.append(step)
+        if 'inputs' not in results:
+            shape = np.shape(results.get('img'))
+            if len(shape) > 3:
+                raise ValueError(f'the pipeline should load images (H, W[, C]), but got {shape}')
+            if failed:
+                raise failed[1]
+            raise ValueError(f'the test pipeline should give `inputs`, but gives {", ".join(results)}')
+    return kept
 
 
-def leaf_configs(dataset: dict) -> list[dict]:
-    """The data sets under any nesting of wrappers."""
-    leaves = []
-    map_leaves(dataset, leaves.append)
+def label_steps(transforms: list[Callable], info: dict) -> tuple[list, list]:
+    """The steps of a training pipeline up to the one that gives the label map, and those after it that do nothing but
+    map each value of it to one, whatever the values are.
+
+    Args:
+        info: What the data set knows of an image that was asked for.
+
+    Raises:
+        ValueError: None gives a label map.
+    """
+    results, loading, mapping = copy.deepcopy(info), [], []
+    with undisturbed():
+        for step in transforms:
+            if 'gt_seg_map' not in results:
+                results = step(results)
+                loading.append(step)
+            elif maps_values(step, results):
+                mapping.append(step)
+                with contextlib.suppress(Exception):  # it may have values of its own for what is of no class
+                    results = step(copy.deepcopy(results))
+    if 'gt_seg_map' not in results:
+        raise ValueError('the training pipeline should load a label map, `gt_seg_map`, but loads none')
+    return loading, mapping
+
+
+def maps_values(step: Callable, results: dict) -> bool:
+    """Whether a step of a pipeline maps each value of a label map to one and leaves the image alone, as it does with a
+    small map of one value that has, here and there, all others that it takes."""
+    label = results['gt_seg_map']
+    values = np.unique(label.reshape(-1, *label.shape[2:]), axis=0)
+    values = values if label.ndim > 2 else np.union1d(values, np.arange(256).astype(label.dtype))
+
+    def trial(values: np.ndarray) -> bool | None:
+        before = np.repeat(values[-1:], 4096, 0)
+        before[np.random.default_rng(0).permutation(4096)[:len(values)]] = values[:4096]
+        with contextlib.suppress(Exception):
+            after = step({**copy.deepcopy(results), 'gt_seg_map': before.reshape(64, 64, *label.shape[2:]).copy(),
+                          'img': np.zeros((64, 64, 3), np.uint8)})
+            new = after['gt_seg_map']
+            if new.shape != (64, 64) or after['img'].shape != (64, 64, 3) or after['img'].any():
+                return False
+            _, which = np.unique(before.reshape(4096, -1), axis=0, return_inverse=True)
+            is_function = len(np.unique(which.ravel() * 2**16 + new.ravel())) == which.max() + 1
+            return is_function and not np.array_equal(new.ravel(), before)
+
+    found = trial(values)
+    if found is None:  # it knows some values only, or needs what a step that is left out would have given
+        known = [value for value in values if trial(value[None]) is not None]
+        found = bool(known) and trial(np.stack(known))
+    return bool(found)
+
+
+@contextlib.contextmanager
+def undisturbed():
+    """Give back the states of the random numbers that code within it draws."""
+    states = python_random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        yield
+    python_random.setstate(states[0])
+    np.random.set_state(states[1])
+
+
+def pool_paths(cfg: dict) -> list[str]:
+    """The paths in ``train_dataloader`` of the data sets that are the pool: what ``al.pool`` names or, if it names
+    nothing, all that read labels.
+
+    Raises:
+        ValueError: ``al.pool`` names none of them.
+    """
+    leaves, named = leaf_configs(cfg['train_dataloader']['dataset']), cfg.get('al', {}).get('pool')
+    paths = [path for path in leaves if named is None or f'{path}.'.startswith(f'{named}.')]
+    if not paths:
+        raise ValueError(f'`al.pool` should be the path in `train_dataloader` of a data set, such as '
+                         f'{", ".join(map(repr, leaves))}, but got {named!r}')
+    return paths if named or len(paths) == 1 else [path for path in paths if reads_labels(leaves[path])] or paths
+
+
+def reads_labels(config: dict) -> bool:
+    """Whether the pipeline of a data set gives no label map without a label file, or one with a class in it: that of
+    the unlabelled part of a semi-supervised set does not."""
+    with undisturbed(), contextlib.suppress(Exception):
+        results = DATASETS.build({**copy.deepcopy(config), 'pipeline': []})[0]
+        results.pop('seg_map_path', None)
+        for step in Compose(copy.deepcopy(config['pipeline'])).transforms:
+            if 'gt_seg_map' not in results:
+                results = step(results)
+        return bool((results.get('gt_seg_map', 255) != 255).any())
+    return True
+
+
+def leaf_configs(dataset: dict) -> dict[str, dict]:
+    """The data sets under any nesting of wrappers, by their paths in the dataloader."""
+    leaves = {}
+    map_leaves(dataset, lambda leaf, path: leaves.setdefault(path, leaf))
     return leaves
 
 
-def map_leaves(dataset: dict, function: Callable) -> dict:
+def map_leaves(dataset: dict, function: Callable, path: str = 'dataset') -> dict:
     """A data set's config in which a function has replaced the leaves under any nesting of wrappers (``RepeatDataset``,
-    ``ConcatDataset``, ...). None is built, because some wrappers read every label to do so.
+    ``ConcatDataset``, ...), given each and its path. None is built, because some wrappers read every label to do so.
 
     Raises:
         ValueError: A data set is an object already.
@@ -2165,21 +2320,24 @@ def map_leaves(dataset: dict, function: Callable) -> dict:
         raise ValueError(f'`train_dataloader.dataset` should be a config dict down to its leaves, but got a '
                          f'{type(dataset).__name__} object')
     if dataset.get('datasets'):
-        return {**dataset, 'datasets': [map_leaves(each, function) for each in dataset['datasets']]}
+        return {**dataset, 'datasets': [map_leaves(each, function, f'{path}.datasets.{i}')
+                                        for i, each in enumerate(dataset['datasets'])]}
     if dataset.get('dataset'):
-        return {**dataset, 'dataset': map_leaves(dataset['dataset'], function)}
-    return function(dataset)
+        return {**dataset, 'dataset': map_leaves(dataset['dataset'], function, f'{path}.dataset')}
+    return function(dataset, path)
 
 
-def loads_labels(step: dict) -> bool:
-    """Whether a transform of a pipeline's config loads labels: LoadAnnotations and its like."""
-    return re.match(r'Load\w*Ann', str(step['type']).rsplit('.')[-1]) is not None
+def image_path(info: dict) -> str:
+    """The first path of an image that a data set knows: ``img_path`` or, where there is none, another or its index."""
+    path = info.get('img_path') or next((value for key, value in info.items() if key.endswith('path') and value),
+                                        str(info.get('sample_idx')))
+    return path if isinstance(path, str) else next(iter(path.values() if isinstance(path, dict) else path))
 
 
 def image_name(dataset: BaseDataset, info: dict) -> str:
     """An image's name as mmseg's split files spell it: its path below ``img_path``, without ``img_suffix``."""
     prefix = (dataset.data_prefix or {}).get('img_path') or ''
-    path = info['img_path']
+    path = image_path(info)
     name = path[len(prefix):].lstrip('/') if prefix and path.startswith(prefix) else osp.basename(path)
     return name.removesuffix(getattr(dataset, 'img_suffix', None) or osp.splitext(name)[1])
 
@@ -2246,7 +2404,7 @@ def superpixels(n_segments: SegmentCount = 1024, compactness: Positive = 10.) ->
         path = png_path(folder, name, state.work_dir)
         if not osp.isfile(path):
             image = state.pool.load_image(name)
-            with reading(state.pool.info(name)['img_path'], ValueError):
+            with reading(image_path(state.pool.info(name)), ValueError):
                 image = slic(image, n_segments, compactness)
             write_png(path, image)
         with reading(path), Image.open(path) as image:
@@ -3188,6 +3346,8 @@ def reading(path: str, errors: type = Exception):
     try:
         yield
     except errors as error:
+        if ' cannot be used (' in str(error):
+            raise
         is_gone = isinstance(error, FileNotFoundError) and osp.basename(path) in str(error)
         why = 'there is no such file' if is_gone else f'{type(error).__name__}: {error}'
         if isinstance(error, pickle.UnpicklingError):  # torch's own text, of many lines, tells to drop the protection

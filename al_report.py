@@ -404,7 +404,7 @@ def check_pool(state: al_patch.State) -> None:
         known = dict(json.load(file))
 
     def look(name: str) -> list:
-        file, seen = pool.info(name)['img_path'], known.get(name, [])
+        file, seen = al_patch.image_path(pool.info(name)), known.get(name, [])
         stamp = [osp.getsize(file) if osp.isfile(file) else begin, loader]
         return seen if seen[:2] == stamp else [*stamp, *pool.size(name)]
 
@@ -435,7 +435,7 @@ def check_validation(state: al_patch.State) -> None:
 
     def look(i: int) -> tuple:
         info = images.get_data_info(i)
-        image, label = info['img_path'], info.get('seg_map_path')
+        image, label = al_patch.image_path(info), info.get('seg_map_path')
         size, values = al_patch.header_size(image), []
         if not (labelled and size and size == al_patch.header_size(label) and is_grey(label)):
             with al_patch.reading(f'{image} or its label map {label}'):
@@ -490,7 +490,7 @@ def check_batches(state: al_patch.State, key: str, dataset, sizes: dict, n: int)
              if sizes[one] != sizes[other]}
     for pair in pairs.values() if n != 1 else ():
         batch = [dataset[item] for item in pair]
-        paths = ' and '.join(each['data_samples'].img_path for each in batch)
+        paths = ' and '.join(al_patch.image_path(each['data_samples'].metainfo) for each in batch)
         with al_patch.reading(f'a batch of {paths} (set `{key}.batch_size=1`)'):
             state.model.data_preprocessor(mmengine.dataset.pseudo_collate(batch), False)
 

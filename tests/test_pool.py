@@ -18,7 +18,7 @@ from PIL import Image
 import al_label
 import al_patch
 import al_report
-from al_patch import Pool, leaf_configs, query_pipeline, write_atomically
+from al_patch import Pool, leaf_configs, query_steps, write_atomically
 
 
 @pytest.fixture
@@ -109,13 +109,20 @@ def test_images_are_read_by_name_or_position_without_labels(make_cfg, leaf):
 
 def test_the_query_pipeline_is_the_test_pipeline_without_label_loaders(make_cfg):
     cfg = make_cfg()
-    assert [step['type'] for step in query_pipeline(cfg)] == ['LoadImageFromFile', 'PackSegInputs']
+    info = Pool(cfg).info('a/00')
+    assert names_of(query_steps(cfg, info)) == ['LoadImageFromFile', 'PackSegInputs']
     assert len(cfg.test_dataloader.dataset.pipeline) == 3  # the config keeps its own
-    steps = [dict(type=name) for name in ('mmseg.LoadAnnotations', 'LoadDepthAnnotation', 'LoadBiomedicalAnnotation',
-                                          'Resize')]
-    assert query_pipeline(dict(test_pipeline=steps)) == steps[3:]
+    steps = [dict(type=name) for name in ('LoadImageFromFile', 'mmseg.LoadAnnotations', 'LoadDepthAnnotation',
+                                          'LoadBiomedicalAnnotation', 'PackSegInputs')]
+    assert names_of(query_steps(dict(test_pipeline=steps), info)) == ['LoadImageFromFile', 'PackSegInputs']
     with pytest.raises(ValueError, match='has no `test_dataloader`, `val_dataloader` or `test_pipeline`'):
-        query_pipeline({})
+        query_steps({}, info)
+    with pytest.raises(ValueError, match='a/00.png cannot be used .*should give `inputs`, but gives '):
+        query_steps(dict(test_pipeline=steps[:1]), info)
+
+
+def names_of(steps: list) -> list[str]:
+    return [type(step).__name__ for step in steps]
 
 
 def test_a_leaf_keeps_what_is_labelled_in_its_own_order(filtered, leaf):
@@ -254,11 +261,15 @@ def test_a_size_is_that_of_what_is_loaded(make_cfg, tmp_path, kind, orientation,
 
 def test_plain_files_are_not_decoded_to_know_their_size(make_cfg, monkeypatch):
     cfg = make_cfg()
-    monkeypatch.setattr('mmcv.imfrombytes', None)
-    assert Pool(cfg).sizes == dict.fromkeys(tiny.NAMES, tiny.SHAPE)
+    pool = Pool(cfg)  # it has tried the pipeline on the first
+    with monkeypatch.context() as patch:
+        patch.setattr('mmcv.imfrombytes', None)
+        assert pool.sizes == dict.fromkeys(tiny.NAMES, tiny.SHAPE)
     cfg.test_dataloader.dataset.pipeline[0].to_float32 = True  # nobody knows what else a loader's options do
+    pool = Pool(cfg)
+    monkeypatch.setattr('mmcv.imfrombytes', None)
     with pytest.raises(ValueError, match='a/00.png cannot be used'):
-        Pool(cfg).sizes  # noqa: B018
+        pool.sizes  # noqa: B018
 
 
 def test_a_loader_of_the_users_own_decides(make_cfg, monkeypatch):

@@ -245,6 +245,7 @@ WRONG_VALUES = {
         (['3', True, None, ['2']], [0, -1, 1.5, [], [2, 0]]),
     'a positive int, a fraction in (0, 1], a list of image names, or the path of a split file':
         ([True, None, [3]], [0, -1, 1.5, '', []]),
+    'a path in `train_dataloader`': ([3, True], ['no.such']),
     "a name, dict(type=name, **options) or 'package.module:function'":
         ([None, 3, ['image'], dict(type=3)], ['no such']),
     "a dict from a round to a dict of config keys, e.g. {2: {'train_cfg.max_iters': 4000}}":
