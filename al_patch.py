@@ -213,7 +213,6 @@ def start_or_resume(runner: Runner) -> State:
     companions = attach_companions(runner)
     al = parse_settings(runner.cfg.al)
     check_config(runner)
-    check_model(unwrap(runner.model), resolve_strategy(al.strategy))
     pool, path = Pool(runner.cfg, unwrap(runner.model)), osp.join(runner.work_dir, STATE_FILE)
     found = on_rank_0(lambda: remove_temporary(runner.work_dir) or osp.isfile(path))  # before another rank writes
     if found and not runner.cfg.get('resume'):
@@ -1341,23 +1340,6 @@ def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor
 # ---------------------------------------------------------------------------------------------------------------------
 # The network: which checkpoints score, how many passes they make over an image, and what these give
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def check_model(model: torch.nn.Module, strategy: Strategy) -> None:
-    """Refuse a strategy that the model cannot serve.
-
-    Raises:
-        ValueError: It gives no logits, or has no dropout layer, or no penultimate features.
-    """
-    if strategy.needs_model and not hasattr(model, 'inference'):
-        raise ValueError('`model` should be a segmentor of mmseg, whose `inference` returns logits, for all that '
-                         f"`al.strategy` can be but 'random', but got {type(model).__name__}")
-    if strategy.mc > 1 and not dropouts_of(model):
-        raise ValueError(f'`al.strategy.mc` should be 1 for a {type(decode_head(model)).__name__} and a backbone '
-                         f'without dropout (or set `model.decode_head.dropout_ratio`), but got {strategy.mc}')
-    if strategy.asks_for('features_KHW') and (
-            feature_head(model) is None or model.test_cfg.get('mode', 'whole') != 'whole'):
-        raise ValueError(no_features(model))
 
 
 def load_weights(state: State, path: str) -> None:

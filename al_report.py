@@ -24,13 +24,16 @@ import inspect
 import io
 import itertools
 import json
+import logging
 import math
 import os
 import os.path as osp
 import re
 import shutil
 import sys
+import tempfile
 import time
+import warnings
 from typing import Any, Callable, Iterator, NamedTuple
 
 
@@ -111,8 +114,8 @@ def hook() -> mmengine.hooks.Hook:
                     metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
 
         def before_al_run(self, state: al_patch.State) -> None:
-            for check in (check_rounds, check_overrides, check_schedule, check_best, check_pool, check_masks,
-                          check_validation, check_no_label, check_disk):
+            for check in (check_rounds, check_overrides, check_schedule, check_best, check_model, check_pool,
+                          check_masks, check_validation, check_no_label, check_disk, check_wrappers, rehearse):
                 check(state)
 
         def before_al_train(self, state: al_patch.State, trainer) -> None:
@@ -420,8 +423,8 @@ def check_validation(state: al_patch.State) -> None:
     """Look at every image of the validation set once, by its header where that will do.
 
     Raises:
-        ValueError: There is none, one cannot be read or has a label map of another size; the model does not take them
-            in one batch; or what the run asks of their metrics, they do not give.
+        ValueError: There is none, one cannot be read or has a label map of another size; or the model does not take
+            them in one batch.
     """
     al, labelled = state.al, []
     with al_patch.reading('the validation set, `val_dataloader.dataset`, which should have an image at least,'):
@@ -460,14 +463,6 @@ def check_validation(state: al_patch.State) -> None:
         if al.stop or 'best' in (al.weights, al.query_with):
             raise ValueError(f'{text}: there is no `best` checkpoint, and no end for `al.stop`')
         state.logger.warning(text)
-    if [str(type(metric)) for metric in metrics] == ["<class 'mmseg.evaluation.metrics.iou_metric.IoUMetric'>"]:
-        _, *means = metrics[0].total_area_to_metrics(*[torch.ones(1)] * 4, metrics[0].metrics)  # the first is aAcc
-        names = ['auto', 'aAcc', *map('m{}'.format, means)]
-        for name in sum((getattr(hook, 'save_best', None) or [] for hook in state.runner.hooks),
-                        [al.stop.metric] if al.stop else []):
-            if name not in names:
-                raise ValueError(f'`al.stop.metric` and `default_hooks.checkpoint.save_best` should be one of '
-                                 f'{", ".join(names[1:])}, but got {name!r}')
 
 
 def is_grey(path: str) -> bool:
@@ -495,6 +490,76 @@ def check_batches(state: al_patch.State, key: str, dataset, sizes: dict, n: int)
             state.model.data_preprocessor(mmengine.dataset.pseudo_collate(batch), False)
 
 
+def check_model(state: al_patch.State) -> None:
+    """
+    Raises:
+        ValueError: The model cannot serve the strategy: it gives no logits, or has no dropout layer.
+    """
+    model, strategy = state.model, state.strategy
+    if strategy.needs_model and not hasattr(model, 'inference'):
+        raise ValueError('`model` should be a segmentor of mmseg, whose `inference` returns logits, for all that '
+                         f"`al.strategy` can be but 'random', but got {type(model).__name__}")
+    if strategy.mc > 1 and not al_patch.dropouts_of(model):
+        head = type(al_patch.decode_head(model)).__name__
+        raise ValueError(f'`al.strategy.mc` should be 1 for a {head} and a backbone without dropout (or set '
+                         f'`model.decode_head.dropout_ratio`), but got {strategy.mc}')
+    if strategy.asks_for('features_KHW') and (
+            al_patch.feature_head(model) is None or model.test_cfg.get('mode', 'whole') != 'whole'):
+        raise ValueError(al_patch.no_features(model))
+
+
+def check_wrappers(state: al_patch.State) -> None:
+    """Ask wrappers of data sets that are not mmengine's or mmseg's which images they hand on, without their pixels.
+
+    Raises:
+        ValueError: One hands on a part of its data set alone, as the fold of a cross-validation does.
+    """
+    dataset, reached, kinds = state.runner.cfg.train_dataloader.dataset, set(), []
+
+    def find(config: dict) -> None:
+        for inner in [*config.get('datasets', ()), *filter(None, [config.get('dataset')])]:
+            with al_patch.DATASETS.switch_scope_and_registry(None) as registry:
+                kind = registry.get(config['type']) if isinstance(config['type'], str) else config['type']
+            kinds.extend([kind] * (not kind.__module__.startswith(('mmengine.', 'mmseg.'))))
+            find(inner)
+
+    def probe(config: dict, path: str) -> dict:
+
+        def build_leaf(**more):
+            leaf = al_patch.DATASETS.build({**copy.deepcopy(config), **more, 'pipeline': []})
+            leaf.full_init()
+            known, pack = leaf.get_data_info, mmengine.registry.TRANSFORMS.build(dict(type='PackSegInputs'))
+
+            def get_data_info(i: int) -> dict:
+                info = known(i)
+                info.pop('seg_map_path', None)
+                reached.add(al_patch.image_name(leaf, info))
+                return info
+
+            leaf.get_data_info, leaf.pipeline = get_data_info, pack
+            return leaf
+
+        return dict(type=build_leaf)
+
+    find(dataset)
+    if not kinds:
+        return
+    names = ' in '.join(kind.__name__ for kind in kinds)
+    try:
+        with al_patch.undisturbed():
+            whole = al_patch.DATASETS.build(al_patch.map_leaves(dataset, probe))
+            for i in range(len(whole)):
+                whole[i]
+    except Exception as error:  # it wants pixels or labels
+        state.logger.info(f'Whether {names} hands on all images of its data set is not known ({error})')
+        return
+    kept_back = {*state.pool.names} - reached
+    if kept_back:
+        raise ValueError(f'`train_dataloader.dataset` should train on all its images, but {names} keeps back '
+                         f'{len(kept_back)} of {len(state.pool)}, such as {min(kept_back)!r}, whose labels would be '
+                         'asked for in vain: choose images by `ann_file` or `indices` of the data set in it')
+
+
 def check_disk(state: al_patch.State) -> None:
     """Compare what the rounds to come will write with what is free: their checkpoints and, at a hundredth of a byte a
     pixel, masks and superpixels. An optimizer keeps as much as the weights take, Adam twice.
@@ -519,6 +584,126 @@ def check_disk(state: al_patch.State) -> None:
             f'{state.work_dir} should have {need / 1e9:.2f} GB free for {left} rounds with {copies} times the weights '
             f'each, but has {free[0] / 1e9:.2f}: lower `default_hooks.checkpoint.max_keep_ckpts`, set '
             "`al.keep='needed'`, or choose another --work-dir")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rehearsal: a round in miniature
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def rehearse(state: al_patch.State) -> None:
+    """Query two images of the pool, validate one, and build each round that has overrides, with the run's own code and
+    its model as it begins, on every rank. No label is looked at but of the validation set, and nothing of it stays.
+
+    Raises:
+        ValueError: What fails, and on what.
+    """
+    begin, was = time.time(), {module: module.training for module in state.model.modules()}
+    with al_patch.undisturbed(), torch.no_grad():
+        what = [words for part in (rehearse_query, rehearse_validation, rehearse_overrides) if (words := part(state))]
+    for module, is_training in was.items():
+        module.training = is_training
+    state.logger.info(f'Rehearsed {", ".join(what) or "nothing"} in {time.time() - begin:.1f} s')
+
+
+@contextlib.contextmanager
+def rehearsing(what: str):
+    """Let an error say in what part it happened."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith('`') or ' cannot be used (' in str(error):
+            raise
+        raise ValueError(f'{what} fails: {" ".join(str(error).split())}') from error
+    except Exception as error:
+        raise ValueError(f'{what} fails ({type(error).__name__}: {" ".join(str(error).split())}; AL_TRACEBACK=1 shows '
+                         'where)') from error
+
+
+def rehearse_query(state: al_patch.State) -> str | None:
+    """Load, inference, scores, vectors, units, choice and masks of two images, as if nothing were labelled."""
+    strategy, few = state.strategy, copy.copy(state)
+    if not strategy.needs_model or max(0, state.round) >= state.al.rounds:
+        return None
+    few.pool, few.rounds, few._labelled, few.dropped = copy.copy(state.pool), [dict(asked={})], {}, []
+    few.pool.names = state.pool.names[:2]
+    few.pool.pixels = sum(math.prod(state.pool.sizes[name]) for name in few.pool.names)
+    query, network = al_patch.Query(few, state.runner), al_patch.Network(state.runner, strategy)
+    if isinstance(query.amount, int) and not state.al.per_image:  # it is of the whole pool
+        query.amount = 1
+    for name in few.pool.names:
+        path = al_patch.image_path(few.pool.info(name))
+        with rehearsing(f'a query of {path}'):
+            data = mmengine.dataset.pseudo_collate([few.pool[name]])
+            with al_patch.precision(state.runner):
+                [seen] = network.see(data, [0], query.views)
+            probs_NCHW = seen.means[0]['probs_NCHW']
+            if strategy.calibration:
+                few.thresholds = dict(thresholds_C=torch.full_like(probs_NCHW[0, :, 0, 0], .5))
+            if not probs_NCHW.isfinite().all():
+                state.logger.warning(f'The model, as it begins, gives no finite numbers for {path}')
+                return None
+            query.collector.add(name, *query.candidates(name, seen))
+    with rehearsing('the choice of a query'):
+        collector, join = query.collector, al_patch.Candidates.join
+        chosen = join(collector.parts) if collector.per_image else collector.choose(
+            join(collector.parts), query.budget(None), join(collector.known))
+        for i in np.unique(chosen.image):
+            few.mask_of(few.pool.names[i], chosen.id[chosen.image == i] if state.counts_pixels else None)
+    return f'a query of {len(few.pool.names)} images'
+
+
+def rehearse_validation(state: al_patch.State) -> str | None:
+    """One image of the validation set, through model and metrics.
+
+    Raises:
+        ValueError: The metrics lack one that ``al.stop`` or a checkpoint's ``save_best`` names.
+    """
+    runner, loop = state.runner, state.runner.val_loop
+    if loop is None or not hasattr(loop.dataloader.dataset, 'get_data_info'):
+        return None
+    images, path = loop.dataloader.dataset, al_patch.image_path(loop.dataloader.dataset.get_data_info(0))
+    state.model.train(False)
+    with rehearsing(f'the validation of {path}'):
+        evaluator = runner.build_evaluator(copy.deepcopy(runner.cfg.val_evaluator))
+        evaluator.dataset_meta = images.metainfo
+        data = mmengine.dataset.pseudo_collate([images[0]])
+        with al_patch.precision(runner):
+            evaluator.process(data_samples=state.model.val_step(data), data_batch=data)
+        logging.disable(logging.CRITICAL)  # a table of one image
+        try:
+            with warnings.catch_warnings(), np.errstate(all='ignore'):
+                warnings.simplefilter('ignore')  # means of no class
+                metrics = evaluator.evaluate(1)
+        finally:
+            logging.disable(logging.NOTSET)
+    asked = {'al.stop.metric': [state.al.stop.metric] if state.al.stop else []}
+    asked['default_hooks.checkpoint.save_best'] = sum(
+        (hook.save_best or [] for hook in al_patch.checkpoint_hooks(runner)), [])
+    for key, names in asked.items():
+        for name in names:
+            if name not in ('auto', *metrics):
+                raise ValueError(f'`{key}` should be one of {", ".join(metrics)}, but got {name!r}')
+    return 'a validation of one'
+
+
+def rehearse_overrides(state: al_patch.State) -> str | None:
+    """Build the runner of each different set of overrides, its loop and its optimizer, on data of no images."""
+    distinct = {json.dumps(override, sort_keys=True): (k, override)
+                for k, override in (state.al.overrides or {}).items() if override}
+    for k, override in distinct.values():
+        cfg = copy.deepcopy(state.runner.cfg)
+        cfg.pop('al')
+        cfg.merge_from_dict({'visualizer': dict(type='Visualizer', vis_backends=None), **override})
+        with tempfile.TemporaryDirectory() as cfg.work_dir, rehearsing(f'the round of `al.overrides[{k}]`'):
+            cfg.experiment_name, cfg.log_level = f'{state.runner.experiment_name}_rehearsal_{k}', 'ERROR'
+            trainer = type(state.runner).from_cfg(cfg)
+            trainer._train_dataloader = torch.utils.data.DataLoader([0])
+            trainer.optim_wrapper = trainer.build_optim_wrapper(trainer.optim_wrapper)
+            trainer._train_loop = trainer.build_train_loop(trainer._train_loop)
+            trainer.param_schedulers = trainer.build_param_scheduler(trainer.param_schedulers or [])
+            al_patch.close_round(trainer)
+    return f'{len(distinct)} sets of overrides' if distinct else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
