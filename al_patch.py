@@ -2311,8 +2311,8 @@ def map_leaves(dataset: dict, function: Callable, path: str = 'dataset') -> dict
 
 def image_path(info: dict) -> str:
     """The first path of an image that a data set knows: ``img_path`` or, where there is none, another or its index."""
-    path = info.get('img_path') or next((value for key, value in info.items() if key.endswith('path') and value),
-                                        str(info.get('sample_idx')))
+    path = info.get('img_path') or next((value for key, value in info.items() if key.endswith('path') and value and
+                                         key != 'seg_map_path'), str(info.get('sample_idx')))
     return path if isinstance(path, str) else next(iter(path.values() if isinstance(path, dict) else path))
 
 

@@ -630,7 +630,7 @@ def rehearse_query(state: al_patch.State) -> str | None:
     few.pool.pixels = sum(math.prod(state.pool.sizes[name]) for name in few.pool.names)
     query, network = al_patch.Query(few, state.runner), al_patch.Network(state.runner, strategy)
     if isinstance(query.amount, int) and not state.al.per_image:  # it is of the whole pool
-        query.amount = 1
+        query.amount = min(query.amount, 2)
     for name in few.pool.names:
         path = al_patch.image_path(few.pool.info(name))
         with rehearsing(f'a query of {path}'):

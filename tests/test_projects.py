@@ -1,0 +1,455 @@
+"""Configs as public projects have them, and the rehearsal: what can fail fails before anything is paid for."""
+import functools
+import json
+import os
+import os.path as osp
+import random
+
+import cv2
+import mmengine
+import numpy as np
+import pytest
+import tiny
+import torch
+from mmcv.transforms import BaseTransform
+from mmengine.dataset import BaseDataset
+from mmseg.datasets import BaseSegDataset
+from mmseg.models import EncoderDecoder
+from mmseg.registry import DATASETS, MODELS, TRANSFORMS
+from test_processes import join, start
+
+import al_patch
+import al_report
+from al_patch import Pool, label_steps
+
+LOAD, LABEL, PACK = (dict(type=name) for name in ('LoadImageFromFile', 'LoadAnnotations', 'PackSegInputs'))
+CELL = dict(type='region', size=[16, 16])
+VOID = 255
+
+
+def register(registry, kind: type) -> type:
+    return registry.register_module(force=True, module=kind)
+
+
+@functools.partial(register, TRANSFORMS)
+class ThirdsToClasses(BaseTransform):
+    """A label file of 0, 100 and 200, as classes; it asks for no more than is there."""
+
+    def transform(self, results):
+        if 'gt_seg_map' in results:
+            results['gt_seg_map'] = (results['gt_seg_map'] // 100).astype(np.uint8)
+        return results
+
+
+@functools.partial(register, TRANSFORMS)
+class StrictThirds(BaseTransform):
+    """The same, and an error for any other value."""
+
+    def transform(self, results):
+        assert {*np.unique(results['gt_seg_map']).tolist()} <= {0, 100, 200}, 'no third'
+        results['gt_seg_map'] = results['gt_seg_map'] // 100
+        return results
+
+
+@functools.partial(register, TRANSFORMS)
+class BlueToClasses(BaseTransform):
+
+    def transform(self, results):
+        if 'gt_seg_map' in results:
+            results['gt_seg_map'] = (results['gt_seg_map'][..., 0] // 100).astype(np.uint8)
+        return results
+
+
+@functools.partial(register, TRANSFORMS)
+class MaskFromFile(BaseTransform):
+
+    def transform(self, results):
+        results['gt_seg_map'] = cv2.imread(results['seg_map_path'], cv2.IMREAD_UNCHANGED)
+        results['seg_fields'].append('gt_seg_map')
+        return results
+
+
+@functools.partial(register, TRANSFORMS)
+class TwoMaps(MaskFromFile):
+    """Another label map beside the first."""
+
+    def transform(self, results):
+        results = super().transform(results)
+        results['gt_parts'] = results['gt_seg_map'] + 10
+        return results
+
+
+@functools.partial(register, TRANSFORMS)
+class NoLabels(BaseTransform):
+
+    def transform(self, results):
+        results['gt_seg_map'] = np.full(results['img_shape'], VOID, np.uint8)
+        return results
+
+
+@functools.partial(register, TRANSFORMS)
+class Erodes(BaseTransform):
+    """What becomes of a pixel depends on its neighbours."""
+
+    def transform(self, results):
+        results['gt_seg_map'] = cv2.erode(results['gt_seg_map'], np.ones((3, 3)))
+        return results
+
+
+@functools.partial(register, TRANSFORMS)
+class Notes(BaseTransform):
+    """Notes what training sees, under a name."""
+    seen: dict = {}
+
+    def __init__(self, part='labels', keys=('gt_seg_map', )):
+        self.part, self.keys = part, keys
+
+    def transform(self, results):
+        if '/train/' in al_patch.image_path(results):
+            name = al_patch.image_path(results).split('/train/')[1][:-4]
+            self.seen.setdefault(self.part, {}).setdefault(name, []).append(
+                [results[key].copy() for key in self.keys if key in results])
+        return results
+
+
+@functools.partial(register, TRANSFORMS)
+class LoadPair(BaseTransform):
+
+    def transform(self, results):
+        paths = results['img_path']
+        images = [cv2.imread(path) for path in (paths.values() if isinstance(paths, dict) else paths)]
+        results['img'] = np.concatenate(images, -1)
+        results['img_shape'] = results['ori_shape'] = images[0].shape[:2]
+        return results
+
+
+@functools.partial(register, DATASETS)
+class Pairs(BaseSegDataset):
+    METAINFO = dict(classes=('dark', 'grey', 'bright'))
+
+    def __init__(self, kind='list', **kwargs):
+        self.kind = kind
+        super().__init__(**kwargs)
+
+    def load_data_list(self):
+        pairs = dict(list=lambda path: [path, path], dict=lambda path: dict(rgb=path, depth=path),
+                     other=lambda path: None)
+        infos = super().load_data_list()
+        return [dict(info, img_path=pairs[self.kind](info['img_path']), **(
+            dict(rgb_path=info['img_path']) if self.kind == 'other' else {})) for info in infos]
+
+
+@functools.partial(register, DATASETS)
+class Fold:
+    """Hands on all but each fourth image."""
+
+    def __init__(self, dataset, keeps=True, lazy_init=False):
+        self.dataset, self.keeps = DATASETS.build({**dataset, 'lazy_init': True}), keeps
+        self.dataset.full_init()
+        self.indices = [i for i in range(len(self.dataset)) if not keeps or i % 4]
+        self.metainfo = self.dataset.metainfo
+
+    def full_init(self):
+        pass
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.dataset[self.indices[i]]
+
+
+@pytest.fixture(autouse=True)
+def nothing_seen():
+    Notes.seen.clear()
+
+
+@pytest.fixture
+def config(make_cfg, tmp_path):
+    """A function from the `al` block and the steps behind the image's loader to a config, on labels that are written
+    by a function of the true ones."""
+
+    def make(al, steps, write=lambda label: label, tested=None, **changes):
+        root = tiny.make_data(tmp_path / 'own')
+        for path in [osp.join(where, name) for where, _, names in os.walk(osp.join(root, 'ann')) for name in names]:
+            cv2.imwrite(path, write(cv2.imread(path, cv2.IMREAD_UNCHANGED)))
+        cfg = make_cfg(al, root=root, changes={**changes, 'train_cfg.max_iters': 2, 'train_cfg.val_interval': 2})
+        cfg.train_dataloader.dataset.pipeline = [LOAD, *steps, PACK]
+        for loader in (cfg.val_dataloader, cfg.test_dataloader):
+            loader.dataset.pipeline = [LOAD, *(steps if tested is None else tested), PACK]
+        return cfg
+
+    return make
+
+
+def times_100(label: np.ndarray) -> np.ndarray:
+    return label * 100
+
+
+def blue(label: np.ndarray) -> np.ndarray:
+    return np.stack([label * 100, label * 0, label * 0 + 7], -1)  # blue: OpenCV and mmcv have it first
+
+
+# --- steps that load labels and map their values ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('steps, write', [
+    ([dict(type='MaskFromFile')], None), ([LABEL, dict(type='ThirdsToClasses')], times_100),
+    ([LABEL, dict(type='StrictThirds')], times_100), ([LABEL, dict(type='BlueToClasses')], blue)],
+    ids=['loader', 'map', 'strict', 'colours'])
+@pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
+def test_labels_are_those_behind_the_last_step_that_maps_them(config, train, unit, steps, write):
+    """What is hidden stays so through it, and what is labelled is the truth."""
+    al = dict(unit=unit, initial=4, budget=2)
+    cfg = config(al, [*steps, dict(type='RandomFlip', prob=0.), dict(type='Notes')], write or (lambda label: label))
+    runner, rounds = train(cfg)
+    state = al_patch.State(al_patch.read_state(osp.join(cfg.work_dir, 'al_state.json')), cfg.work_dir,
+                           al_patch.parse_settings(cfg.al), runner, Pool(runner.cfg))
+    for name in state.labelled():
+        path = osp.join(cfg.train_dataloader.dataset.data_root, 'ann/train', f'{name}.png')
+        file = cv2.imread(path, cv2.IMREAD_UNCHANGED)
+        truth = (file[..., 0] if file.ndim > 2 else file) // (100 if write else 1)
+        assert np.array_equal(state.load_label(name), truth)
+        for shown in seen_in_training(name):
+            masks = [state.mask(name, k) for k in range(len(rounds)) if name in state.labelled(k)]
+            assert any(np.array_equal(shown, np.where(mask, truth, VOID)) for mask in masks)
+
+
+def seen_in_training(name: str, part: str = 'labels') -> list:
+    """Less what a query and the trials of steps have shown."""
+    return [maps[0] for maps in Notes.seen[part].get(name, ()) if maps and maps[0].shape == tiny.SHAPE]
+
+
+def transforms_of(*steps) -> list:
+    return [TRANSFORMS.build(step) for step in steps]
+
+
+@pytest.mark.parametrize('step, maps', [
+    (dict(type='ThirdsToClasses'), True), (dict(type='StrictThirds'), True), (dict(type='RandomFlip', prob=1.), False),
+    (dict(type='RandomFlip', prob=.5), False), (dict(type='Erodes'), False), (dict(type='Notes'), False),
+    (dict(type='PhotoMetricDistortion'), False), (dict(type='Resize', scale=(64, 64)), False),
+    (dict(type='RandomCrop', crop_size=(8, 8)), False), (dict(type='RandomRotate', prob=1., degree=90), False),
+    (PACK, False)], ids=lambda value: value['type'] if isinstance(value, dict) else '')
+def test_a_step_that_maps_values_is_known_by_what_it_does(config, step, maps):
+    """Also on a label file that has one value, which the step leaves as it is; and no random number is used up."""
+    cfg = config({}, [LABEL], lambda label: label * 0)
+    pool = Pool(cfg)
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    loading, mapping = label_steps(transforms_of(LOAD, LABEL, step), pool.info('a/00'))
+    drawn = random.random(), np.random.rand(), float(torch.rand(1))
+    assert [type(each).__name__ for each in loading] == ['LoadImageFromFile', 'LoadAnnotations']
+    assert bool(mapping) == maps
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert drawn == (random.random(), np.random.rand(), float(torch.rand(1)))
+
+
+def test_every_map_that_is_loaded_is_hidden(config, train):
+    cfg = config(dict(unit=CELL, initial=4, budget=2, rounds=0), [
+        dict(type='TwoMaps'), dict(type='Notes', keys=('gt_seg_map', 'gt_parts'))])
+    train(cfg)
+    shown = [maps for each in Notes.seen['labels'].values() for maps in each if maps and maps[0].shape == tiny.SHAPE]
+    assert shown and all(((label == VOID) == (parts == VOID)).all() and (label == VOID).any() for label, parts in shown)
+
+
+def test_a_pipeline_that_loads_no_label_says_so(config, train):
+    with pytest.raises(ValueError, match='should load a label map, `gt_seg_map`, but loads none'):
+        train(config({}, [], tested=[LABEL]))
+
+
+# --- images and data sets --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('kind', ['list', 'dict', 'other'])
+@pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
+def test_images_that_are_several_files(config, train, kind, unit):
+    cfg = config(dict(unit=unit, rounds=1), [LABEL], **{
+        'model.backbone.in_channels': 6 if kind != 'other' else 3,
+        'model.data_preprocessor.mean': [128] * (6 if kind != 'other' else 3),
+        'model.data_preprocessor.std': [64] * (6 if kind != 'other' else 3)})
+    load = dict(type='LoadPair') if kind != 'other' else dict(type='LoadOther')
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.update(type='Pairs', kind=kind)
+        loader.dataset.pop('metainfo')
+        loader.dataset.pipeline = [load, LABEL, PACK]
+    _, rounds = train(cfg)
+    assert len(rounds) == 2 and set(rounds[0]['asked']) < set(tiny.NAMES)
+
+
+@functools.partial(register, TRANSFORMS)
+class LoadOther(BaseTransform):
+
+    def transform(self, results):
+        return TRANSFORMS.build(LOAD)({**results, 'img_path': results['rgb_path']})
+
+
+def parts_of(cfg, *pipelines) -> None:
+    """The training set once for each of these pipelines."""
+    leaf = cfg.train_dataloader.dataset.to_dict()
+    cfg.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[
+        dict(leaf, pipeline=[LOAD, *pipeline, PACK]) for pipeline in pipelines])
+
+
+def test_a_part_without_labels_stays_whole(config, train):
+    """That of a semi-supervised training: it is not in the pool, and needs no label."""
+    cfg = config(dict(rounds=0), [LABEL])
+    parts_of(cfg, [LABEL, dict(type='Notes')], [dict(type='NoLabels'), dict(type='Notes', part='images')])
+    cfg.train_cfg.max_iters = cfg.train_cfg.val_interval = cfg.default_hooks.checkpoint.interval = 30
+    runner, rounds = train(cfg)
+    assert set(Notes.seen['images']) == set(tiny.NAMES) and set(Notes.seen['labels']) == set(rounds[0]['asked'])
+    assert len(Pool(runner.cfg)) == 12
+
+
+@pytest.mark.parametrize('strategy', ['ripu', 'entropy'])
+def test_a_source_that_is_labelled_beside_the_target(config, train, strategy):
+    """Domain adaptation: budgets, counts and what is hidden are of the pool alone."""
+    cfg = config(dict(unit=CELL, initial=4, budget=2, strategy=strategy, pool='dataset.datasets.1'), [LABEL])
+    parts_of(cfg, [LABEL, dict(type='Notes', part='source')], [LABEL, dict(type='Notes', part='target')])
+    leaf = cfg.train_dataloader.dataset.datasets
+    leaf[0].data_prefix = dict(img_path='img/train/a', seg_map_path='ann/train/a')
+    leaf[1].data_prefix = dict(img_path='img/train/b', seg_map_path='ann/train/b')
+    cfg.train_cfg.max_iters = cfg.train_cfg.val_interval = cfg.default_hooks.checkpoint.interval = 20
+    runner, rounds = train(cfg)
+    assert len(Pool(runner.cfg)) == 6 and {name for entry in rounds for name in entry['asked']} <= {
+        name[2:] for name in tiny.NAMES if name[0] == 'b'}
+    assert {name[0] for name in Notes.seen['source']} == {'a'} and {name[0] for name in Notes.seen['target']} == {'b'}
+    shown = {part: sum((seen_in_training(name, part) for name in seen), []) for part, seen in Notes.seen.items()}
+    assert all((label != VOID).all() for label in shown['source'])
+    assert all((label == VOID).any() for label in shown['target'])
+
+
+def test_a_pool_that_is_none_is_named(config, train):
+    with pytest.raises(ValueError, match="`al.pool` should be the path in .* such as 'dataset', but got 'dataset.x'"):
+        train(config(dict(pool='dataset.x'), [LABEL]))
+
+
+@pytest.mark.parametrize('keeps', [True, False])
+def test_a_wrapper_that_keeps_images_back_is_refused(config, train, keeps):
+    cfg = config({}, [LABEL])
+    cfg.train_dataloader.dataset = dict(type='Fold', keeps=keeps, dataset=cfg.train_dataloader.dataset.to_dict())
+    if keeps:
+        with pytest.raises(ValueError, match="Fold keeps back 3 of 12, such as 'a/00'"):
+            train(cfg)
+        assert not osp.exists(osp.join(cfg.work_dir, 'al_state.json'))
+    else:
+        assert len(train(cfg)[1]) == 2
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+@functools.partial(register, MODELS)
+class TwoTasks(EncoderDecoder):
+
+    def encode_decode(self, inputs, batch_img_metas):
+        logits = super().encode_decode(inputs, batch_img_metas)
+        return logits, logits.sigmoid()
+
+    def predict(self, inputs, data_samples=None):
+        metas = [sample.metainfo for sample in data_samples]
+        return self.postprocess_result(self.inference(inputs, metas)[0], data_samples)
+
+
+@functools.partial(register, MODELS)
+class KeepsBackbone(EncoderDecoder):
+
+    def train(self, mode=True):  # and it returns nothing
+        super().train(mode)
+        self.backbone.eval()
+
+
+@functools.partial(register, MODELS)
+class SumsOverRanks(EncoderDecoder):
+    """Its forward waits for all processes."""
+
+    def extract_feat(self, inputs):
+        total = inputs.mean()
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(total)
+        return [each + 0 * total for each in super().extract_feat(inputs)]
+
+
+def test_several_outputs_are_refused_before_the_first_training(config, train):
+    cfg = config({}, [LABEL], **{'model.type': 'TwoTasks'})
+    with pytest.raises(ValueError, match=r'a query of .*a/00.png fails: TwoTasks.inference should return logits \(1, '):
+        train(cfg)
+    assert not osp.exists(osp.join(cfg.work_dir, 'al_state.json'))
+
+
+def test_a_model_whose_train_returns_nothing(config, train):
+    assert len(train(config({}, [LABEL], **{'model.type': 'KeepsBackbone'}))[1]) == 2
+
+
+# --- the rehearsal ---------------------------------------------------------------------------------------------------
+
+
+def refused(cfg, train, match: str) -> None:
+    with pytest.raises(ValueError, match=match) as error:
+        train(cfg)
+    assert '\n' not in str(error.value) and not osp.exists(osp.join(cfg.work_dir, 'al_state.json'))
+
+
+@functools.partial(register, MODELS)
+class FailsInValidation(EncoderDecoder):
+
+    def predict(self, inputs, data_samples=None):
+        raise KeyError('thing')
+
+
+@pytest.mark.parametrize('al, changes, match', [
+    (dict(overrides={1: {'train_cfg.max_iter': 3}}), {}, r'the round of `al.overrides\[1\]` fails .*max_iter'),
+    (dict(overrides={1: {'model.type': 'NoSuchModel'}}), {}, r'the round of `al.overrides\[1\]` fails .*NoSuchModel'),
+    (dict(overrides={1: {'optim_wrapper.optimizer.type': 'SDG'}}), {}, r'`al.overrides\[1\]`: `optim_wrapper` .*SDG'),
+    ({}, {'model.type': 'FailsInValidation'}, "the validation of .*val/0.png fails .KeyError: 'thing'"),
+    (dict(strategy='tiny:not_a_number'), {}, "the score of image 'a/00' is not finite"),
+    (dict(strategy=dict(type='entropy', select='tiny:always_first')), {}, '`al.strategy.select` should choose')])
+def test_what_would_fail_later_is_refused_before_anything(config, train, al, changes, match):
+    refused(config(al, [LABEL], **changes), train, match)
+
+
+@pytest.mark.parametrize('al', [
+    dict(strategy='bald', overrides={1: {'train_cfg.max_iters': 3}}), dict(unit=CELL, strategy='real', initial=4),
+    dict(unit=dict(type='superpixel', n_segments=12), strategy='coreset', initial=4),
+    dict(unit='pixel', strategy='entropy', initial=40, budget=9)], ids=lambda al: str(al.get('unit')))
+def test_nothing_of_it_stays(config, train, monkeypatch, al):
+    """A run with and without it trains, scores and chooses bit for bit the same."""
+    found = []
+    for rehearse in (al_report.rehearse, lambda state: None):
+        monkeypatch.setattr(al_report, 'rehearse', rehearse)
+        cfg = config(al, [LABEL, dict(type='RandomFlip', prob=.5)])
+        cfg.work_dir += f'_{len(found)}'
+        runner, rounds = train(cfg)
+        assert ('Rehearsed' in tiny.log_of(cfg.work_dir)) == (not found)
+        found.append((runner.model.state_dict(), [(entry['asked'], entry['metrics']) for entry in rounds],
+                      sorted(name for name in os.listdir(cfg.work_dir) if not name[0].isdigit() and name[-3:] != '.py')))
+    assert found[0][1:] == found[1][1:] and tiny.same(found[0][0], found[1][0])
+
+
+def test_it_opens_no_label_that_was_not_asked_for(config, train, monkeypatch):
+    opened, load = set(), mmengine.fileio.get
+    for module in ('mmengine.fileio', 'mmcv.transforms.loading.fileio', 'mmseg.datasets.transforms.loading.fileio'):
+        monkeypatch.setattr(f'{module}.get', lambda path, *args, **kwargs: opened.add(str(path)) or load(
+            path, *args, **kwargs))
+    _, rounds = train(config(dict(unit=CELL, strategy='coreset'), [LABEL]))
+    labels = {path.split('ann/train/')[1][:-4] for path in opened if 'ann/train' in path}
+    assert labels and labels <= {name for entry in rounds for name in entry['asked']}
+
+
+def run_it(rank: int, processes: int, port: int, cfg) -> None:
+    join(rank, processes, port, cfg)
+    cfg.launcher = 'pytorch'
+    al_patch.Runner.from_cfg(cfg).train()
+
+
+def test_all_processes_take_part(config):
+    cfg = config(dict(unit=CELL, strategy='entropy', initial=9, budget=4), [LABEL], **{'model.type': 'SumsOverRanks'})
+    start(run_it, 2, cfg)
+    with open(osp.join(cfg.work_dir, 'al_state.json')) as file:
+        assert len(json.load(file)['rounds']) == 2
+    assert 'Rehearsed a query of 2 images, a validation of one in ' in tiny.log_of(cfg.work_dir)
+
+
+def test_an_image_is_known_by_its_first_path():
+    for info, path in [(dict(img_path='x'), 'x'), (dict(img_path=['x', 'y']), 'x'), (dict(img_path=dict(a='x')), 'x'),
+                       (dict(img_path=None, rgb_path='x'), 'x'), (dict(sample_idx=3), '3')]:
+        assert al_patch.image_path(info) == path
+    assert issubclass(Pairs, BaseDataset)
