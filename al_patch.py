@@ -63,7 +63,7 @@ import scipy.sparse
 import torch
 import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
-from mmengine.dataset import BaseDataset, Compose, DefaultSampler, InfiniteSampler, pseudo_collate
+from mmengine.dataset import BaseDataset, Compose, InfiniteSampler
 from mmengine.dist import all_gather_object, barrier, broadcast, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
@@ -522,7 +522,7 @@ def build_round(state: State) -> Runner:
     """A fresh runner for the state's round, of the caller's class; the caller's own takes over its model."""
     log_round(state)
     trainer = type(state.runner).from_cfg(round_config(state))
-    for hook in [RoundHook(seed_of(state.seed, 'train', state.round), state.counts_pixels), *state.companions]:
+    for hook in [RoundHook(seed_of(state.seed, 'train', state.round)), *state.companions]:
         trainer.register_hook(hook)
     state.runner.model = trainer.model
     if state.phase == 'query' and hasattr(state.model, 'init_weights'):  # a checkpoint may hold only what is trained
@@ -595,19 +595,15 @@ class RoundHook(Hook):
 
     Args:
         seed: The round's.
-        is_sparse: Whether images are partly labelled, so that losses have to be tried on one without labels.
     """
     priority = 'VERY_LOW'
 
-    def __init__(self, seed: int, is_sparse: bool):
-        self.seed, self.is_sparse, self.metrics, self.validated_at = seed, is_sparse, {}, -1
+    def __init__(self, seed: int):
+        self.seed, self.metrics, self.validated_at = seed, {}, -1
 
     def before_train(self, runner: Runner) -> None:
         """Validate again what was resumed from: mmengine saves before it validates, and a run that is stopped in
         between would have lost the metrics and the best checkpoint."""
-        if self.is_sparse:
-            check_void(runner)
-        check_last_batch(runner)
         loop = runner.train_loop
         if runner.val_loop is None or not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
             return
@@ -929,67 +925,6 @@ class SparseLabels(Compose):
             raise ValueError(f'the mask {path} has size {mask.shape}, but the label map {label_HW.shape[:2]}')
         return np.where(mask.reshape(mask.shape + (1, ) * (label_HW.ndim - 2)), label_HW, np.array(
             self.ignore_index, label_HW.dtype))
-
-
-@torch.no_grad()
-def check_void(trainer: Runner) -> None:
-    """Train on two images without any label, but for the step: what is then not zero learns from what nobody labelled,
-    unless it does not change with labels at all, as a distillation loss.
-
-    Raises:
-        ValueError: It names the loss.
-    """
-    model = unwrap(trainer.model)
-    void, some = trial_losses(trainer, 2, lambda label: torch.full_like(
-        label, getattr(decode_head(model), 'ignore_index', 255)), torch.zeros_like)
-    for key in filter(void.get, void):
-        if void[key] != some[key]:
-            raise ValueError(f'{key} of {type(decode_head(model)).__name__} learns from pixels without a label: it is '
-                             f"{float(void[key]):.3g} where there is none at all; use `al.unit='image'`, or leave that "
-                             'loss out of the config')
-        trainer.logger.info(f'{key} does not depend on labels, and is left alone')
-    trainer.logger.info('Partly labelled images: losses see labelled pixels only, and are zero where there are none')
-
-
-def check_last_batch(trainer: Runner) -> None:
-    """Train on one image, but for the step, if the last batch of an epoch is so small: a BatchNorm after a pooling to
-    one pixel, as in PSPHead and ASPPHead, fails on it, and only trying tells.
-
-    Raises:
-        ValueError: It fails.
-    """
-    loader = trainer.train_dataloader
-    if isinstance(loader.sampler, DefaultSampler) and trainer.max_iters >= len(loader) and (
-            len(loader.sampler) - (len(loader) - 1) * (loader.batch_size or 0) == 1):
-        with reading('the last batch of an epoch, one image (set `train_dataloader.drop_last=True`, or another '
-                     '`batch_size`),', ValueError):
-            trial_losses(trainer, 1, None)
-
-
-@torch.no_grad()
-def trial_losses(trainer: Runner, n: int, *fills) -> list[dict]:
-    """The losses of ``n`` training images (first, last, ...), for each function that makes their label maps of other
-    ones, or None. Random numbers and the model's buffers are afterwards as before."""
-    model, dataset = unwrap(trainer.model), trainer.train_dataloader.dataset
-    numbers = python_random.getstate(), np.random.get_state()
-    batch = pseudo_collate([dataset[-i % len(dataset)] for i in range(n)])
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-
-    def losses(fill: Callable) -> dict:
-        data = model.data_preprocessor(copy.deepcopy(batch), True)
-        for sample in data['data_samples'] if fill else ():
-            sample.gt_sem_seg.data = fill(sample.gt_sem_seg.data)
-        torch.manual_seed(0)  # of dropout
-        return {key: sum(map(torch.sum, value)) if isinstance(value, list) else value.sum()
-                for key, value in model(**data, mode='loss').items() if 'loss' in key}
-
-    with torch.random.fork_rng():
-        found = [*map(losses, fills)]
-    python_random.setstate(numbers[0])
-    np.random.set_state(numbers[1])
-    for buffer, before in buffers:
-        buffer.copy_(before)
-    return found
 
 
 def keep_pixels(old_HW: np.ndarray, new_HW: np.ndarray, ignore_index: int) -> np.ndarray:

@@ -93,10 +93,15 @@ def hook() -> mmengine.hooks.Hook:
     class ReportHook(mmengine.hooks.Hook):
         """Looks at a run. ``al_patch`` turns what goes wrong in it into a warning, once ``before_al_run`` has let it
         begin."""
+        priority = 'VERY_LOW'  # in training, what others have made ready is looked at
+        is_sparse = False  # whether images are partly labelled, so that losses have to be tried on one without labels
         shown = set()  # values of the validation labels of a round that this rank has seen
 
         def before_train(self, runner) -> None:
             self.shown = set()
+            if self.is_sparse:
+                check_void(runner)
+            check_last_batch(runner)
 
         def after_val_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
             for sample in outputs or ():
@@ -114,6 +119,7 @@ def hook() -> mmengine.hooks.Hook:
                     metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
 
         def before_al_run(self, state: al_patch.State) -> None:
+            self.is_sparse = state.counts_pixels
             for check in (check_rounds, check_overrides, check_schedule, check_best, check_model, check_pool,
                           check_masks, check_validation, check_no_label, check_disk, check_wrappers, rehearse):
                 check(state)
@@ -704,6 +710,62 @@ def rehearse_overrides(state: al_patch.State) -> str | None:
             trainer.param_schedulers = trainer.build_param_scheduler(trainer.param_schedulers or [])
             al_patch.close_round(trainer)
     return f'{len(distinct)} sets of overrides' if distinct else None
+
+
+def check_void(trainer) -> None:
+    """Train on two images without any label, but for the step: what is then not zero learns from what nobody labelled,
+    unless it does not change with labels at all, as a distillation loss.
+
+    Raises:
+        ValueError: It names the loss.
+    """
+    model = al_patch.unwrap(trainer.model)
+    void, some = trial_losses(trainer, 2, lambda label: torch.full_like(
+        label, getattr(al_patch.decode_head(model), 'ignore_index', 255)), torch.zeros_like)
+    for key in filter(void.get, void):
+        if void[key] != some[key]:
+            raise ValueError(f'{key} of {type(al_patch.decode_head(model)).__name__} learns from pixels without a '
+                             f'label: it is {float(void[key]):.3g} where there is none at all; use '
+                             "`al.unit='image'`, or leave that loss out of the config")
+        trainer.logger.info(f'{key} does not depend on labels, and is left alone')
+    trainer.logger.info('Partly labelled images: losses see labelled pixels only, and are zero where there are none')
+
+
+def check_last_batch(trainer) -> None:
+    """Train on one image, but for the step, if the last batch of an epoch is so small: a BatchNorm after a pooling to
+    one pixel, as in PSPHead and ASPPHead, fails on it, and only trying tells.
+
+    Raises:
+        ValueError: It fails.
+    """
+    loader = trainer.train_dataloader
+    if isinstance(loader.sampler, mmengine.dataset.DefaultSampler) and trainer.max_iters >= len(loader) and (
+            len(loader.sampler) - (len(loader) - 1) * (loader.batch_size or 0) == 1):
+        with al_patch.reading('the last batch of an epoch, one image (set `train_dataloader.drop_last=True`, or another'
+                              ' `batch_size`),', ValueError):
+            trial_losses(trainer, 1, None)
+
+
+def trial_losses(trainer, n: int, *fills) -> list[dict]:
+    """The losses of ``n`` training images (first, last, ...), for each function that makes their label maps of other
+    ones, or None. Random numbers and the model's buffers are afterwards as before."""
+    model, dataset = al_patch.unwrap(trainer.model), trainer.train_dataloader.dataset
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+    def losses(fill: Callable) -> dict:
+        data = model.data_preprocessor(copy.deepcopy(batch), True)
+        for sample in data['data_samples'] if fill else ():
+            sample.gt_sem_seg.data = fill(sample.gt_sem_seg.data)
+        torch.manual_seed(0)  # of dropout
+        return {key: sum(map(torch.sum, value)) if isinstance(value, list) else value.sum()
+                for key, value in model(**data, mode='loss').items() if 'loss' in key}
+
+    with al_patch.undisturbed(), torch.no_grad():
+        batch = mmengine.dataset.pseudo_collate([dataset[-i % len(dataset)] for i in range(n)])
+        found = [*map(losses, fills)]
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------

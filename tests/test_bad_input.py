@@ -19,6 +19,7 @@ from mmseg.registry import MODELS
 from PIL import Image
 
 import al_patch
+import al_report
 from al_patch import STATE_FILE, Pool, State, png_path, read_state, write_atomically, write_png
 from al_report import check_no_label
 
@@ -617,8 +618,8 @@ def test_a_last_batch_of_one_image_is_refused_before_training(make_cfg, train, u
 
 def test_trying_a_batch_changes_nothing(make_cfg, train, monkeypatch):
     runs = []
-    for check in (al_patch.check_last_batch, lambda runner: None):
-        monkeypatch.setattr(al_patch, 'check_last_batch', check)
+    for check in (al_report.check_last_batch, lambda runner: None):
+        monkeypatch.setattr(al_report, 'check_last_batch', check)
         cfg = make_cfg(dict(initial=3), 'epochs', work_dir=f'{make_cfg().work_dir}_{len(runs)}')
         runner, rounds = train(cfg)
         runs.append((runner.model.state_dict(), [(entry['asked'], entry['metrics']) for entry in rounds]))

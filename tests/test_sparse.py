@@ -18,6 +18,7 @@ from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from PIL import Image
 
 import al_patch
+import al_report
 from al_patch import SparseLabels, State, gather_labelled_pixels, keep_pixels, read_mask, write_png
 
 HALF = dict(type='Resize', scale_factor=.5)
@@ -535,9 +536,9 @@ def test_looking_for_it_changes_nothing(make_cfg, train, monkeypatch, loop):
         check_void(runner)
         looked.append(all(map(torch.equal, before, states(runner))) and runner.model.training)
 
-    looked, check_void, runs = [], al_patch.check_void, []
+    looked, check_void, runs = [], al_report.check_void, []
     for function in (look, lambda runner: None):
-        monkeypatch.setattr(al_patch, 'check_void', function)
+        monkeypatch.setattr(al_report, 'check_void', function)
         cfg = make_cfg(dict(unit='pixel', rounds=0), loop, work_dir=f'{make_cfg().work_dir}_{len(runs)}')
         runner, rounds = train(cfg)
         runs.append((runner.model.state_dict(), [entry['metrics'] for entry in rounds]))
