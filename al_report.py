@@ -100,6 +100,7 @@ def hook() -> mmengine.hooks.Hook:
         def before_train(self, runner) -> None:
             self.shown = set()
             if self.is_sparse:
+                check_other_maps(runner.train_dataloader.dataset)
                 check_void(runner)
             check_last_batch(runner)
 
@@ -710,6 +711,50 @@ def rehearse_overrides(state: al_patch.State) -> str | None:
             trainer.param_schedulers = trainer.build_param_scheduler(trainer.param_schedulers or [])
             al_patch.close_round(trainer)
     return f'{len(distinct)} sets of overrides' if distinct else None
+
+
+def check_other_maps(dataset) -> None:
+    """Look for label maps that a later step loads from a file of its own: what al_patch hides is loaded with
+    ``gt_seg_map``, by the same step.
+
+    Raises:
+        ValueError: It names the step, and the map of which every pixel would be trained on.
+    """
+    for part in [*getattr(dataset, 'datasets', ()), *filter(None, [getattr(dataset, 'dataset', None)])]:
+        check_other_maps(part)
+    pipeline = getattr(dataset, 'pipeline', None)
+    if not (isinstance(pipeline, al_patch.SparseLabels) and pipeline.shown and len(dataset)):
+        return
+    info = dataset.get_data_info(0)
+    file = pipeline.shown.get(al_patch.image_path(info), al_patch.Shown()).file
+    results = {**info, 'seg_map_path': file} if file else info
+    with al_patch.undisturbed():
+        for step in pipeline.transforms:
+            if step in pipeline.mapping:
+                continue
+            try:
+                before, results = results, step(copy.deepcopy(results))
+            except Exception:  # training will say so
+                return
+            size = results['gt_seg_map'].shape[:2] if 'gt_seg_map' in results else None
+            maps = [key for key, value in results.items() if key not in (*before, 'img') and isinstance(
+                value, np.ndarray) and value.dtype.kind in 'iub' and value.shape[:2] == size]
+            if 'gt_seg_map' not in before:
+                for key in maps:  # no step sees a label
+                    results[key] = np.full_like(results[key], pipeline.ignore_index)
+            elif maps and not is_made(step, before, maps):
+                raise ValueError(f'{type(step).__name__} of `train_dataloader.dataset.pipeline` loads '
+                                 f'{", ".join(maps)} from a file: every pixel of it would be trained on, also where '
+                                 'nothing is labelled. Let the step that loads `gt_seg_map` load it, too: both are '
+                                 'hidden then')
+
+
+def is_made(step: Callable, before: dict, maps: list[str]) -> bool:
+    """Whether a step needs no file for its maps."""
+    with contextlib.suppress(Exception):
+        alone = step(copy.deepcopy({key: value for key, value in before.items() if not key.endswith('path')}))
+        return all(key in alone for key in maps)
+    return False
 
 
 def check_void(trainer) -> None:

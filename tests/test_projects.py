@@ -212,7 +212,7 @@ def test_labels_are_those_behind_the_last_step_that_maps_them(config, train, uni
         assert np.array_equal(state.load_label(name), truth)
         for shown in seen_in_training(name):
             masks = [state.mask(name, k) for k in range(len(rounds)) if name in state.labelled(k)]
-            assert any(np.array_equal(shown, np.where(mask, truth, VOID)) for mask in masks)
+            assert (shown == VOID).all() or any(np.array_equal(shown, np.where(mask, truth, VOID)) for mask in masks)
 
 
 def seen_in_training(name: str, part: str = 'labels') -> list:
@@ -249,6 +249,29 @@ def test_every_map_that_is_loaded_is_hidden(config, train):
     train(cfg)
     shown = [maps for each in Notes.seen['labels'].values() for maps in each if maps and maps[0].shape == tiny.SHAPE]
     assert shown and all(((label == VOID) == (parts == VOID)).all() and (label == VOID).any() for label, parts in shown)
+
+
+@functools.partial(register, TRANSFORMS)
+class PartsFromFile(BaseTransform):
+    """A label map of its own, or what it makes of the one that is there."""
+
+    def __init__(self, reads=True):
+        self.reads = reads
+
+    def transform(self, results):
+        results['gt_parts'] = cv2.imread(results['seg_map_path'], 0) if self.reads else results['gt_seg_map'] // 2
+        return results
+
+
+@pytest.mark.parametrize('reads', [True, False])
+def test_a_map_that_cannot_be_hidden_is_refused(config, train, reads):
+    cfg = config(dict(unit=CELL, initial=4, rounds=0), [LABEL, dict(type='PartsFromFile', reads=reads)], tested=[LABEL])
+    if not reads:
+        train(cfg)
+        return
+    with pytest.raises(ValueError, match='^PartsFromFile of .* loads gt_parts from a file'):
+        train(cfg)
+    assert not [name for name in os.listdir(osp.join(cfg.work_dir, 'round_0')) if name.endswith('.pth')]
 
 
 def test_a_pipeline_that_loads_no_label_says_so(config, train):
