@@ -761,9 +761,11 @@ def label_values_of(pool: Pool, leaf: int) -> tuple[np.ndarray, np.ndarray]:
 
 def classes_of_values(pool: Pool, name: str, values_N: np.ndarray) -> np.ndarray:
     """The classes that training reads in a label file of these values, (N,)."""
+    pool = copy.copy(pool)
+    pool.steps = {}  # of this file: those of the data set's, which may be pictures in colours, are others
     with tempfile.TemporaryDirectory() as folder:
         Image.fromarray(np.tile(values_N, (2, 2))).save(path := osp.join(folder, 'values.png'))
-        return label_reader(pool).load(name, path)[0, :len(values_N)]
+        return LabelReader(pool).load(name, path)[0, :len(values_N)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
