@@ -4,6 +4,7 @@ import functools
 import os.path as osp
 import types
 
+import mmengine
 import numpy as np
 import pytest
 import tiny
@@ -423,7 +424,7 @@ def test_the_map_of_bald(model_of, make_cfg, build, unit, full_res):
     state = State(dict(seed=7, config={}, rounds=[dict(asked={})]), cfg.work_dir, al, runner, pool)
     this = Query(state, runner)
     found = {name: this.maps(seen) for name, seen in Network(runner, state.strategy).look(state, names, this.views)}
-    inputs = runner.model.data_preprocessor(al_patch.pseudo_collate([pool[name] for name in names]))['inputs']
+    inputs = runner.model.data_preprocessor(mmengine.dataset.pseudo_collate([pool[name] for name in names]))['inputs']
     p = naive_passes(runner.model, inputs, [seed_of(7, 'mc', 1, name) for name in names], 5, not full_res).softmax(2)
     p = p.double().numpy()
     expected = EXPECTED['entropies_NHW'](p.mean(0)[None]) - EXPECTED['entropies_NHW'](p)

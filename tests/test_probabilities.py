@@ -3,6 +3,7 @@ import shutil
 import types
 
 import cv2
+import mmengine
 import numpy as np
 import pytest
 import tiny
@@ -14,7 +15,6 @@ from mmseg.models.decode_heads.san_head import SideAdapterCLIPHead
 from mmseg.registry import MODELS
 from mmseg.structures import SegDataSample
 
-import al_patch
 from al_patch import Network, Pool, State, generator, to_image
 
 SIZE, ORIGINAL = (24, 40), (36, 60)  # of the network's input, and of the image file
@@ -155,7 +155,7 @@ def test_classes_are_those_that_mmseg_predicts_above_the_threshold(binary, build
     pool, network = Pool(runner.cfg), Network(runner)
     state = State(dict(seed=0, config={}), runner.work_dir, runner=runner, pool=pool)
     [(name, seen)] = network.look(state, tiny.NAMES[:1], [to_image])
-    [sample] = runner.model.eval().test_step(al_patch.pseudo_collate([pool[name]]))
+    [sample] = runner.model.eval().test_step(mmengine.dataset.pseudo_collate([pool[name]]))
     expected = sample.pred_sem_seg.data[0].numpy()
     assert set(np.unique(expected)) == {0, 1} and (sample.seg_logits.data[0].numpy() > .5).sum() > expected.sum()
     assert (network.classify(seen) == expected).all()

@@ -18,6 +18,7 @@ import warnings
 import numpy as np
 
 import al_patch
+import al_report
 
 SIZE = 512 if 'mobilenet_v3' in sys.argv else 128  # its head pools windows of 49 x 49
 PREFERRED = dict(  # the smaller one of a family, or the one that shows its own head
@@ -114,7 +115,7 @@ def sweep(family: str) -> dict:
 
     def query(strategy, unit: str, **test_cfg):
         strategy, model.test_cfg = al_patch.resolve_strategy(strategy), ConfigDict(cfg.model.test_cfg, **test_cfg)
-        al_patch.check_model(model, strategy)
+        al_report.check_model(types.SimpleNamespace(model=model, strategy=strategy))
         units = al_patch.Whole() if unit == 'image' else al_patch.Segments(al_patch.grid((SIZE, SIZE), (32, 32)))
         with torch.no_grad():
             for seen in al_patch.Network(Trainer, strategy).see(batch(False), [0, 1], views[unit]):
@@ -133,7 +134,7 @@ def sweep(family: str) -> dict:
         al_patch.gather_labelled_pixels(model)
         Trainer.train_dataloader = types.SimpleNamespace(dataset=Images())
         model.train()
-        al_patch.check_void(Trainer)
+        al_report.check_void(Trainer)
         data = model.data_preprocessor(batch(True), True)
         losses = model.loss(data['inputs'], data['data_samples'])
         total = sum(value.mean() for key, value in losses.items() if 'loss' in key)
