@@ -1340,7 +1340,8 @@ class Network:
                 lambda _, args: None if caught else caught.append(args[0]))
         metas, are_scores = [sample.metainfo for sample in data['data_samples']], classifies_masks(
             decode_head(self.model))
-        batch = [Seen(meta, data['inputs'].shape[2:], self.model.align_corners, [{} for _ in views], None)
+        shape = leaves_of(data['inputs'])[0].shape[2:]
+        batch = [Seen(meta, shape, self.model.align_corners, [{} for _ in views], None)
                  for meta in metas]
         with native_resolution(self.model):
             for logits_NSCHW in self.passes(data['inputs'], [dict(meta) for meta in metas], seeds):

@@ -606,11 +606,19 @@ def rehearse(state: al_patch.State) -> None:
         ValueError: What fails, and on what.
     """
     begin, was = time.time(), {module: module.training for module in state.model.modules()}
-    with al_patch.undisturbed(), torch.no_grad():
-        what = [words for part in (rehearse_query, rehearse_validation, rehearse_overrides) if (words := part(state))]
+    what = []
+    for part in (rehearse_query, rehearse_validation, rehearse_overrides):
+        failed = None
+        try:
+            with al_patch.undisturbed(), torch.no_grad():
+                what.append(part(state))
+        except ValueError as error:
+            failed = error
+        for text in filter(None, al_patch.all_gather_object(failed and str(failed))):
+            raise failed or ValueError(text)
     for module, is_training in was.items():
         module.training = is_training
-    state.logger.info(f'Rehearsed {", ".join(what) or "nothing"} in {time.time() - begin:.1f} s')
+    state.logger.info(f'Rehearsed {", ".join(filter(None, what)) or "nothing"} in {time.time() - begin:.1f} s')
 
 
 @contextlib.contextmanager

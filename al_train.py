@@ -4,6 +4,7 @@ The config needs an ``al = dict(...)`` block; ``dist_al_train.sh`` starts severa
 paragraph and exit code 2; with ``AL_TRACEBACK=1`` its traceback stands before it.
 """
 import argparse
+import atexit
 import contextlib
 import datetime
 import json
@@ -87,6 +88,12 @@ def main() -> None:
     try:
         runner = build_runner(parse_args())
         runner.train()
+        if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'gloo':
+            torch.distributed.barrier()
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)  # gloo's threads can abort a process that Python ends
     except KeyboardInterrupt:  # the log said when the round started how to go on: no traceback
         raise SystemExit(130) from None
     except Exception as error:

@@ -14,7 +14,7 @@ import torch
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset
 from mmseg.datasets import BaseSegDataset
-from mmseg.models import EncoderDecoder
+from mmseg.models import EncoderDecoder, SegDataPreProcessor
 from mmseg.registry import DATASETS, MODELS, TRANSFORMS
 from test_processes import join, start
 
@@ -396,6 +396,72 @@ def test_several_outputs_are_refused_before_the_first_training(config, train):
     with pytest.raises(ValueError, match=r'a query of .*a/00.png fails: TwoTasks.inference should return logits \(1, '):
         train(cfg)
     assert not osp.exists(osp.join(cfg.work_dir, 'al_state.json'))
+
+
+@functools.partial(register, MODELS)
+class ToDict(SegDataPreProcessor):
+
+    def forward(self, data, training=False):
+        data = super().forward(data, training)
+        return dict(data, inputs=dict(rgb=data['inputs'], grey=data['inputs'].mean(1, keepdim=True)))
+
+
+@functools.partial(register, MODELS)
+class TakesDict(EncoderDecoder):
+
+    def extract_feat(self, inputs):
+        return super().extract_feat(inputs['rgb'] + inputs['grey'])
+
+    def whole_inference(self, inputs, batch_img_metas):
+        return self.encode_decode(inputs, batch_img_metas)
+
+
+@pytest.mark.parametrize('al', [dict(strategy='coreset'), dict(strategy='bald'), dict(unit=CELL, strategy='entropy')])
+def test_inputs_that_are_a_dict(config, train, al):
+    cfg = config(al, [LABEL], **{'model.type': 'TakesDict', 'model.data_preprocessor.type': 'ToDict'})
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None  # mmseg's own prediction takes tensors
+    cfg.default_hooks.checkpoint.save_best = None
+    assert len(train(cfg)[1]) == 2
+
+
+@functools.partial(register, MODELS)
+class Adapted(tiny.TinyBackbone):
+    """It saves what it learns, and has the rest from a file."""
+
+    def __init__(self, init_cfg):
+        super().__init__()
+        self.init_cfg = init_cfg
+        self.adapter = torch.nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        [x] = super().forward(x)
+        return (x + self.adapter(x), )
+
+    def state_dict(self, *args, **kwargs):
+        state = super().state_dict(*args, **kwargs)
+        for key in [key for key in state if {'stem', 'stage'} & {*key.split('.')}]:
+            del state[key]
+        return state
+
+
+def test_adapters_are_resumed_in_a_query_with_what_is_frozen(config, train, tmp_path, monkeypatch):
+    frozen = tiny.TinyBackbone()
+    for weight in frozen.parameters():
+        torch.nn.init.normal_(weight, std=.5)
+    torch.save(frozen.state_dict(), tmp_path / 'frozen.pth')
+    asked = []
+    for stops in (False, True):
+        cfg = config(dict(initial=3, budget=4), [LABEL], **{'model.backbone': dict(
+            type='Adapted', init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'frozen.pth')))})
+        cfg.work_dir += f'_{stops}'
+        if stops:
+            with monkeypatch.context() as patch:
+                patch.setattr(al_patch.Query, 'asked', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+                with pytest.raises(KeyboardInterrupt):
+                    train(cfg)
+            cfg.resume = True
+        asked.append(train(cfg)[1][1]['asked'])
+    assert asked[0] == asked[1]
 
 
 def test_a_model_whose_train_returns_nothing(config, train):

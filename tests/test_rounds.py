@@ -150,9 +150,9 @@ def test_what_a_divergence_is(tmp_path, monkeypatch, losses, weights, diverged, 
     (tmp_path / 'last_checkpoint').touch()
     if diverged or other_rank:
         with pytest.raises(ValueError, match=f'^{tmp_path.name} has diverged by iteration 7'):
-            al_patch.RoundHook(0, False).check_finite(runner)
+            al_patch.RoundHook(0).check_finite(runner)
     else:
-        al_patch.RoundHook(0, False).check_finite(runner)
+        al_patch.RoundHook(0).check_finite(runner)
     assert (tmp_path / 'last_checkpoint').exists() != (diverged or other_rank)
 
 

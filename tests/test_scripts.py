@@ -103,7 +103,7 @@ def test_any_number_of_processes_asks_the_same(tmp_path, shared_data, make_cfg, 
     """One run is stopped between a training and its query, and goes on in one process and in two."""
     al = dict(unit=unit, initial=3, budget=4, rounds=1, strategy='tiny:entropy_or_stop')  # 5 batches of images
     runner = build(make_cfg(al))
-    monkeypatch.setenv('TINY_STOP', '1')
+    monkeypatch.setenv('TINY_STOP', '2')  # the images of the rehearsal
     with pytest.raises(InterruptedError):
         runner.train()
     config, asked = write_config(tmp_path, shared_data, repr(al)), []
@@ -180,7 +180,11 @@ def test_what_fails_in_a_worker_ends_in_one_line(tmp_path, shared_data):
 
 def test_an_error_of_one_rank_keeps_the_output_of_torchrun(tmp_path, shared_data):
     config = write_config(tmp_path, shared_data, "dict(initial=4, budget=2, rounds=1, strategy='tiny:entropy_or_fail')")
-    done = launch(config, 2, tmp_path / 'work', check=False)
+    early = launch(config, 2, tmp_path / 'early', check=False, TINY_STOP='0')  # all agree on what a rehearsal shows
+    said = 'al_train.py: a query of .*a/00.png fails .ArithmeticError: of rank 1; .*'
+    assert early.returncode == 2 and re.fullmatch(said, early.stderr.splitlines()[-1])
+    assert 'Traceback' not in early.stderr and not (tmp_path / 'early' / STATE_FILE).exists()
+    done = launch(config, 2, tmp_path / 'work', check=False, TINY_STOP='2')
     assert done.returncode == 1 and 'ArithmeticError: of rank 1' in done.stderr and 'ChildFailedError' in done.stderr
     assert read_state(tmp_path / 'work' / STATE_FILE)['phase'] == 'query'
 

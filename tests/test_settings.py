@@ -355,5 +355,5 @@ def test_any_block_is_a_plan_or_a_value_error_that_names_it(runner, block):
     assert len(plan) == al.rounds and all(1 <= number_of(amount, 1000) for amount in plan)
     for k in range(al.rounds + 1):
         state = State(dict(seed=0, config={}, rounds=[{}] * (k + 1)), runner.work_dir, al, runner,
-                      types.SimpleNamespace(ignore_index=255))
+                      types.SimpleNamespace(ignore_index=255, paths=['dataset']))
         assert round_config(state).work_dir.endswith(f'round_{k}')

@@ -145,17 +145,19 @@ class NotesPoints(Hook):
 
 
 def entropy_or_stop(probs_NCHW: torch.Tensor) -> torch.Tensor:
-    """A score that a test can make fail, to stop a run between a training and its query."""
-    if os.environ.get('TINY_STOP'):
+    """A score that a test can make fail after so many calls, to stop a run between a training and its query."""
+    if os.environ.get('TINY_STOP') == '0':
         raise InterruptedError('TINY_STOP is set')
+    if os.environ.get('TINY_STOP'):
+        os.environ['TINY_STOP'] = str(int(os.environ['TINY_STOP']) - 1)
     return -(probs_NCHW * probs_NCHW.log()).sum(1)
 
 
 def entropy_or_fail(probs_NCHW: torch.Tensor) -> torch.Tensor:
     """A score that fails on one rank alone: the others go on, and wait for it."""
-    if os.environ.get('RANK') == '1':
+    if os.environ.get('RANK') == '1' and os.environ.get('TINY_STOP') == '0':
         raise ArithmeticError('of rank 1')
-    return entropy_or_stop(probs_NCHW)
+    return entropy_or_stop(probs_NCHW) if os.environ.get('TINY_STOP') != '0' else probs_NCHW[:, 0]
 
 
 def brightest(probs_NCHW: torch.Tensor, power: float = 1.) -> torch.Tensor:
