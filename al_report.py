@@ -709,7 +709,8 @@ def rehearse_overrides(state: al_patch.State) -> str | None:
     for k, override in distinct.values():
         cfg = copy.deepcopy(state.runner.cfg)
         cfg.pop('al')
-        cfg.merge_from_dict({'visualizer': dict(type='Visualizer', vis_backends=None), **override})
+        cfg.merge_from_dict(override)
+        cfg.visualizer = dict(type='Visualizer')  # without a backend that would begin a run elsewhere
         with tempfile.TemporaryDirectory() as cfg.work_dir, rehearsing(f'the round of `al.overrides[{k}]`'):
             cfg.experiment_name, cfg.log_level = f'{state.runner.experiment_name}_rehearsal_{k}', 'ERROR'
             trainer = type(state.runner).from_cfg(cfg)

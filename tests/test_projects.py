@@ -505,6 +505,7 @@ def test_nothing_of_it_stays(config, train, monkeypatch, al):
     for rehearse in (al_report.rehearse, lambda state: None):
         monkeypatch.setattr(al_report, 'rehearse', rehearse)
         cfg = config(al, [LABEL, dict(type='RandomFlip', prob=.5)])
+        cfg.visualizer = dict(type='SegLocalVisualizer', alpha=.5, vis_backends=[dict(type='LocalVisBackend')])
         cfg.work_dir += f'_{len(found)}'
         runner, rounds = train(cfg)
         assert ('Rehearsed' in tiny.log_of(cfg.work_dir)) == (not found)
