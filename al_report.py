@@ -683,7 +683,7 @@ def rehearse_validation(state: al_patch.State) -> str | None:
         evaluator = runner.build_evaluator(copy.deepcopy(runner.cfg.val_evaluator))
         evaluator.dataset_meta = images.metainfo
         data = mmengine.dataset.pseudo_collate([images[0]])
-        with al_patch.precision(runner):
+        with al_patch.autocast(enabled=getattr(loop, 'fp16', False)):
             evaluator.process(data_samples=state.model.val_step(data), data_batch=data)
         logging.disable(logging.CRITICAL)  # a table of one image
         try:
