@@ -4,10 +4,10 @@ The config needs an ``al = dict(...)`` block; ``dist_al_train.sh`` starts severa
 paragraph and exit code 2; with ``AL_TRACEBACK=1`` its traceback stands before it.
 """
 import argparse
-import atexit
 import contextlib
 import datetime
 import json
+import logging
 import os
 import os.path as osp
 import re
@@ -90,7 +90,7 @@ def main() -> None:
         runner.train()
         if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'gloo':
             torch.distributed.barrier()
-            atexit._run_exitfuncs()
+            logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)  # gloo's threads can abort a process that Python ends

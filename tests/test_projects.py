@@ -140,7 +140,7 @@ class Pairs(BaseSegDataset):
 
 
 @functools.partial(register, DATASETS)
-class Fold:
+class KeepsBack:
     """Hands on all but each fourth image."""
 
     def __init__(self, dataset, keeps=True, lazy_init=False):
@@ -348,9 +348,9 @@ def test_a_pool_that_is_none_is_named(config, train):
 @pytest.mark.parametrize('keeps', [True, False])
 def test_a_wrapper_that_keeps_images_back_is_refused(config, train, keeps):
     cfg = config({}, [LABEL])
-    cfg.train_dataloader.dataset = dict(type='Fold', keeps=keeps, dataset=cfg.train_dataloader.dataset.to_dict())
+    cfg.train_dataloader.dataset = dict(type='KeepsBack', keeps=keeps, dataset=cfg.train_dataloader.dataset.to_dict())
     if keeps:
-        with pytest.raises(ValueError, match="Fold keeps back 3 of 12, such as 'a/00'"):
+        with pytest.raises(ValueError, match="KeepsBack keeps back 3 of 12, such as 'a/00'"):
             train(cfg)
         assert not osp.exists(osp.join(cfg.work_dir, 'al_state.json'))
     else:
@@ -425,7 +425,7 @@ def test_inputs_that_are_a_dict(config, train, al):
 
 
 @functools.partial(register, MODELS)
-class Adapted(tiny.TinyBackbone):
+class OnlyAdapters(tiny.TinyBackbone):
     """It saves what it learns, and has the rest from a file."""
 
     def __init__(self, init_cfg):
@@ -452,7 +452,7 @@ def test_adapters_are_resumed_in_a_query_with_what_is_frozen(config, train, tmp_
     asked = []
     for stops in (False, True):
         cfg = config(dict(initial=3, budget=4), [LABEL], **{'model.backbone': dict(
-            type='Adapted', init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'frozen.pth')))})
+            type='OnlyAdapters', init_cfg=dict(type='Pretrained', checkpoint=str(tmp_path / 'frozen.pth')))})
         cfg.work_dir += f'_{stops}'
         if stops:
             with monkeypatch.context() as patch:
