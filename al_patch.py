@@ -906,10 +906,8 @@ class SparseLabels(Compose):
                         label.dtype, np.min_scalar_type(classes.max())))
                 else:
                     results = Compose(self.mapping)(results)
-                for key, value in results.items() if shown.mask else ():
-                    is_new = key != 'img' and key not in before and isinstance(value, np.ndarray)
-                    if is_new and value.dtype.kind in 'iub' and value.shape[:2] == label.shape[:2]:
-                        results[key] = self.hide(value, shown.mask)
+                for key in new_maps(before, results) if shown.mask else ():
+                    results[key] = self.hide(results[key], shown.mask)
             elif any('Resize' in cls.__name__ for cls in type(transform).__mro__):  # mmcv's and mmseg's
                 results['gt_seg_map'] = keep_pixels(old, label, self.ignore_index)
             elif (old != self.ignore_index).any():
@@ -2095,6 +2093,13 @@ def header_size(path: str) -> tuple[int, int] | None:
     return None
 
 
+def new_maps(before: dict, after: dict) -> list[str]:
+    """The integer maps of the label map's size that a step of a pipeline has added, itself among them."""
+    size = after['gt_seg_map'].shape[:2] if 'gt_seg_map' in after else None
+    return [key for key, value in after.items() if key not in (*before, 'img') and isinstance(value, np.ndarray)
+            and value.dtype.kind in 'iub' and value.shape[:2] == size]
+
+
 def query_steps(cfg: dict, info: dict) -> list[Callable]:
     """The transforms of the test pipeline that do without a label: what loads one goes, and what fails without.
 
@@ -2115,7 +2120,7 @@ def query_steps(cfg: dict, info: dict) -> list[Callable]:
             try:
                 after = step(copy.deepcopy(results))
             except Exception as error:
-                failed = failed or (step, error)
+                failed = failed or error
                 continue
             if 'gt_seg_map' not in after or 'gt_seg_map' in results:
                 results = after
@@ -2125,7 +2130,7 @@ def query_steps(cfg: dict, info: dict) -> list[Callable]:
             if len(shape) > 3:
                 raise ValueError(f'the pipeline should load images (H, W[, C]), but got {shape}')
             if failed:
-                raise failed[1]
+                raise failed
             raise ValueError(f'the test pipeline should give `inputs`, but gives {", ".join(results)}')
     return kept
 

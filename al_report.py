@@ -256,7 +256,8 @@ def check_rounds(state: al_patch.State) -> None:
 
 def disagreements(content: dict, pool: al_patch.Pool) -> Iterator[tuple[str, str, Any]]:
     """What a state says that cannot be, by its own settings: the field, what it should be, and what it has."""
-    names, is_partly, phase, whole, labelled = content['pool'], content['pixels'] is not None, content['phase'], {}, {}
+    names, is_partly, phase, whole, labelled = (
+        content['pool'], content['pixels'] is not None, content['phase'], set(), set())
     is_human = al_patch.split_setting(content['settings'].get('oracle', 'simulated'))[0] == 'human'
     twice = [name for name, n in collections.Counter(names).items() if n > 1]
     if twice:
@@ -270,13 +271,13 @@ def disagreements(content: dict, pool: al_patch.Pool) -> Iterator[tuple[str, str
         for name, units in asked.items():
             if name in whole or units and not is_partly:
                 yield f'{where}.asked', 'name images that are not labelled yet, whole ones with null', {name: units}
-        whole.update((name, k) for name, units in asked.items() if units is None)
+        whole.update(name for name, units in asked.items() if units is None)
         labelled.update(asked)
         for name, ids in entry.get('ids', {}).items():
             n, pixels = asked.get(name) or (0, 0)
             if not n == len({*ids}) == len(ids) or max(ids) >= math.prod(pool.sizes.get(name, (math.inf, ))):
                 yield f'{where}.ids', 'have units that were asked for, each once', {name: ids}
-        if len({*held_out}) < len(held_out) or {*held_out} - {*labelled}:
+        if len({*held_out}) < len(held_out) or {*held_out} - labelled:
             yield f'{where}.held_out', 'name labelled images, each once', held_out
         if (k < len(content['rounds']) - 1 or phase == 'query') and 'last' not in entry['checkpoints']:
             yield f'{where}.checkpoints', 'have a `last`', entry['checkpoints']
@@ -745,9 +746,7 @@ def check_other_maps(dataset) -> None:
                 before, results = results, step(copy.deepcopy(results))
             except Exception:  # training will say so
                 return
-            size = results['gt_seg_map'].shape[:2] if 'gt_seg_map' in results else None
-            maps = [key for key, value in results.items() if key not in (*before, 'img') and isinstance(
-                value, np.ndarray) and value.dtype.kind in 'iub' and value.shape[:2] == size]
+            maps = al_patch.new_maps(before, results)
             if 'gt_seg_map' not in before:
                 for key in maps:  # no step sees a label
                     results[key] = np.full_like(results[key], pipeline.ignore_index)
