@@ -683,7 +683,7 @@ def write_predictions(state: State, trainer: Runner | None, names: list[str]) ->
     @torch.no_grad()
     def write_share(rank: str) -> None:
         al_patch.load_weights(past, past.checkpoint(past.round, state.al.query_with))
-        network = al_patch.Network(past.runner)
+        network = al_patch.Network(past.runner, logits_of=state.al.logits)
         for name, seen in network.look(state, names, [al_patch.to_image]):
             write_prediction(state, name, network.classify(seen))
 

@@ -118,6 +118,10 @@ class Block:
     weights: Start = 'scratch'       # what a round starts from: scratch (= the config's own) | last | best
     query_with: Which = 'last'       # checkpoint that scores the pool: last | best
     pool: MaybeText = None           # which training data sets are the pool, e.g. 'dataset.datasets.1'; default: all
+    group: MaybeText = None          # video, patient, tile of an image: a regular expression on its name, or function
+    max_per_group: MaybeNatural = None   # so many images of a group at most in one query
+    frame_distance: MaybeNatural = None  # between two images of a group in one query, by the last number in their names
+    logits: MaybeFunction = None     # 'package.module:function' from what `inference` returns to (N, classes, H, W)
     pool_size: MaybeAmount = None    # score only a random subset of the pool: int | fraction of the images
     full_res: MaybeFlag = None       # score the enlarged logits, not the native ones; default: as the unit has it
     oracle: TypeName = 'simulated'   # simulated: labels are on disk, hidden until asked for | human: wait for them
@@ -128,7 +132,8 @@ class Block:
 
 Flag = rule('True or False', lambda v: isinstance(v, bool))
 MaybeFlag = or_none(Flag)
-MaybeText = or_none(rule('a path in `train_dataloader`', lambda v: isinstance(v, str)))
+MaybeText = or_none(rule('text', lambda v: isinstance(v, str) and v != ''))
+MaybeFunction = or_none(rule("'package.module:function'", lambda v: isinstance(v, str) and ':' in v))
 Start = one_of('scratch', 'last', 'best')
 Which = one_of('last', 'best')
 MaybeAmount = or_none(rule('a positive int, or a fraction in (0, 1]', lambda v: is_amount(v)))
@@ -718,65 +723,37 @@ def checkpoint_hooks(runner: Runner) -> list[CheckpointHook]:
 
 def gather_labelled_pixels(model: torch.nn.Module) -> None:
     """Let every loss of a decode head see the labelled pixels alone, as one column (1, C, n, 1), so that its mean is
-    theirs, whatever it does with void; without any it is zero.
-
-    Raises:
-        ValueError: A head learns masks of whole images, or a loss looks at a pixel's neighbours; it names it.
-    """
-    for head in list(model.modules()):
-        if classifies_masks(head):
-            raise ValueError(f'{type(head).__name__} learns masks of whole images, for which pixels without a label '
-                             "are background: use `al.unit='image'` with it")
-        if not (hasattr(head, 'loss_decode') and hasattr(head, 'ignore_index')):
-            continue
-        for loss in head.loss_decode if isinstance(head.loss_decode, torch.nn.ModuleList) else [head.loss_decode]:
-            if not hasattr(loss.forward, 'gathers'):
-                least = check_loss(loss, head.out_channels, next(model.parameters()).device)
-                loss.forward = gathered(loss.forward, head.ignore_index, least)
+    theirs, whatever it does with void; without any it is zero."""
+    for head, loss in losses_of(model):
+        if not hasattr(loss.forward, 'gathers'):
+            loss.forward = gathered(loss.forward, head.ignore_index)
 
 
-def check_loss(loss: torch.nn.Module, channels: int, device: torch.device) -> int:
-    """Try a loss on a column of pixels and on the same in another order.
-
-    Returns:
-        How many pixels it needs: 2 if it fails on an easy one, as mmseg's Lovasz, or is not finite, as its OHEM.
-
-    Raises:
-        ValueError: It looks at neighbours, which a pixel of a partly labelled image does not have.
-    """
-    pred = torch.linspace(0, 9, 12 * channels, device=device).sin().view(1, channels, 12, 1)
-    label, why = (torch.arange(12) % max(2, channels)).view(1, 12, 1).to(device), 'it looks at neighbours of pixels'
-    try:
-        values = [loss(pred[:, :, order], label[:, order]).mean()
-                  for order in ([*range(12)], [*range(0, 12, 2), *range(1, 12, 2)])]
-        if torch.allclose(torch.stack(values), values[0], rtol=1e-3):
-            easy = F.one_hot(label[:, :1], max(2, channels)).movedim(3, 1)[:, -channels:] * 99.
-            with contextlib.suppress(Exception):
-                return 1 if loss(easy, label[:, :1]).isfinite().all() else 2
-            return 2
-    except Exception as error:
-        why = f'it fails on single pixels ({type(error).__name__}: {error})'
-    raise ValueError(f"{type(loss).__name__} cannot train with partly labelled images: {why}; use a plain "
-                     "CrossEntropyLoss, or `al.unit='image'`")
+def losses_of(model: torch.nn.Module) -> Iterator[tuple]:
+    """The losses of all decode heads, each with its head."""
+    for head in model.modules():
+        if hasattr(head, 'loss_decode') and hasattr(head, 'ignore_index'):
+            losses = head.loss_decode
+            yield from ((head, loss) for loss in (losses if isinstance(losses, torch.nn.ModuleList) else [losses]))
 
 
-def gathered(forward: Callable, ignore_index: int, least: int = 1) -> Callable:
-    """A loss's ``forward(pred_NCHW, label_NHW, weight=, ...)`` on the labelled pixels of a batch, if there are at
-    ``least`` so many."""
+def gathered(forward: Callable, ignore_index: int) -> Callable:
+    """A loss's ``forward(pred_NCHW, label_NHW, weight=, ...)`` on the labelled pixels of a batch."""
 
     @functools.wraps(forward)
     def on_labelled(pred: torch.Tensor, label: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         known = label != ignore_index
         if known.all() or pred.shape[2:] != label.shape[1:]:
             return forward(pred, label, *args, **kwargs)
-        is_map = kwargs.get('reduction_override') == 'none'  # mmseg's OHEMPixelSampler ranks pixels by their losses
-        if known.sum() < least:
-            return torch.zeros_like(label, dtype=pred.dtype) if is_map else (pred * 0).sum()
+        is_map, n = kwargs.get('reduction_override') == 'none', int(known.sum())  # OHEMPixelSampler ranks pixels by it
         maps = {key: value[known].view(1, -1, 1) for key, value in kwargs.items()
                 if isinstance(value, torch.Tensor) and value.shape == label.shape}
-        loss = forward(pred.movedim(1, -1)[known].T[None, ..., None], label[known].view(1, -1, 1), *args,
-                       **{**kwargs, **maps})
-        return torch.zeros_like(label, dtype=loss.dtype).masked_scatter(known, loss) if is_map else loss
+        with contextlib.suppress(Exception if n == 1 else ()):  # mmseg's Lovasz fails on one pixel, OHEM has no number
+            loss = n and forward(pred.movedim(1, -1)[known].T[None, ..., None], label[known].view(1, -1, 1), *args,
+                                 **{**kwargs, **maps})
+            if n > 1 or n and loss.isfinite().all():
+                return torch.zeros_like(label, dtype=loss.dtype).masked_scatter(known, loss) if is_map else loss
+        return torch.zeros_like(label, dtype=pred.dtype) if is_map else (pred * 0).sum()
 
     on_labelled.gathers = True
     return on_labelled
@@ -984,6 +961,10 @@ class Query:
         self.total = sum(self.free.values())
         self.collector = Collector(self.strategy.select, self.budget, al.per_image, state.counts_pixels and isinstance(
             self.amount, float), (state.seed, 'select', k), (k - 1) / max(1, al.rounds - 1))
+        if al.group and k:
+            groups, frames = zip(*map(grouping(al.group), self.names))
+            self.collector.caps = functools.partial(Caps, np.unique(groups, return_inverse=True)[1], np.array(frames),
+                                                    al.max_per_group or math.inf, al.frame_distance or 0)
         state.collector = self.collector
         if self.strategy.needs_model:
             self.collector.device = next(state.model.parameters()).device
@@ -1029,7 +1010,7 @@ class Query:
         load_weights(state, state.checkpoint(state.round, state.al.query_with))
         if self.strategy.calibration:
             state.thresholds = dict(thresholds_C=calibrate(state, trainer, self.strategy))
-        return Network(trainer, self.strategy).look(state, self.names, self.views)
+        return Network(trainer, self.strategy, state.al.logits).look(state, self.names, self.views)
 
     @property
     def views(self) -> list[Callable]:
@@ -1101,6 +1082,10 @@ class Query:
         if not len(chosen.id):
             return {}
         images, starts = np.unique(chosen.image, return_index=True)
+        if self.collector.is_capped:
+            state.warn(f'Query {len(state.rounds)} asks for {len(chosen.id)} units of the {self.amount} that '
+                       f'`al.budget` allows: `al.max_per_group` = {state.al.max_per_group} and `al.frame_distance` = '
+                       f'{state.al.frame_distance} leave no more')
         (low, high, n), scores = self.collector.range, chosen.score
         what = f'{len(images)} of {len(self.open)} images'
         if state.counts_pixels:
@@ -1131,12 +1116,14 @@ class Collector:
             the middle.
         range: Lowest and highest score, and number, of all candidates.
         device: Where the selector computes.
+        caps: What makes ``Caps`` of the images of candidates, if there are any; ``is_capped``: whether they left less
+            than the budget.
     """
 
     def __init__(self, select: Callable, budget: Callable, per_image: bool = False, in_pixels: bool = False,
                  seed: tuple = (), progress: float = 0.):
         self.select, self.budget, self.per_image, self.in_pixels = select, budget, per_image, in_pixels
-        self.seed, self.progress, self.device = seed, progress, 'cpu'
+        self.seed, self.progress, self.device, self.caps, self.is_capped = seed, progress, 'cpu', None, False
         self.parts, self.known, self.rows, self.kept = [], [], 0, 0
         self.floor, self.seen, self.range = -math.inf, {}, [math.inf, -math.inf, 0]
         self.equals = collections.Counter()
@@ -1156,7 +1143,7 @@ class Collector:
             candidates = self.choose(candidates, self.budget(name), known, name)
         self.parts.append(candidates)
         self.rows += len(candidates.id)
-        if not self.per_image and self.select is topk and self.rows > 2 * self.kept + 2**16:
+        if not (self.per_image or self.caps) and self.select is topk and self.rows > 2 * self.kept + 2**16:
             self.parts = [self.choose(Candidates.join(self.parts), self.budget(None))]
             if len(self.parts[0].id) < self.rows:
                 self.floor = self.parts[0].score.min()
@@ -1176,15 +1163,20 @@ class Collector:
         k = math.ceil(budget / np.median(candidates.pixels)) if self.in_pixels and n else budget
         while n:
             k = min(k, n)
-            picks = call_offering(self.select, scores_N, k, generator(*self.seed, *seed), **offered)
+            caps = self.caps and self.caps(candidates.image)
+            select = self.select if not caps or 'caps' in parameters_of(self.select) else asked_again(
+                caps, self.select)
+            picks = call_offering(select, scores_N, k, generator(*self.seed, *seed), **offered, caps=caps)
             picks = picks.cpu().numpy() if isinstance(picks, torch.Tensor) else np.asarray(picks)
-            if len(picks) != k or len(np.unique(picks)) != k:
+            self.is_capped = bool(caps) and len(picks) < k
+            if len(picks) != k and not self.is_capped or len(np.unique(picks)) != len(picks):
                 raise ValueError(f'`al.strategy.select` should choose {k} different candidates, but got {len(picks)}, '
                                  f'{len(np.unique(picks))} of them different')
             if not self.in_pixels:
                 break
             cost = np.cumsum(candidates.pixels[picks])
-            if cost[-1] >= budget or k == n:
+            if cost[-1] >= budget or k == n or self.is_capped:
+                self.is_capped &= bool(cost[-1] < budget)
                 picks = picks[:max(1, np.searchsorted(cost, budget, side='right'))]
                 break
             k = math.ceil(k * budget / cost[-1]) + 1
@@ -1231,6 +1223,82 @@ class Candidates(NamedTuple):
         return self.rows(np.lexsort((self.id, self.image)))
 
 
+class Caps:
+    """Which candidates may still be chosen beside those that are: at most ``most`` images of a group, and none that are
+    less than ``distance`` frames apart. Several units of one image count as one.
+
+    Args:
+        group_I, frame_I: The number of each image's group, and of its frame in it.
+        image_N: The image of each candidate.
+    """
+
+    def __init__(self, group_I: np.ndarray, frame_I: np.ndarray, most: float, distance: int, image_N: np.ndarray):
+        self.group_I, self.frame_I, self.most, self.distance = group_I, frame_I, most, distance
+        self.image_N, self.open_I, self.closed_I = image_N, np.zeros_like(group_I, bool), np.zeros_like(group_I, bool)
+
+    def take(self, row: int) -> torch.Tensor:
+        """Choose a candidate. (N,) booleans: those that cannot be chosen any more"""
+        i = self.image_N[row]
+        if not self.open_I[i]:
+            self.open_I[i] = True
+            same_I = self.group_I == self.group_I[i]
+            is_full = (same_I & self.open_I).sum() >= self.most
+            near_I = np.abs(self.frame_I - self.frame_I[i]) < self.distance
+            self.closed_I |= same_I & (near_I | is_full) & ~self.open_I
+        return torch.from_numpy(self.closed_I[self.image_N])
+
+    def first(self, rows_K: torch.Tensor, budget: int) -> torch.Tensor:
+        """The first of some candidates that may be chosen, up to a budget; each is, before the next is looked at."""
+        picks = []
+        for row in rows_K.tolist():
+            if len(picks) == budget:
+                break
+            if not self.closed_I[self.image_N[row]]:
+                picks.append(row)
+                self.take(row)
+        return torch.tensor(picks, dtype=torch.long)
+
+    def again(self) -> Caps:
+        """The same, with nothing chosen."""
+        return Caps(self.group_I, self.frame_I, self.most, self.distance, self.image_N)
+
+
+def asked_again(caps: Caps, select: Callable) -> Callable:
+    """A selector that knows of no caps, asked again for what they left, among those that may be chosen, until it has
+    spent the budget."""
+
+    def select_within(scores_N, budget, generator, **offered):
+        picks, rows = [], torch.arange(len(scores_N))
+        while len(picks) < budget and len(rows):
+            left = {key: value[rows] if key[-2:] in ('_N', 'ND', 'NC') and value is not None else value
+                    for key, value in offered.items()}
+            found = call_offering(select, scores_N[rows], min(budget - len(picks), len(rows)), generator, **left)
+            picks += caps.first(rows[torch.as_tensor(found).cpu()], budget).tolist()
+            free_N = torch.from_numpy(~caps.closed_I[caps.image_N])
+            free_N[picks] = False
+            rows = free_N.nonzero()[:, 0]
+        return torch.tensor(picks)
+
+    return functools.update_wrapper(select_within, select)
+
+
+def grouping(setting: str) -> Callable[[str], tuple[str, int]]:
+    """What ``al.group`` makes of an image's name: its group and frame. An expression's first parenthesis is the group,
+    or all that it matches; what it does not match is a group of its own.
+
+    Raises:
+        ValueError: There is no such function.
+    """
+
+    def by_expression(name: str) -> str:
+        found = re.search(setting, name)
+        return found[bool(found.groups())] if found else name
+
+    is_function = re.fullmatch(r'[\w.]+:\w+', setting)
+    group_of = function_named({}, setting, 'al.group') if is_function else by_expression
+    return lambda name: (str(group_of(name)), int(re.findall('[0-9]+', f'0/{name}')[-1]))
+
+
 def watched(state: State, what: str, looks: Iterator, total: int) -> Iterator:
     """Go through images under a progress bar or, in files, with a log line now and then, in the form of mmengine's."""
     begin, is_watched = time.time(), sys.stdout.isatty() and is_main_process()
@@ -1248,7 +1316,7 @@ def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor
     is at most ``strategy.alpha``, by conformal risk control (Angelopoulos et al., ICLR 2024) on the labelled images
     that the round did not train on; 0.001 for a class that they do not show often enough to tell. (C,)"""
     names, alpha, rates, images = state.entry['held_out'], strategy.alpha, 0, 0
-    looks = Network(trainer, strategy).look(state, names, [to_image], shared=False)
+    looks = Network(trainer, strategy, state.al.logits).look(state, names, [to_image], shared=False)
     for name, seen in watched(state, 'calibration', looks, len(names)):
         probs_CHW, label_HW = seen.means[0]['probs_NCHW'][0], state.load_label(name).astype(np.int64)
         label_HW = torch.from_numpy(np.where(state.mask(name), label_HW, -1))
@@ -1305,10 +1373,12 @@ class Network:
     Args:
         trainer: A runner with the model; the query runs in the precision that it trains in.
         strategy: What asks for statistics and features. None: one pass, and class probabilities.
+        logits_of: ``al.logits``.
     """
 
-    def __init__(self, trainer: Runner, strategy: Strategy | None = None):
+    def __init__(self, trainer: Runner, strategy: Strategy | None = None, logits_of: str | None = None):
         self.trainer, self.model = trainer, unwrap(trainer.model)
+        self.logits_of = function_named({}, logits_of, 'al.logits') if logits_of else leaves_of
         self.model.train(False)
         self.mc = strategy.mc if strategy else 1
         self.wanted = [name for name in STATISTICS if name == 'probs_NCHW' or strategy and strategy.asks_for(name)]
@@ -1402,11 +1472,17 @@ class Network:
         Raises:
             ValueError: The model gives something else.
         """
-        logits, n = self.model.inference(inputs_NCHW, metas), len(metas)
-        if not (isinstance(logits, torch.Tensor) and logits.ndim == 4 and len(logits) == n):
-            raise ValueError(f'{type(self.model).__name__}.inference should return logits ({n}, classes, H, W), but '
-                             f'got {tuple(getattr(logits, "shape", [])) or type(logits).__name__}')
-        return logits
+        n, channels = len(metas), getattr(decode_head(self.model), 'out_channels', None)
+        output = self.model.inference(inputs_NCHW, metas)
+        found = [each for each in leaves_of(self.logits_of(output)) if isinstance(each, torch.Tensor) and
+                 each.ndim == 4 and len(each) == n and each.shape[1] in (channels, channels or each.shape[1])]
+        if len(found) != 1:
+            shapes = ', '.join(str(tuple(getattr(each, 'shape', ())) or type(each).__name__)
+                               for each in leaves_of(output))
+            raise ValueError(f'{type(self.model).__name__}.inference should return logits ({n}, {channels or "classes"}'
+                             f", H, W), but got {shapes}: name a function that gets them from it by `al.logits="
+                             "'package.module:function'`")
+        return found[0]
 
     def last_layer(self, features_NKHW: torch.Tensor, draws: list, at_once: int) -> Iterator[torch.Tensor]:
         """Logits of all passes, from the input of ``conv_seg``: dropping a channel is a zero in its weights."""
@@ -2536,7 +2612,8 @@ def mean_features(features_KHW: torch.Tensor, weights_NP: torch.Tensor | None = 
 
 
 def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-                          draws_N: torch.Tensor, probs_NC: torch.Tensor, clusters: Natural = 25) -> torch.Tensor:
+                          draws_N: torch.Tensor, probs_NC: torch.Tensor, clusters: Natural = 25,
+                          caps: Caps | None = None) -> torch.Tensor:
     """Representative pseudo-errors (REAL; Chen et al., ECML-PKDD 2023). In each k-means cluster, those whose predicted
     class is not the cluster's majority class m are pseudo-errors; the cluster gets budget in proportion to their sum of
     1 - p_m, and takes random ones of them, or where they do not suffice its highest 1 - p_m. (K,) indices"""
@@ -2557,16 +2634,20 @@ def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.
     picks = []
     for j, k in enumerate(quota):
         errors, members = np.flatnonzero((cluster_N == j) & error_N), np.flatnonzero(cluster_N == j)
-        if len(errors) > k:
-            picks += errors[:k].tolist()
-        else:
-            picks += members[np.argsort(-doubt_N[members], kind='stable')[:k]].tolist()
-    doubt_N[picks] = -1
-    return torch.tensor([*picks, *np.argsort(-doubt_N, kind='stable')[:budget - len(picks)].tolist()])
+        order = errors if len(errors) > k else members[np.argsort(-doubt_N[members], kind='stable')]
+        picks += allowed(order, k, caps).tolist()
+    left = np.setdiff1d(np.arange(len(doubt_N)), picks)
+    rest = allowed(left[np.argsort(-doubt_N[left], kind='stable')], budget - len(picks), caps)
+    return torch.tensor([*picks, *rest.tolist()])
+
+
+def allowed(rows_K, budget: int, caps: Caps | None):
+    """The first of some candidates, as caps allow."""
+    return caps.first(rows_K, budget) if caps else rows_K[:budget]
 
 
 def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-             draws_N: torch.Tensor) -> torch.Tensor:
+             draws_N: torch.Tensor, caps: Caps | None = None) -> torch.Tensor:
     """The seeding of k-means++ (Arthur & Vassilvitskii, SODA 2007), as BADGE (Ash et al., ICLR 2020) uses it: the
     largest norm first, then draws in proportion to the squared distance to the nearest one chosen. (K,) indices
 
@@ -2588,19 +2669,23 @@ def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, ve
         run_clocks(left_N, rate_N, rows_NE, columns_NE[block], waits)
         picks += block
         left_N[picks] = math.inf
-        if len(picks) == budget:
+        for pick in block if caps else ():
+            left_N[caps.take(pick)] = math.inf
+        if len(picks) == budget or caps and left_N.min() == math.inf:
             return torch.tensor(picks)
         times, active = (left_N / rate_N).topk(min(few + 1, len(left_N)), largest=False)
         bound, active = float(times[-1]) if few < len(left_N) else math.inf, active[:few].sort().values
         left, rate, rows, block, waits = left_N[active], rate_N[active], rows_NE[active], [], []
         while len(block) < min(512, budget - len(picks)):
             wait, best = (left / rate).min(0)
-            if block and wait > bound:
+            if wait > bound and block or wait == math.inf:
                 break
             block.append(int(active[best]))
             waits.append(float(wait))
             bound -= waits[-1]
             left.sub_(rate, alpha=waits[-1])[best] = math.inf
+            if caps:
+                left[caps.take(block[-1]).to(left.device)[active]] = math.inf
             rate = torch.minimum(rate, rows @ columns_NE[block[-1]]).clamp_min_(1e-30)
         few = min(len(vectors_ND), few * 2 if len(block) < 16 else few)
 
@@ -2634,6 +2719,7 @@ OFFERED = (
     'labelled_scores_L',  # the scores of what is labelled
     'probs_NC',  # mean class probabilities of the candidates
     'progress',  # 0 in the first query to 1 in the last
+    'caps',  # `Caps`, or None; a selector that does not name them is asked again for what they leave of its budget
 )
 
 
@@ -2796,56 +2882,58 @@ def pool_map(maps_CHW: torch.Tensor, weights_NP: torch.Tensor | None = None) -> 
     return flat_PC.mean(0, keepdim=True) if weights_NP is None else torch.sparse.mm(weights_NP, flat_PC)
 
 
-def top_percent(scores_N: torch.Tensor, budget: int, generator: torch.Generator, percent: Percent = 5.) -> torch.Tensor:
+def top_percent(scores_N: torch.Tensor, budget: int, generator: torch.Generator, percent: Percent = 5.,
+                caps: Caps | None = None) -> torch.Tensor:
     """``budget`` at random among the highest ``percent`` percent, but at least ``budget`` (PixelPick; Shin et al.,
     ICCVW 2021). (K,) indices"""
     n = max(budget, round(len(scores_N) * percent / 100))
-    return topk(scores_N, n, generator).sort().values[:budget]
+    order = topk(scores_N, len(scores_N) if caps else n, generator)
+    return allowed(torch.cat([order[:n].sort().values, order[n:]]), budget, caps)
 
 
 def power_draw(scores_N: torch.Tensor, budget: int, generator: torch.Generator, draws_N: torch.Tensor,
-               beta: Positive = 1.) -> torch.Tensor:
+               beta: Positive = 1., caps: Caps | None = None) -> torch.Tensor:
     """Top-k of ln s + Gumbel noise: a draw without replacement in proportion to s^beta (Kirsch et al., TMLR 2023). (K,)
     indices"""
-    return topk(scores_N.double().clamp_min(0).log() + gumbel(draws_N, beta), budget, generator)
+    return topk(scores_N.double().clamp_min(0).log() + gumbel(draws_N, beta), budget, generator, caps)
 
 
 def softmax_draw(scores_N: torch.Tensor, budget: int, generator: torch.Generator, draws_N: torch.Tensor,
-                 beta: Positive = 1.) -> torch.Tensor:
+                 beta: Positive = 1., caps: Caps | None = None) -> torch.Tensor:
     """Top-k of s + Gumbel noise: a draw without replacement in proportion to exp(beta s) (Kirsch et al., TMLR 2023).
     (K,) indices"""
-    return topk(scores_N.double() + gumbel(draws_N, beta), budget, generator)
+    return topk(scores_N.double() + gumbel(draws_N, beta), budget, generator, caps)
 
 
 def softrank_draw(scores_N: torch.Tensor, budget: int, generator: torch.Generator, draws_N: torch.Tensor,
-                  beta: Positive = 1.) -> torch.Tensor:
+                  beta: Positive = 1., caps: Caps | None = None) -> torch.Tensor:
     """Top-k of -ln rank + Gumbel noise, where the highest score has rank 1: a draw without replacement in proportion to
     rank^-beta (Kirsch et al., TMLR 2023). (K,) indices"""
     ranks_N = 1 + topk(scores_N, len(scores_N), generator).argsort().double()
-    return topk(gumbel(draws_N, beta) - ranks_N.log(), budget, generator)
+    return topk(gumbel(draws_N, beta) - ranks_N.log(), budget, generator, caps)
 
 
 def stochastic_batches(scores_N: torch.Tensor, budget: int, generator: torch.Generator, draws_N: torch.Tensor,
-                       batches: Natural = 100) -> torch.Tensor:
+                       batches: Natural = 100, caps: Caps | None = None) -> torch.Tensor:
     """Of ``batches`` random batches, the one with the highest mean score (Gaillochet et al., MedIA 2023): each holds
     the candidates that draw the lowest numbers for it. (K,) indices"""
-    drawn = (redraw(draws_N, j).topk(budget, largest=False).indices for j in range(batches))
+    drawn = (topk(-redraw(draws_N, j), budget, generator, caps and caps.again()) for j in range(batches))
     return max(drawn, key=lambda rows: float(scores_N[rows].mean()))
 
 
 def class_balance(scores_N: torch.Tensor, budget: int, generator: torch.Generator,
-                  probs_NC: torch.Tensor) -> torch.Tensor:
+                  probs_NC: torch.Tensor, caps: Caps | None = None) -> torch.Tensor:
     """Top-k of the score, scaled to [0, 1], x exp(-share of the candidates with the same predicted class) (ClassBal;
     Cai et al., CVPR 2021). (K,) indices"""
     pred_N = probs_NC.argmax(1)
     share_N = (pred_N.bincount() / len(pred_N))[pred_N].double()
     scaled_N = (scores_N - scores_N.min()) / (scores_N.max() - scores_N.min()).clamp_min(1e-12)
-    return topk(scaled_N * torch.exp(-share_N), budget, generator)
+    return topk(scaled_N * torch.exp(-share_N), budget, generator, caps)
 
 
 def class_balanced_power(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
                          draws_N: torch.Tensor, progress: float, share: Part = 0.66,
-                         betas: PositivePair = (1., 100.)) -> torch.Tensor:
+                         betas: PositivePair = (1., 100.), caps: Caps | None = None) -> torch.Tensor:
     """``share`` of the budget in equal parts for every class, by a draw as ``power_draw``'s from the class's column of
     ``class_scores``, the rest by one from the scores; beta grows geometrically over the queries (ClaSP-PE, nnActive).
     (K,) indices"""
@@ -2859,13 +2947,15 @@ def class_balanced_power(scores_N: torch.Tensor, budget: int, generator: torch.G
     for c, k in enumerate([*quota, budget - sum(quota)]):
         noisy_N = columns[c].clamp_min(0).log() + gumbel(draws_N, beta, c)
         rows = free_N.nonzero()[:, 0]
-        picks.append(rows[topk(noisy_N[rows], k, generator)])
+        picks.append(allowed(rows[topk(noisy_N[rows], len(rows) if caps else k, generator)], k, caps))
         free_N[picks[-1]] = False
     return torch.cat(picks)
 
 
-def topk(scores_N: torch.Tensor, budget: int, generator: torch.Generator) -> torch.Tensor:
+def topk(scores_N: torch.Tensor, budget: int, generator: torch.Generator, caps: Caps | None = None) -> torch.Tensor:
     """The ``budget`` highest scores; ties go to the first, which has the smallest draw. (K,) indices"""
+    if caps:
+        return caps.first(topk(scores_N, len(scores_N), generator), budget)
     if 0 < budget < len(scores_N) // 4:  # sort no more than can be chosen
         best = (scores_N >= scores_N.topk(budget).values[-1]).nonzero()[:, 0]
         return best[scores_N[best].sort(descending=True, stable=True).indices[:budget]]
@@ -2883,7 +2973,7 @@ def redraw(draws_N: torch.Tensor, stream: int) -> torch.Tensor:
 
 
 def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-            labelled_LD: torch.Tensor, distance: Distance = 'euclidean') -> torch.Tensor:
+            labelled_LD: torch.Tensor, distance: Distance = 'euclidean', caps: Caps | None = None) -> torch.Tensor:
     """k-center greedy: again and again the candidate that is farthest from all that is labelled or chosen (CoreSet;
     Sener & Savarese, ICLR 2018); without a labelled one, the highest score is first. (K,) indices
 
@@ -2901,10 +2991,14 @@ def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
         bound, active = float(values[-1]) if few < len(nearest_N) else -math.inf, active[:few].sort().values
         near, own, block = nearest_N[active], rows_of(points, active), []
         pick = int((nearest_N if picks or len(labelled_LD) else scores_N).argmax())
+        if nearest_N[pick] == -math.inf:  # caps leave no more
+            break
         while True:
             block.append(pick)
             near = torch.minimum(near, own[2] + points[2][pick] - own[0] @ points[1][pick])
             near[active == pick] = -math.inf
+            if caps:
+                near[caps.take(pick).to(near.device)[active]] = -math.inf
             best = int(near.argmax())
             if len(picks) + len(block) == budget or not near[best] > bound:
                 break
@@ -2912,6 +3006,8 @@ def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
         approach(nearest_N, points, rows_of(points, block))
         picks += block
         nearest_N[picks] = -math.inf
+        for pick in block if caps else ():
+            nearest_N[caps.take(pick)] = -math.inf
         few = min(len(vectors_ND), few * 2 if len(block) < 16 else few)
     return torch.tensor(picks)
 
@@ -2941,7 +3037,8 @@ def approach(nearest_N: torch.Tensor, points: tuple, centres: tuple) -> None:
 
 
 def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-               labelled_LD: torch.Tensor, labelled_scores_L: torch.Tensor, tau: Part = 0.5) -> torch.Tensor:
+               labelled_LD: torch.Tensor, labelled_scores_L: torch.Tensor, tau: Part = 0.5,
+               caps: Caps | None = None) -> torch.Tensor:
     """Greedy: the highest mean + least distance to what is labelled or chosen, where the distance from i to j is
     |v_i - v_j|^tau (s_j / (s_i + s_j))^(1 - tau) (CRC-AL). (K,) indices"""
     all_vectors, all_scores = torch.cat([labelled_LD, vectors_ND]), torch.cat([labelled_scores_L, scores_N]).double()
@@ -2949,9 +3046,13 @@ def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, 
     traversed, taken_N = list(range(len(labelled_LD))), torch.zeros_like(scores_N, dtype=torch.bool)
     for step in range(len(traversed) + budget):
         if step >= len(traversed):
+            if taken_N.all():
+                break
             value_N = total_N / len(traversed) + least_N if traversed else scores_N
             pick = int(torch.where(taken_N, -math.inf, value_N).argmax())
             taken_N[pick] = True
+            if caps:
+                taken_N[caps.take(pick)] = True
             traversed.append(len(labelled_LD) + pick)
         i = traversed[step]
         away_N = (vectors_ND - all_vectors[i]).norm(dim=1).double()

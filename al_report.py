@@ -121,8 +121,9 @@ def hook() -> mmengine.hooks.Hook:
 
         def before_al_run(self, state: al_patch.State) -> None:
             self.is_sparse = state.counts_pixels
-            for check in (check_rounds, check_overrides, check_schedule, check_best, check_model, check_pool,
-                          check_masks, check_validation, check_no_label, check_disk, check_wrappers, rehearse):
+            for check in (check_rounds, check_groups, check_overrides, check_schedule, check_best, check_model,
+                          check_pool, check_masks, check_validation, check_no_label, check_disk, check_wrappers,
+                          rehearse):
                 check(state)
 
         def before_al_train(self, state: al_patch.State, trainer) -> None:
@@ -309,6 +310,38 @@ def check_masks(state: al_patch.State) -> None:
                                   if k not in (None, now) and name in state.pool.where])
 
 
+def check_groups(state: al_patch.State) -> None:
+    """Say what ``al.group`` makes of the pool, and of the validation set.
+
+    Raises:
+        ValueError: It is no function or expression; or a cap is set without it, or where it has no effect.
+    """
+    al, pool, loop = state.al, state.pool, state.runner.val_loop
+    if not al.group and (al.max_per_group or al.frame_distance):
+        raise ValueError("`al.group` should be an expression such as 'video_[0-9]+', or 'package.module:function', as "
+                         '`al.max_per_group` or `al.frame_distance` is set, but got None')
+    if not al.group:
+        return
+    if al.per_image:
+        raise ValueError('`al.group` should be None where `al.per_image` spends the budget in every image by itself, '
+                         f'but got {al.group!r}')
+    with al_patch.reading(f'`al.group` = {al.group!r}'):
+        group_of = al_patch.grouping(al.group)
+        groups = collections.Counter(group_of(name)[0] for name in pool.names)
+    sizes = sorted(groups.values())
+    state.logger.info(f'`al.group` makes {len(groups)} groups of the {len(pool)} images of the pool, of {sizes[0]} to '
+                      f'{sizes[-1]}, e.g. {in_short([*groups][:3])}')
+    if sizes[-1] == 1:
+        state.logger.warning(f'`al.group` = {al.group!r} makes every image of the pool a group of its own')
+    images = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+    if hasattr(images, 'get_data_info'):
+        names = [al_patch.image_name(images, images.get_data_info(i)) for i in range(len(images))]
+        both = [group for group in dict.fromkeys(group_of(name)[0] for name in names) if group in groups]
+        if both:
+            state.logger.warning(f'{len(both)} groups are in both pool and validation set, whose figures are then too '
+                                 f'good: {in_short(both)}')
+
+
 def check_overrides(state: al_patch.State) -> None:
     """
     Raises:
@@ -346,6 +379,8 @@ def check_schedule(state: al_patch.State) -> None:
         path = cfg.get('load_from')
         if path and '://' not in path and not osp.isfile(osp.expanduser(path)):
             raise FileNotFoundError(f'{where}`load_from` should be a checkpoint, but there is no file {path!r}')
+    if state.counts_pixels:
+        check_losses(state.model)
     hooks = al_patch.checkpoint_hooks(state.runner)
     if not any(hook.save_last for hook in hooks):
         raise ValueError('`default_hooks.checkpoint` should be a CheckpointHook with save_last=True (its default): '
@@ -354,8 +389,6 @@ def check_schedule(state: al_patch.State) -> None:
         if hook.out_dir:
             raise ValueError("`default_hooks.checkpoint.out_dir` should be None: a round's checkpoints lie in its own "
                              f'folder, but got {hook.out_dir!r}; choose another --work-dir, or make it a link')
-    if state.counts_pixels:
-        al_patch.gather_labelled_pixels(state.model)  # of which a loss may be incapable
 
 
 def check_best(state: al_patch.State) -> None:
@@ -644,7 +677,8 @@ def rehearse_query(state: al_patch.State) -> str | None:
     few.pool, few.rounds, few._labelled, few.dropped = copy.copy(state.pool), [dict(asked={})], {}, []
     few.pool.names = state.pool.names[:2]
     few.pool.pixels = sum(math.prod(state.pool.sizes[name]) for name in few.pool.names)
-    query, network = al_patch.Query(few, state.runner), al_patch.Network(state.runner, strategy)
+    query, network = al_patch.Query(few, state.runner), al_patch.Network(
+        state.runner, strategy, state.al.logits)
     if isinstance(query.amount, int) and not state.al.per_image:  # it is of the whole pool
         query.amount = min(query.amount, 2)
     for name in few.pool.names:
@@ -763,6 +797,39 @@ def is_made(step: Callable, before: dict, maps: list[str]) -> bool:
         alone = step(copy.deepcopy({key: value for key, value in before.items() if not key.endswith('path')}))
         return all(key in alone for key in maps)
     return False
+
+
+def check_losses(model: torch.nn.Module) -> None:
+    """
+    Raises:
+        ValueError: A head learns masks of whole images, or a loss cannot be gathered.
+    """
+    for head in model.modules():
+        if al_patch.classifies_masks(head):
+            raise ValueError(f'{type(head).__name__} learns masks of whole images, for which pixels without a label '
+                             "are background: use `al.unit='image'` with it")
+    for head, loss in al_patch.losses_of(model):
+        if not hasattr(loss.forward, 'gathers'):
+            check_loss(loss, head.out_channels, next(model.parameters(), torch.empty(0)).device)
+
+
+def check_loss(loss: torch.nn.Module, channels: int, device: torch.device) -> None:
+    """Try a loss on a column of pixels and on the same in another order.
+
+    Raises:
+        ValueError: It looks at neighbours, which a pixel of a partly labelled image does not have.
+    """
+    pred = torch.linspace(0, 9, 12 * channels, device=device).sin().view(1, channels, 12, 1)
+    label, why = (torch.arange(12) % max(2, channels)).view(1, 12, 1).to(device), 'it looks at neighbours of pixels'
+    try:
+        values = torch.stack([loss(pred[:, :, order], label[:, order]).mean()
+                              for order in ([*range(12)], [*range(0, 12, 2), *range(1, 12, 2)])])
+        if torch.allclose(values, values[0], rtol=1e-3):
+            return
+    except Exception as error:
+        why = f'it fails on single pixels ({type(error).__name__}: {error})'
+    raise ValueError(f"{type(loss).__name__} cannot train with partly labelled images: {why}; use a plain "
+                     "CrossEntropyLoss, or `al.unit='image'`")
 
 
 def check_void(trainer) -> None:
@@ -1022,7 +1089,7 @@ def look(state: al_patch.State, trainer, names: list[str], strategy: al_patch.St
          ) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
     """The classes that the model predicts in images and, if the strategy has any, its score map, (H, W) each, in the
     image's own coordinates, from the enlarged logits."""
-    network = al_patch.Network(trainer, strategy)
+    network = al_patch.Network(trainer, strategy, state.al.logits)
     for name, seen in network.look(state, names, [al_patch.to_image], shared=False):
         score_HW, means = None, seen.means[-1]
         if strategy and strategy.score is not al_patch.random_scores:
