@@ -771,7 +771,7 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
             pool=paths of the data sets in it that are filtered)``; all others stay as they are.
     """
     dataloader = copy.copy(dataloader)
-    where, kept = dataloader.pop('al'), []
+    where, kept, built = dataloader.pop('al'), [], set()
     content = read_state(where['state'])
     state = State(content, osp.dirname(where['state']), ConfigDict(content['settings']))
     have = {name: Shown(k is not None and state.mask_path(k, name), *(state.stored(name) if state.is_human else ()))
@@ -787,12 +787,16 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
             leaf.full_init()
             keep_labelled(leaf, have, where.get('ignore_index', 255))
             kept.append((leaf, len(leaf)))
+            built.add(path)
             return leaf
 
         return dict(type=build_leaf)
 
     dataloader['dataset'] = map_leaves(dataloader['dataset'], filtered)
     loader = build(dataloader, *args, **kwargs)
+    for path in {*where.get('pool', ())} - built:
+        raise ValueError(f'{type(loader.dataset).__name__} should build its data set by the config that it is given as '
+                         f'`train_dataloader.{path}`, but did not: it would train on images that are not labelled')
     for leaf, n in kept:
         if len(leaf) != n:  # mmengine and its wrappers call full_init again
             raise ValueError(f'{type(leaf).__name__}.full_init should do nothing the second time, as mmengine\'s '
@@ -2033,16 +2037,14 @@ class Pool(Dataset):
     def __init__(self, cfg: dict, model: torch.nn.Module | None = None):
         self.ignore_index = getattr(decode_head(model or cfg.get('model')), 'ignore_index', 255)
         self.leaves, self.training, self.where, self.steps, paths = [], [], {}, {}, {}
-        self.paths, transforms = pool_paths(cfg), None
-        for path, leaf_cfg in leaf_configs(cfg['train_dataloader']['dataset']).items():
-            if path not in self.paths:
-                continue
-            try:
-                leaf = DATASETS.build({**leaf_cfg, 'pipeline': []})
-            except ValueError as error:  # mmengine's own for an empty one is 'need at least one array to concatenate'
-                raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset` '
-                                 f'({error})') from error
-            self.training.append(Compose(copy.deepcopy(leaf_cfg.get('pipeline', []))).transforms)
+        try:
+            leaves, transforms = build_leaves(cfg['train_dataloader']['dataset']), None
+        except ValueError as error:  # mmengine's own for an empty one is 'need at least one array to concatenate'
+            raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset` '
+                             f'({error})') from error
+        self.paths = pool_paths(leaves, cfg.get('al', {}).get('pool'))
+        for leaf, pipeline in map(leaves.get, self.paths):
+            self.training.append(Compose(copy.deepcopy(pipeline)).transforms)
             if not isinstance(leaf, BaseDataset):
                 raise ValueError('active learning filters subclasses of mmengine.dataset.BaseDataset, but got a '
                                  f'{type(leaf).__name__}')
@@ -2273,28 +2275,54 @@ def undisturbed():
     np.random.set_state(states[1])
 
 
-def pool_paths(cfg: dict) -> list[str]:
-    """The paths in ``train_dataloader`` of the data sets that are the pool: what ``al.pool`` names or, if it names
-    nothing, all that read labels.
+def build_leaves(dataset: dict) -> dict[str, tuple]:
+    """The data sets under any nesting of wrappers, as these build them, by their paths, each without its pipeline and
+    with it. A wrapper finds no label in them: one that would read labels gives up, and they are built without it."""
+    leaves = {}
+
+    def building(config: dict, path: str) -> dict:
+
+        def build_leaf(**more) -> Dataset:
+            leaf = DATASETS.build({**copy.deepcopy(config), **more, 'pipeline': []})
+            leaves[path] = leaf, {**config, **more}.get('pipeline', [])
+            if hasattr(leaf, 'get_data_info'):
+                leaf.full_init()
+                know = leaf.get_data_info
+                leaf.get_data_info = lambda i: {**know(i), 'seg_map_path': None}
+            return leaf
+
+        return dict(type=build_leaf)
+
+    with undisturbed(), contextlib.suppress(Exception):
+        DATASETS.build(map_leaves(dataset, building))
+    for leaf, _ in leaves.values():
+        vars(leaf).pop('get_data_info', None)
+    for path, config in leaf_configs(dataset).items():
+        if path not in leaves:
+            leaves[path] = DATASETS.build({**config, 'pipeline': []}), config.get('pipeline', [])
+    return leaves
+
+
+def pool_paths(leaves: dict[str, tuple], named: str | None) -> list[str]:
+    """The paths of the data sets that are the pool: what ``al.pool`` names or, if it names nothing, all that read
+    labels.
 
     Raises:
         ValueError: ``al.pool`` names none of them.
     """
-    leaves, named = leaf_configs(cfg['train_dataloader']['dataset']), cfg.get('al', {}).get('pool')
     paths = [path for path in leaves if named is None or f'{path}.'.startswith(f'{named}.')]
     if not paths:
         raise ValueError(f'`al.pool` should be the path in `train_dataloader` of a data set, such as '
                          f'{", ".join(map(repr, leaves))}, but got {named!r}')
-    return paths if named or len(paths) == 1 else [path for path in paths if reads_labels(leaves[path])] or paths
+    return paths if named or len(paths) == 1 else [path for path in paths if reads_labels(*leaves[path])] or paths
 
 
-def reads_labels(config: dict) -> bool:
+def reads_labels(leaf: Dataset, pipeline: list) -> bool:
     """Whether the pipeline of a data set gives no label map without a label file, or one with a class in it: that of
     the unlabelled part of a semi-supervised set does not."""
     with undisturbed(), contextlib.suppress(Exception):
-        results = DATASETS.build({**copy.deepcopy(config), 'pipeline': []})[0]
-        results.pop('seg_map_path', None)
-        for step in Compose(copy.deepcopy(config['pipeline'])).transforms:
+        results = {**leaf[0], 'seg_map_path': None}
+        for step in Compose(copy.deepcopy(pipeline)).transforms:
             if 'gt_seg_map' not in results:
                 results = step(results)
         return bool((results.get('gt_seg_map', 255) != 255).any())
@@ -2310,7 +2338,7 @@ def leaf_configs(dataset: dict) -> dict[str, dict]:
 
 def map_leaves(dataset: dict, function: Callable, path: str = 'dataset') -> dict:
     """A data set's config in which a function has replaced the leaves under any nesting of wrappers (``RepeatDataset``,
-    ``ConcatDataset``, ...), given each and its path. None is built, because some wrappers read every label to do so.
+    ``ConcatDataset``, ...), given each and its path. A wrapper is what has data sets among its arguments.
 
     Raises:
         ValueError: A data set is an object already.
@@ -2318,12 +2346,21 @@ def map_leaves(dataset: dict, function: Callable, path: str = 'dataset') -> dict
     if not isinstance(dataset, dict):
         raise ValueError(f'`train_dataloader.dataset` should be a config dict down to its leaves, but got a '
                          f'{type(dataset).__name__} object')
-    if dataset.get('datasets'):
-        return {**dataset, 'datasets': [map_leaves(each, function, f'{path}.datasets.{i}')
-                                        for i, each in enumerate(dataset['datasets'])]}
-    if dataset.get('dataset'):
-        return {**dataset, 'dataset': map_leaves(dataset['dataset'], function, f'{path}.dataset')}
-    return function(dataset, path)
+    mapped = {}
+    for key, value in dataset.items():
+        if value and key == 'dataset' or is_dataset(value):
+            mapped[key] = map_leaves(value, function, f'{path}.{key}')
+        elif value and (key == 'datasets' or isinstance(value, list) and all(map(is_dataset, value))):
+            mapped[key] = [map_leaves(each, function, f'{path}.{key}.{i}') for i, each in enumerate(value)]
+    return {**dataset, **mapped} if mapped else function(dataset, path)
+
+
+def is_dataset(config) -> bool:
+    """Whether a config is that of a data set: whether what it names has items."""
+    with contextlib.suppress(Exception), DATASETS.switch_scope_and_registry(None) as registry:
+        return hasattr(registry.get(config['type']) if isinstance(config['type'], str) else config['type'],
+                       '__getitem__')
+    return False
 
 
 def image_path(info: dict) -> str:
