@@ -2179,7 +2179,8 @@ def new_maps(before: dict, after: dict) -> list[str]:
 
 
 def query_steps(cfg: dict, info: dict) -> list[Callable]:
-    """The transforms of the test pipeline that do without a label: what loads one goes, and what fails without.
+    """The transforms of the test pipeline that do without a label: what loads one goes, and what fails without. Of
+    those of a ``TestTimeAug`` the ones that change the image least are taken.
 
     Args:
         info: What the data set knows of an image, on which they are tried.
@@ -2192,17 +2193,9 @@ def query_steps(cfg: dict, info: dict) -> list[Callable]:
     if not pipeline:
         raise ValueError('the pool is scored through the test pipeline, but the config has no `test_dataloader`, '
                          '`val_dataloader` or `test_pipeline`')
-    results, kept, failed = {key: value for key, value in info.items() if key != 'seg_map_path'}, [], None
     with undisturbed(), reading(image_path(info)):
-        for step in Compose(copy.deepcopy(pipeline)).transforms:
-            try:
-                after = step(copy.deepcopy(results))
-            except Exception as error:
-                failed = failed or error
-                continue
-            if 'gt_seg_map' not in after or 'gt_seg_map' in results:
-                results = after
-                kept.append(step)
+        kept, results, failed = without_label(Compose(copy.deepcopy(pipeline)).transforms, {
+            key: value for key, value in info.items() if key != 'seg_map_path'})
         if 'inputs' not in results:
             shape = np.shape(results.get('img'))
             if len(shape) > 3:
@@ -2211,6 +2204,32 @@ def query_steps(cfg: dict, info: dict) -> list[Callable]:
                 raise failed
             raise ValueError(f'the test pipeline should give `inputs`, but gives {", ".join(results)}')
     return kept
+
+
+def without_label(transforms: list[Callable], results: dict) -> tuple[list, dict, Exception | None]:
+    """Of some transforms those that do without a label, what they make of an image, and the first error of another."""
+    kept, failed = [], None
+    for step in transforms:
+        tried = [without_label(each.transforms, results) for each in getattr(step, 'subroutines', ())]
+        if tried:
+            steps, results, error = min(tried, key=lambda one: change_of(one[1]))
+            kept, failed = kept + steps, failed or error
+            continue
+        try:
+            after = step(copy.deepcopy(results))
+        except Exception as error:
+            failed = failed or error
+            continue
+        if 'gt_seg_map' not in after or 'gt_seg_map' in results:
+            results = after
+            kept.append(step)
+    return kept, results, failed
+
+
+def change_of(results: dict) -> tuple[bool, float]:
+    """Whether a packed image is flipped, and how far its size is from its own."""
+    meta = results['data_samples'].metainfo if 'data_samples' in results else results
+    return bool(meta.get('flip')), abs(math.log(meta['img_shape'][0] / meta['ori_shape'][0]))
 
 
 def label_steps(transforms: list[Callable], info: dict) -> tuple[list, list]:

@@ -28,6 +28,7 @@ import logging
 import math
 import os
 import os.path as osp
+import random
 import re
 import shutil
 import sys
@@ -94,15 +95,21 @@ def hook() -> mmengine.hooks.Hook:
         """Looks at a run. ``al_patch`` turns what goes wrong in it into a warning, once ``before_al_run`` has let it
         begin."""
         priority = 'VERY_LOW'  # in training, what others have made ready is looked at
+        state = None  # of the run, until its first training is rehearsed
         is_sparse = False  # whether images are partly labelled, so that losses have to be tried on one without labels
         shown = set()  # values of the validation labels of a round that this rank has seen
 
         def before_train(self, runner) -> None:
             self.shown = set()
             if self.is_sparse:
-                check_other_maps(runner.train_dataloader.dataset)
+                for leaf in sparse_leaves(runner.train_dataloader.dataset):
+                    check_other_maps(leaf)
+                    check_hidden(leaf)
                 check_void(runner)
             check_last_batch(runner)
+            state, self.state = self.state, None
+            if state:
+                as_one(rehearse_rounds, state)
 
         def after_val_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
             for sample in outputs or ():
@@ -120,7 +127,7 @@ def hook() -> mmengine.hooks.Hook:
                     metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
 
         def before_al_run(self, state: al_patch.State) -> None:
-            self.is_sparse = state.counts_pixels
+            self.is_sparse, self.state = state.counts_pixels, state
             for check in (check_rounds, check_groups, check_overrides, check_schedule, check_best, check_model,
                           check_pool, check_masks, check_validation, check_no_label, check_disk, check_wrappers,
                           rehearse):
@@ -641,18 +648,28 @@ def rehearse(state: al_patch.State) -> None:
     """
     begin, was = time.time(), {module: module.training for module in state.model.modules()}
     what = []
-    for part in (rehearse_query, rehearse_validation, rehearse_overrides):
-        failed = None
-        try:
-            with al_patch.undisturbed(), torch.no_grad():
-                what.append(part(state))
-        except ValueError as error:
-            failed = error
-        for text in filter(None, al_patch.all_gather_object(failed and str(failed))):
-            raise failed or ValueError(text)
+    for part in (rehearse_query, rehearse_checkpoint, rehearse_validation, rehearse_overrides):
+        with al_patch.undisturbed(), torch.no_grad():
+            what.append(as_one(part, state))
     for module, is_training in was.items():
         module.training = is_training
     state.logger.info(f'Rehearsed {", ".join(filter(None, what)) or "nothing"} in {time.time() - begin:.1f} s')
+
+
+def as_one(function: Callable, state: al_patch.State):
+    """What a function makes of the state, on each rank.
+
+    Raises:
+        ValueError: On all of them, if it fails on one.
+    """
+    failed = made = None
+    try:
+        made = function(state)
+    except ValueError as error:
+        failed = error
+    for text in filter(None, al_patch.all_gather_object(failed and str(failed))):
+        raise failed or ValueError(text)
+    return made
 
 
 @contextlib.contextmanager
@@ -703,23 +720,72 @@ def rehearse_query(state: al_patch.State) -> str | None:
     return f'a query of {len(few.pool.names)} images'
 
 
-def rehearse_validation(state: al_patch.State) -> str | None:
+def rehearse_checkpoint(state: al_patch.State) -> str | None:
+    """A checkpoint in memory, and back into the same model after other weights were put in.
+
+    Raises:
+        ValueError: The model then gives other class probabilities, so that the pool would be scored by another one than
+            was trained.
+    """
+    model, name, network = state.model, state.pool.names[0], al_patch.Network(
+        state.runner, logits_of=state.al.logits)
+    if not state.strategy.needs_model or max(0, state.round) >= state.al.rounds:
+        return None
+    everything = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = {key: value.detach().cpu().clone() for key, value in everything.items()}
+    are_init = {module: module.is_init for module in model.modules() if hasattr(module, 'is_init')}
+    missing = [key for key, _ in model.named_parameters() if key not in model.state_dict()]
+
+    def begin() -> None:
+        """What a resumed query begins with, where a checkpoint is a part of the model."""
+        for module in are_init:
+            module.is_init = False
+        if missing and hasattr(model, 'init_weights'):
+            model.init_weights()
+
+    def probabilities() -> torch.Tensor:
+        with al_patch.precision(state.runner):
+            [seen] = network.see(mmengine.dataset.pseudo_collate([state.pool[name]]), [0], [al_patch.as_it_is])
+        return seen.means[0]['probs_NCHW']
+
+    with rehearsing('a checkpoint, saved and loaded again,'):
+        begin()
+        before, saved = probabilities(), copy.deepcopy(model.state_dict())
+        for key, value in everything.items():
+            if value.is_floating_point() and (key in saved or key in missing):
+                value.data.normal_()
+        begin()
+        mmengine.runner.checkpoint.load_state_dict(model, saved, logger=logging.getLogger('silent'))
+        after = probabilities()
+    for key, value in own.items():
+        everything[key].data.copy_(value)
+    for module, is_init in are_init.items():
+        module.is_init = is_init
+    if not torch.allclose(before, after, rtol=1e-3, atol=1e-4, equal_nan=True):
+        raise ValueError(f'a checkpoint of {type(model).__name__} should bring back the model that was saved, but it '
+                         f'gives other class probabilities: {in_short(missing) or "something"} is neither in its '
+                         '`state_dict` nor made anew by its `init_weights`')
+    return 'a checkpoint'
+
+
+def rehearse_validation(state: al_patch.State, runner=None) -> str | None:
     """One image of the validation set, through model and metrics.
 
     Raises:
         ValueError: The metrics lack one that ``al.stop`` or a checkpoint's ``save_best`` names.
     """
-    runner, loop = state.runner, state.runner.val_loop
+    runner = runner or state.runner
+    loop, model = runner.val_loop, al_patch.unwrap(runner.model)
     if loop is None or not hasattr(loop.dataloader.dataset, 'get_data_info'):
         return None
     images, path = loop.dataloader.dataset, al_patch.image_path(loop.dataloader.dataset.get_data_info(0))
-    state.model.train(False)
+    model.train(False)
     with rehearsing(f'the validation of {path}'):
         evaluator = runner.build_evaluator(copy.deepcopy(runner.cfg.val_evaluator))
         evaluator.dataset_meta = images.metainfo
         data = mmengine.dataset.pseudo_collate([images[0]])
         with al_patch.autocast(enabled=getattr(loop, 'fp16', False)):
-            evaluator.process(data_samples=state.model.val_step(data), data_batch=data)
+            evaluator.process(data_samples=model.val_step(data), data_batch=data)
         logging.disable(logging.CRITICAL)  # a table of one image
         try:
             with warnings.catch_warnings(), np.errstate(all='ignore'):
@@ -738,23 +804,73 @@ def rehearse_validation(state: al_patch.State) -> str | None:
 
 
 def rehearse_overrides(state: al_patch.State) -> str | None:
-    """Build the runner of each different set of overrides, its loop and its optimizer, on data of no images."""
-    distinct = {json.dumps(override, sort_keys=True): (k, override)
-                for k, override in (state.al.overrides or {}).items() if override}
+    """Build each round of other overrides, its loop and its optimizer, on data of no images."""
+    return f'{n} sets of overrides' if (n := sum(1 for _ in rounds_to_come(state))) else None
+
+
+def rehearse_rounds(state: al_patch.State) -> None:
+    """Train one iteration of each round to come that has other overrides, on what is labelled now, and validate one
+    image with it. Nothing of it stays.
+
+    Raises:
+        ValueError: What fails, and by which overrides.
+    """
+    begin, n, labelled = time.time(), 0, dict(
+        state=osp.join(state.work_dir, al_patch.STATE_FILE), round=state.round, ignore_index=state.pool.ignore_index,
+        pool=state.pool.paths)
+    with al_patch.undisturbed():
+        for k, trainer in rounds_to_come(state, al=labelled):
+            with rehearsing(f'the round of `al.overrides[{k}]`'):
+                if state.counts_pixels:
+                    check_losses(trainer.model)
+                    al_patch.gather_labelled_pixels(trainer.model)
+                trainer.optim_wrapper.initialize_count_status(trainer.model, 0, trainer.max_iters)
+                trainer.model.train()
+                trainer.model.train_step(next(iter(trainer.train_dataloader)), optim_wrapper=trainer.optim_wrapper)
+                with torch.no_grad():
+                    rehearse_validation(state, trainer)
+            n += 1
+    if n:
+        state.logger.info(f'Rehearsed an iteration of {n} sets of overrides in {time.time() - begin:.1f} s')
+
+
+def rounds_to_come(state: al_patch.State, **loader) -> Iterator[tuple]:
+    """A round and its runner for each different set of overrides of the rounds to come, with loops, optimizer and
+    schedulers.
+
+    Args:
+        loader: Keys for its ``train_dataloader``; without any it has no images.
+    """
+    distinct = {json.dumps(override, sort_keys=True): (k, override) for k, override in (
+        state.al.overrides or {}).items() if override and int(k) > state.round}
     for k, override in distinct.values():
         cfg = copy.deepcopy(state.runner.cfg)
         cfg.pop('al')
         cfg.merge_from_dict(override)
+        for key in ('persistent_workers', 'prefetch_factor', 'timeout', 'multiprocessing_context'):  # of workers
+            cfg.train_dataloader.pop(key, None)
+        cfg.train_dataloader.update(loader, num_workers=0)
         cfg.visualizer = dict(type='Visualizer')  # without a backend that would begin a run elsewhere
         with tempfile.TemporaryDirectory() as cfg.work_dir, rehearsing(f'the round of `al.overrides[{k}]`'):
             cfg.experiment_name, cfg.log_level = f'{state.runner.experiment_name}_rehearsal_{k}', 'ERROR'
             trainer = type(state.runner).from_cfg(cfg)
-            trainer._train_dataloader = torch.utils.data.DataLoader([0])
+            if not loader:
+                trainer._train_dataloader = torch.utils.data.DataLoader([0])
             trainer.optim_wrapper = trainer.build_optim_wrapper(trainer.optim_wrapper)
             trainer._train_loop = trainer.build_train_loop(trainer._train_loop)
             trainer.param_schedulers = trainer.build_param_scheduler(trainer.param_schedulers or [])
+            trainer.val_loop  # which builds it
+            yield k, trainer
             al_patch.close_round(trainer)
-    return f'{len(distinct)} sets of overrides' if distinct else None
+
+
+def sparse_leaves(dataset) -> Iterator:
+    """The data sets under wrappers of which images are partly labelled."""
+    for part in [*getattr(dataset, 'datasets', ()), *filter(None, [getattr(dataset, 'dataset', None)])]:
+        yield from sparse_leaves(part)
+    pipeline = getattr(dataset, 'pipeline', None)
+    if isinstance(pipeline, al_patch.SparseLabels) and pipeline.shown and len(dataset):
+        yield dataset
 
 
 def check_other_maps(dataset) -> None:
@@ -764,12 +880,7 @@ def check_other_maps(dataset) -> None:
     Raises:
         ValueError: It names the step, and the map of which every pixel would be trained on.
     """
-    for part in [*getattr(dataset, 'datasets', ()), *filter(None, [getattr(dataset, 'dataset', None)])]:
-        check_other_maps(part)
-    pipeline = getattr(dataset, 'pipeline', None)
-    if not (isinstance(pipeline, al_patch.SparseLabels) and pipeline.shown and len(dataset)):
-        return
-    info = dataset.get_data_info(0)
+    pipeline, info = dataset.pipeline, dataset.get_data_info(0)
     file = pipeline.shown.get(al_patch.image_path(info), al_patch.Shown()).file
     results = {**info, 'seg_map_path': file} if file else info
     with al_patch.undisturbed():
@@ -789,6 +900,55 @@ def check_other_maps(dataset) -> None:
                                  f'{", ".join(maps)} from a file: every pixel of it would be trained on, also where '
                                  'nothing is labelled. Let the step that loads `gt_seg_map` load it, too: both are '
                                  'hidden then')
+
+
+def check_hidden(dataset) -> None:
+    """Load a partly labelled image with other labels in its file where nothing is labelled: training sees the same.
+
+    Raises:
+        ValueError: It names what differs.
+    """
+    pipeline, infos = dataset.pipeline, (dataset.get_data_info(i) for i in range(len(dataset)))
+    info, shown = next(((info, shown) for info in infos if (
+        shown := pipeline.shown.get(al_patch.image_path(info))) and shown.mask), (None, None))
+    file = shown and (shown.file or info.get('seg_map_path'))
+    try:
+        with al_patch.Image.open(file) as image:
+            label, kind, palette, hidden = np.array(image), image.format, image.getpalette(), ~al_patch.read_mask(
+                shown.mask)
+        other, values = label.copy(), np.unique(label.reshape(-1, *label.shape[2:]), axis=0)
+        other[hidden] = values[np.random.default_rng(0).integers(0, len(values), hidden.sum())]
+    except (OSError, ValueError, AttributeError, IndexError):  # no picture; what cannot be tried is left to the mask
+        return
+
+    def sample(path: str) -> dict:
+        pipeline.shown[al_patch.image_path(info)] = shown._replace(file=path)
+        with al_patch.undisturbed():
+            for seed in (random.seed, np.random.seed, torch.manual_seed):
+                seed(0)
+            packed = pipeline(copy.deepcopy(info)) or {}
+        items = {**packed, **{key: getattr(value, 'data', value) for key, value in getattr(
+            packed.get('data_samples'), 'items', dict)()}}
+        return {key: np.asarray(value) for key, value in items.items() if isinstance(value, (torch.Tensor, np.ndarray))}
+
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            path = osp.join(folder, osp.basename(file))
+            image = al_patch.Image.fromarray(other)
+            if palette and image.mode == 'L':
+                image.putpalette(palette)
+            image.save(path, kind)
+            with al_patch.Image.open(path) as image:
+                if not np.array_equal(np.asarray(image), other):  # a format that loses something
+                    return
+            one, two = sample(file), sample(path)
+    finally:
+        pipeline.shown[al_patch.image_path(info)] = shown
+    for key in one:
+        if key not in two or not np.array_equal(one[key], two[key], equal_nan=one[key].dtype.kind == 'f'):
+            raise ValueError(f'`{key}` of {file} should not depend on labels that nobody has asked for, but changes '
+                             'with them, so that they would be trained on: make it of `gt_seg_map`, by a step behind '
+                             "the one that loads that, or use `al.unit='image'`")
 
 
 def is_made(step: Callable, before: dict, maps: list[str]) -> bool:

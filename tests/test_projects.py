@@ -4,6 +4,7 @@ import json
 import os
 import os.path as osp
 import random
+import re
 
 import cv2
 import mmengine
@@ -274,6 +275,23 @@ def test_a_map_that_cannot_be_hidden_is_refused(config, train, reads):
     assert not [name for name in os.listdir(osp.join(cfg.work_dir, 'round_0')) if name.endswith('.pth')]
 
 
+@functools.partial(register, TRANSFORMS)
+class LabelAndDepth(MaskFromFile):
+    """A map of real numbers that tells the label."""
+
+    def transform(self, results):
+        results = super().transform(results)
+        results['gt_depth_map'] = results['gt_seg_map'] / 2.
+        return results
+
+
+def test_no_map_tells_what_is_hidden(config, train):
+    """Two label files that differ where nothing is labelled give the same sample."""
+    with pytest.raises(ValueError, match='^`gt_depth_map` of .*png should not depend on labels that nobody has asked'):
+        train(config(dict(unit=CELL, initial=4, rounds=0), [dict(type='LabelAndDepth')]))
+    train(config(dict(rounds=0), [dict(type='LabelAndDepth')], work_dir=config({}, []).work_dir + '_image'))
+
+
 def test_a_pipeline_that_loads_no_label_says_so(config, train):
     with pytest.raises(ValueError, match='should load a label map, `gt_seg_map`, but loads none'):
         train(config({}, [], tested=[LABEL]))
@@ -345,6 +363,75 @@ def test_a_pool_that_is_none_is_named(config, train):
         train(config(dict(pool='dataset.x'), [LABEL]))
 
 
+@functools.partial(register, DATASETS)
+class Fold4:
+    """All but a fold, by an argument of its data set."""
+
+    def __init__(self, source, fold=0):
+        self.dataset = DATASETS.build({**source, 'indices': [i for i in range(12) if i % 4 != fold]})
+        self.metainfo = self.dataset.metainfo
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        return self.dataset[i]
+
+
+@functools.partial(register, DATASETS)
+class ByItself(Fold4):
+    """Builds a data set of its own."""
+
+    def __init__(self, source, **kwargs):
+        super().__init__(cfg_of_its_own, **kwargs)
+
+
+@functools.partial(register, DATASETS)
+class SourceAndTarget(Fold4):
+    """Pairs of two data sets."""
+
+    def __init__(self, source, target):
+        self.source, self.target = DATASETS.build(source), DATASETS.build(target)
+        self.metainfo = self.source.metainfo
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, i):
+        self.target[i % len(self.target)]
+        return self.source[i]
+
+
+def test_a_wrapper_alters_what_its_data_set_is_built_with(config, train):
+    """The pool is what it makes of it."""
+    cfg = config(dict(initial=3, budget=3, rounds=2), [LABEL, dict(type='Notes')])
+    cfg.train_dataloader.dataset = dict(type='Fold4', fold=1, source=cfg.train_dataloader.dataset.to_dict())
+    cfg.train_cfg.max_iters = cfg.train_cfg.val_interval = cfg.default_hooks.checkpoint.interval = 9
+    _, rounds = train(cfg)
+    asked = {name for entry in rounds for name in entry['asked']}
+    assert asked == {name for i, name in enumerate(tiny.NAMES) if i % 4 != 1} == {*Notes.seen['labels']}
+
+
+def test_a_source_and_a_target_under_names_of_their_own(config, train):
+    cfg = config(dict(initial=3, rounds=1, pool='dataset.target'), [LABEL])
+    leaf = cfg.train_dataloader.dataset.to_dict()
+    cfg.train_dataloader.dataset = dict(type='SourceAndTarget', **{
+        part: dict(leaf, pipeline=[LOAD, LABEL, dict(type='Notes', part=part), PACK]) for part in ('source', 'target')})
+    cfg.train_cfg.max_iters = cfg.train_cfg.val_interval = cfg.default_hooks.checkpoint.interval = 20
+    _, rounds = train(cfg)
+    assert {*Notes.seen['source']} == {*tiny.NAMES}
+    assert {*Notes.seen['target']} == {name for entry in rounds for name in entry['asked']}
+
+
+def test_a_data_set_that_goes_past_the_filter_is_an_error(config, train):
+    global cfg_of_its_own
+    cfg = config({}, [LABEL])
+    cfg_of_its_own = cfg.train_dataloader.dataset.to_dict()
+    cfg.train_dataloader.dataset = dict(type='ByItself', source=cfg_of_its_own)
+    with pytest.raises(ValueError, match='ByItself should build .* as `train_dataloader.dataset.source`, but did not'):
+        train(cfg)
+
+
 @pytest.mark.parametrize('keeps', [True, False])
 def test_a_wrapper_that_keeps_images_back_is_refused(config, train, keeps):
     cfg = config({}, [LABEL])
@@ -396,6 +483,41 @@ def test_several_outputs_are_refused_before_the_first_training(config, train):
     with pytest.raises(ValueError, match=r'a query of .*a/00.png fails: TwoTasks.inference should return logits \(1, '):
         train(cfg)
     assert not osp.exists(osp.join(cfg.work_dir, 'al_state.json'))
+
+
+def first_of_two(output) -> torch.Tensor:
+    return output[0]
+
+
+@pytest.mark.parametrize('al', [dict(strategy='coreset'), dict(strategy='bald'), dict(unit=CELL, strategy='entropy'),
+                                dict(unit=CELL, strategy='crc', initial=20)], ids=str)
+def test_logits_can_be_named(config, train, al):
+    """The same choices as by a model that returns these alone."""
+    asked = []
+    for changes in ({'model.type': 'TwoTasks'}, {}):
+        cfg = config(dict(al, **({'logits': 'test_projects:first_of_two'} if changes else {})), [LABEL], **changes)
+        cfg.work_dir += str(len(asked))
+        asked.append([entry['asked'] for entry in train(cfg)[1]])
+    assert asked[0] == asked[1]
+
+
+@functools.partial(register, MODELS)
+class LogitsAmongOthers(EncoderDecoder):
+    """A dict, in which one thing alone can be logits."""
+
+    def encode_decode(self, inputs, batch_img_metas):
+        return dict(depth=inputs[:, :1], logits=super().encode_decode(inputs, batch_img_metas), name='x')
+
+    def whole_inference(self, inputs, batch_img_metas):
+        return self.encode_decode(inputs, batch_img_metas)
+
+    def predict(self, inputs, data_samples=None):
+        metas = [sample.metainfo for sample in data_samples]
+        return self.postprocess_result(self.inference(inputs, metas)['logits'], data_samples)
+
+
+def test_logits_are_found_by_trial(config, train):
+    assert len(train(config({}, [LABEL], **{'model.type': 'LogitsAmongOthers'}))[1]) == 2
 
 
 @functools.partial(register, MODELS)
@@ -464,6 +586,19 @@ def test_adapters_are_resumed_in_a_query_with_what_is_frozen(config, train, tmp_
     assert asked[0] == asked[1]
 
 
+@functools.partial(register, MODELS)
+class LosesBackbone(EncoderDecoder):
+    """Its checkpoints lack what nothing else brings back."""
+
+    def state_dict(self, *args, **kwargs):
+        return {key: value for key, value in super().state_dict(*args, **kwargs).items() if 'backbone' not in key}
+
+
+def test_a_checkpoint_brings_the_model_back_or_is_refused(config, train):
+    refused(config({}, [LABEL], **{'model.type': 'LosesBackbone'}), train,
+            'a checkpoint of LosesBackbone should bring back the model .*: backbone.stem.weight, .* is neither in its')
+
+
 def test_a_model_whose_train_returns_nothing(config, train):
     assert len(train(config({}, [LABEL], **{'model.type': 'KeepsBackbone'}))[1]) == 2
 
@@ -487,6 +622,7 @@ class FailsInValidation(EncoderDecoder):
 @pytest.mark.parametrize('al, changes, match', [
     (dict(overrides={1: {'train_cfg.max_iter': 3}}), {}, r'the round of `al.overrides\[1\]` fails .*max_iter'),
     (dict(overrides={1: {'model.type': 'NoSuchModel'}}), {}, r'the round of `al.overrides\[1\]` fails .*NoSuchModel'),
+    (dict(overrides={1: {'val_evaluator.type': 'NoSuchMetric'}}), {}, r'of `al.overrides\[1\]` fails .*NoSuchMetric'),
     (dict(overrides={1: {'optim_wrapper.optimizer.type': 'SDG'}}), {}, r'`al.overrides\[1\]`: `optim_wrapper` .*SDG'),
     ({}, {'model.type': 'FailsInValidation'}, "the validation of .*val/0.png fails .KeyError: 'thing'"),
     (dict(strategy='tiny:not_a_number'), {}, "the score of image 'a/00' is not finite"),
@@ -495,15 +631,49 @@ def test_what_would_fail_later_is_refused_before_anything(config, train, al, cha
     refused(config(al, [LABEL], **changes), train, match)
 
 
+@pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
+@pytest.mark.parametrize('override, match', [
+    ({'model.backbone.in_channels': 4}, 'to have 4 channels'),
+    ({'model.decode_head.num_classes': 2}, 'out of bounds|index'),
+    ({'val_evaluator': dict(type='IoUMetric', iou_metrics=['none'], _delete_=True)}, 'none'),
+    ({'train_dataloader.dataset.pipeline': [LOAD, LABEL]}, 'fails')], ids=['channels', 'classes', 'metric', 'pipeline'])
+def test_an_iteration_of_later_rounds_is_tried_before_the_first_training(config, train, unit, override, match):
+    cfg = config(dict(unit=unit, initial=6, budget=2, rounds=2, overrides={2: override}), [LABEL])
+    with pytest.raises(ValueError, match=r'^the round of `al.overrides\[2\]` fails|the validation of') as error:
+        train(cfg)
+    assert '\n' not in str(error.value) and re.search(match, str(error.value))
+    assert not [name for name in os.listdir(cfg.work_dir) if name == 'round_1']
+    assert not [name for _, _, names in os.walk(cfg.work_dir) for name in names if name.endswith('.pth')]
+
+
+@pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
+def test_of_test_time_augmentation_the_plain_view_is_scored(config, train, unit):
+    """And the choice is that of a test pipeline without it."""
+    asked = []
+    for with_views in (True, False):
+        cfg = config(dict(unit=unit, initial=3), [LABEL])
+        cfg.work_dir += str(with_views)
+        if with_views:
+            cfg.test_dataloader = dict(cfg.test_dataloader.to_dict())
+            cfg.test_dataloader.dataset.pipeline = [LOAD, dict(type='TestTimeAug', transforms=[
+                [dict(type='Resize', scale_factor=ratio, keep_ratio=True) for ratio in (.5, 1., 2.)],
+                [dict(type='RandomFlip', prob=prob, direction='horizontal') for prob in (1., 0.)], [LABEL], [PACK]])]
+        asked.append([entry['asked'] for entry in train(cfg)[1]])
+    assert asked[0] == asked[1]
+
+
 @pytest.mark.parametrize('al', [
-    dict(strategy='bald', overrides={1: {'train_cfg.max_iters': 3}}), dict(unit=CELL, strategy='real', initial=4),
+    dict(strategy='bald', overrides={1: {'train_cfg.max_iters': 3}}),
+    dict(unit=CELL, strategy='real', initial=4, overrides={1: {'train_dataloader.batch_size': 1}}),
     dict(unit=dict(type='superpixel', n_segments=12), strategy='coreset', initial=4),
     dict(unit='pixel', strategy='entropy', initial=40, budget=9)], ids=lambda al: str(al.get('unit')))
 def test_nothing_of_it_stays(config, train, monkeypatch, al):
     """A run with and without it trains, scores and chooses bit for bit the same."""
     found = []
-    for rehearse in (al_report.rehearse, lambda state: None):
-        monkeypatch.setattr(al_report, 'rehearse', rehearse)
+    rehearsals = {name: getattr(al_report, name) for name in ('rehearse', 'rehearse_rounds', 'check_hidden')}
+    for is_rehearsed in (True, False):
+        for name, part in rehearsals.items():
+            monkeypatch.setattr(al_report, name, part if is_rehearsed else lambda *args: None)
         cfg = config(al, [LABEL, dict(type='RandomFlip', prob=.5)])
         cfg.visualizer = dict(type='SegLocalVisualizer', alpha=.5, vis_backends=[dict(type='LocalVisBackend')])
         cfg.work_dir += f'_{len(found)}'
@@ -535,7 +705,7 @@ def test_all_processes_take_part(config):
     start(run_it, 2, cfg)
     with open(osp.join(cfg.work_dir, 'al_state.json')) as file:
         assert len(json.load(file)['rounds']) == 2
-    assert 'Rehearsed a query of 2 images, a validation of one in ' in tiny.log_of(cfg.work_dir)
+    assert 'Rehearsed a query of 2 images, a checkpoint, a validation of one in ' in tiny.log_of(cfg.work_dir)
 
 
 def test_an_image_is_known_by_its_first_path():
