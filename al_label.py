@@ -214,7 +214,8 @@ def waiting_run(work_dir: str) -> State:
     al_patch.attach_companions(runner)  # keys of the `al` block may be theirs
     al, pool = al_patch.parse_settings(cfg.al), al_patch.Pool(cfg, al_patch.unwrap(runner.model))
     state = al_patch.State(content, runner.work_dir, al, runner, pool)
-    al_patch.check_resume(state, content)
+    for check in al_patch.methods_of(runner, 'check_resume'):
+        check(state, content)
     return state
 
 

@@ -117,8 +117,8 @@ class Block:
     rounds: Count = 5                # queries; training runs rounds + 1 times (a budget list sets it, too)
     weights: Start = 'scratch'       # what a round starts from: scratch (= the config's own) | last | best
     query_with: Which = 'last'       # checkpoint that scores the pool: last | best
-    pool: MaybeText = None           # which training data sets are the pool, e.g. 'dataset.datasets.1'; default: all
-    group: MaybeText = None          # video, patient, tile of an image: a regular expression on its name, or function
+    pool: MaybePath = None           # which training data sets are the pool, e.g. 'dataset.datasets.1'; default: all
+    group: MaybeExpression = None    # video, patient, tile of an image: a regular expression on its name, or function
     max_per_group: MaybeNatural = None   # so many images of a group at most in one query
     frame_distance: MaybeNatural = None  # between two images of a group in one query, by the last number in their names
     logits: MaybeFunction = None     # 'package.module:function' from what `inference` returns to (N, classes, H, W)
@@ -132,7 +132,8 @@ class Block:
 
 Flag = rule('True or False', lambda v: isinstance(v, bool))
 MaybeFlag = or_none(Flag)
-MaybeText = or_none(rule('text', lambda v: isinstance(v, str) and v != ''))
+MaybePath = or_none(rule('a path in `train_dataloader`', lambda v: isinstance(v, str)))
+MaybeExpression = or_none(rule("a regular expression or 'package.module:function'", lambda v: isinstance(v, str)))
 MaybeFunction = or_none(rule("'package.module:function'", lambda v: isinstance(v, str) and ':' in v))
 Start = one_of('scratch', 'last', 'best')
 Which = one_of('last', 'best')
@@ -230,7 +231,6 @@ def start_or_resume(runner: Runner) -> State:
     for method in methods_of(runner, 'before_al_run'):
         method(state)
     if found:
-        check_resume(state, content)
         state.entry['spent'] = state.entry['spent'] or state.spent()  # schema 1 had it after training alone
     else:
         add_round(state, initial_images(state) or query(state, None))
@@ -255,7 +255,8 @@ def attach_companions(runner: Runner) -> list[Hook]:
             missing.append(f'{name}.py')
             block_settings().update({key: (None, Any) for key in keys})
     if missing:
-        runner.logger.info(f'Not beside al_patch.py: {", ".join(missing)}. The run does without figures, or exports')
+        runner.logger.info(f'Not beside al_patch.py: {", ".join(missing)}. The run does without checks and figures, or '
+                           'exports')
     return hooks
 
 
@@ -274,15 +275,13 @@ def initial_images(state: State) -> dict[str, None]:
     """The whole images that are labelled before the first round; empty where units of images are to be drawn.
 
     Raises:
-        ValueError: More than there are, or names that are not in the data set.
+        ValueError: Names that are not in the data set.
     """
     initial, pool = state.al.initial, state.pool
     if not isinstance(initial, (str, list)):
         if state.counts_pixels:
             return {}
         n = number_of(initial, len(pool))
-        if n > len(pool):
-            raise ValueError(f'`al.initial` should be at most the {len(pool)} images there are, but got {initial!r}')
         names = state.shuffled(pool.names, 'initial')[:n]
     else:
         with reading(f'the split file `al.initial` = {initial!r:.200}'):
@@ -293,10 +292,6 @@ def initial_images(state: State) -> dict[str, None]:
             near = difflib.get_close_matches(strangers[0] if strangers else '', pool.names, 1) or pool.names[:1]
             raise ValueError(f'`al.initial` should hold names of training images such as {near[0]!r}, but '
                              f'{len(strangers)} of {len(names)} are not in the data set: {", ".join(strangers[:5])}')
-    left, worst = len(pool) - len(names), max((number_of(n, len(pool)) for n in budgets(state.al)), default=0)
-    if not state.counts_pixels and worst > left:
-        raise ValueError(f'`al.budget` should be at most the {left} images that are not in `al.initial`, but '
-                         f'got {worst} ({state.al.budget!r})')
     return dict.fromkeys(filter(set(names).__contains__, pool.names))
 
 
@@ -401,49 +396,6 @@ def end_rounds(state: State, trainer: Runner, reason: str) -> None:
     state.logger.info(f'Active learning has ended: {reason}')
     tell_hooks(state, 'after_al_run')
     state.runner._has_loaded = True  # `runner.test()` goes on with this model, not with `load_from`
-
-
-def check_resume(state: State, content: dict) -> None:
-    """Refuse to rewrite what rounds have used, and to go on with other images, classes or masks.
-
-    Args:
-        content: The state as it was saved.
-
-    Raises:
-        ValueError: It names the setting and the round that used it, or what does not agree.
-    """
-    path, rounds, settings = osp.join(state.work_dir, STATE_FILE), state.rounds, content['settings']
-    with reading(path):
-        began = parse_settings({key: settings[key] for key in state.al if key in settings and key != 'strategy'})
-    for k in range(len(rounds)):
-        begun = k < state.round or state.phase == 'query' or resumable_checkpoint(state.folder())
-        was, now = (dict(rounds=min(k, al.rounds), pool=al.pool, unit=al.unit, initial=al.initial, seed=al.seed,
-                         oracle=al.oracle.type, budget=[0, *budgets(al)][k:k + 1],
-                         overrides=begun and (al.overrides or {}).get(str(k)))
-                    for al in (began, state.al))
-        for key in was:
-            if was[key] != now[key]:
-                raise ValueError(f'`al.{key}` was {was[key]!r} when round {k} used it and cannot change on resume, but '
-                                 f'got {now[key]!r}')
-    if state.strategy.calibration and not state.entry.get('held_out'):
-        raise ValueError(f'`al.strategy` should not calibrate, for round {state.round} has begun without images to do '
-                         f'so, but got {state.strategy.name!r}')
-    if content.get('classes') not in (None, state.classes):  # an older version's state does not hold them
-        raise ValueError(f'the data set should have the {len(content["classes"])} classes with which the run began, '
-                         f'but got {len(state.classes)}, and what differs is '
-                         f'{", ".join({*content["classes"]} ^ {*state.classes}) or "their order"}: go on with those, '
-                         'or start in another work_dir with `al.initial` = a split file of what is labelled')
-    gone = [name for entry in rounds for names in (entry['asked'], entry.get('held_out') or ()) for name in names
-            if name not in state.pool.where and name not in state.dropped]
-    if gone:
-        raise ValueError(f'{len(gone)} images that were asked for are not in the data set any more: '
-                         f'{", ".join(gone[:5])} (`rounds` of {path}). Bring them back, or take them out of the run: '
-                         f'python al_label.py drop {shlex.join([state.work_dir, *gone[:5]])}')
-    now = state.spent()
-    wrong = [key for key, value in state.entry['spent'].items() if '% of' not in key and now.get(key, value) != value]
-    if wrong:
-        raise ValueError(f'`rounds[{state.round}].spent` of {path} should be {now}, the sum over the rounds, but is '
-                         f'{state.entry["spent"]}: restore a copy')
 
 
 def parse_settings(block: dict) -> ConfigDict:
@@ -617,27 +569,9 @@ class RoundHook(Hook):
         if at > 0 and at >= loop.val_begin and (at % loop.val_interval == 0 or at == end):
             runner.val_loop.run()
 
-    def check_finite(self, runner: Runner) -> None:
-        """End a round that has diverged, and let a resumed run begin it anew. A loss now and then that is no number, as
-        that of an iteration that mixed precision skips, does not count.
-
-        Raises:
-            ValueError: On every rank: a weight is not finite, or none of the last ten losses is.
-        """
-        losses = runner.message_hub.log_scalars.get('train/loss', HistoryBuffer()).data[0][-10:]
-        weights = filter(torch.is_tensor, runner.model.state_dict().values())
-        if any(all_gather_object(len(losses) and not np.isfinite(losses).any() or not all(
-                weight.isfinite().all() for weight in weights))):
-            with contextlib.suppress(FileNotFoundError):  # another rank was first
-                os.remove(osp.join(runner.work_dir, 'last_checkpoint'))
-            raise ValueError(f'{osp.basename(runner.work_dir)} has diverged by iteration {runner.iter}: loss and '
-                             'weights should be finite; mend the config, e.g. by a lower `optim_wrapper.optimizer.lr`, '
-                             'and --resume trains the round anew')
-
     def before_val_epoch(self, runner: Runner) -> None:
         """Validate what rank 0 saves: without SyncBN, each process has running statistics of its own. After EMAHook, at
         its higher priority, has swapped in its own."""
-        self.check_finite(runner)
         for buffer in filter(torch.is_floating_point, unwrap(runner.model).buffers()):
             broadcast(buffer)
 
@@ -650,13 +584,10 @@ class RoundHook(Hook):
             batches.skip_iter = lambda skipped: collections.deque(itertools.islice(batches, skipped), maxlen=0)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        if runner.iter % 50 == 0:  # it waits for the device
-            self.check_finite(runner)
         torch.manual_seed(seed_of(self.seed, runner.rank, 'iter', runner.iter))
 
     def after_train(self, runner: Runner) -> None:
         """Save the last weights, which mmengine does not where EarlyStoppingHook ends a round between checkpoints."""
-        self.check_finite(runner)
         for hook in checkpoint_hooks(runner) if getattr(runner.train_loop, 'stop_training', False) else ():
             if hook.save_last:
                 step = runner.epoch if hook.by_epoch else runner.iter
@@ -1482,7 +1413,7 @@ class Network:
                  each.ndim == 4 and len(each) == n and each.shape[1] in (channels, channels or each.shape[1])]
         if len(found) != 1:
             shapes = ', '.join(str(tuple(getattr(each, 'shape', ())) or type(each).__name__)
-                               for each in leaves_of(output))
+                               for each in leaves_of(output)) or type(output).__name__
             raise ValueError(f'{type(self.model).__name__}.inference should return logits ({n}, {channels or "classes"}'
                              f", H, W), but got {shapes}: name a function that gets them from it by `al.logits="
                              "'package.module:function'`")
@@ -2147,28 +2078,11 @@ class Pool(Dataset):
     @functools.cached_property
     def sizes(self) -> dict[str, tuple[int, int]]:
         """(H, W) of every image as its pipeline loads it. al_report.py remembers them between two starts."""
-        return {name: self.size(name) for name in self.names}
-
-    def size(self, name: str) -> tuple[int, int]:
-        """(H, W) of an image as its pipeline loads it, by the file's header where that is certain to say it."""
-        from mmcv.transforms import LoadImageFromFile
-        step = self.leaf_of(name)[0].pipeline.transforms[0]
-        is_stock = type(step) is LoadImageFromFile and vars(step) == vars(LoadImageFromFile())
-        return is_stock and header_size(image_path(self.info(name))) or self.load_image(name).shape[:2]
+        return {name: self.load_image(name).shape[:2] for name in self.names}
 
     @functools.cached_property
     def pixels(self) -> int:
         return sum(h * w for h, w in self.sizes.values())
-
-
-def header_size(path: str) -> tuple[int, int] | None:
-    """(H, W) by an image file's header; None where a loader may make something else of the file."""
-    with contextlib.suppress(Exception), Image.open(path) as image:
-        kind = image.format
-        if kind in ('JPEG', 'BMP') and image.getexif().get(0x112, 1) == 1 or (
-                kind == 'PNG' and b'eXIf' not in mmengine.get(path)):  # Pillow would decode it to find the orientation
-            return image.size[::-1]
-    return None
 
 
 def new_maps(before: dict, after: dict) -> list[str]:

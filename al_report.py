@@ -30,6 +30,7 @@ import os
 import os.path as osp
 import random
 import re
+import shlex
 import shutil
 import sys
 import tempfile
@@ -111,6 +112,13 @@ def hook() -> mmengine.hooks.Hook:
             if state:
                 as_one(rehearse_rounds, state)
 
+        def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
+            if runner.iter % 50 == 0 and runner.cfg.get('al') is None:  # it waits for the device
+                check_finite(runner)
+
+        def after_train(self, runner) -> None:
+            check_finite(runner)
+
         def after_val_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
             for sample in outputs or ():
                 if hasattr(sample, 'gt_sem_seg'):
@@ -120,6 +128,7 @@ def hook() -> mmengine.hooks.Hook:
             """Have mmseg's IoUMetric, and those like it, keep the IoU of every class: they return means only."""
             if runner.cfg.get('al') is not None:  # it is no round's
                 return
+            check_finite(runner)
             name_files(runner.val_dataloader.dataset)
             for metric in getattr(getattr(runner.val_loop, 'evaluator', None), 'metrics', ()):
                 compute = getattr(metric, 'total_area_to_metrics', None)
@@ -128,9 +137,9 @@ def hook() -> mmengine.hooks.Hook:
 
         def before_al_run(self, state: al_patch.State) -> None:
             self.is_sparse, self.state = state.counts_pixels, state
-            for check in (check_rounds, check_groups, check_overrides, check_schedule, check_best, check_model,
-                          check_pool, check_masks, check_validation, check_no_label, check_disk, check_wrappers,
-                          rehearse):
+            for check in (check_rounds, check_amounts, check_groups, check_overrides, check_schedule, check_best,
+                          check_model, check_pool, check_masks, check_validation, check_no_label, check_disk,
+                          check_wrappers, rehearse):
                 check(state)
 
         def before_al_train(self, state: al_patch.State, trainer) -> None:
@@ -140,6 +149,9 @@ def hook() -> mmengine.hooks.Hook:
 
         def after_al_validate(self, state: al_patch.State, trainer) -> None:
             warn_of_figures(state, trainer, self.shown)
+
+        def check_resume(self, state: al_patch.State, content: dict) -> None:
+            check_resume(state, content)
 
         @torch.no_grad()
         def after_al_train(self, state: al_patch.State, trainer) -> None:
@@ -183,6 +195,23 @@ def name_files(dataset) -> None:
 
         dataset.pipeline = Named(pipeline.transforms)
 
+
+def check_finite(runner) -> None:
+    """End a round that has diverged, and let a resumed run begin it anew. A loss now and then that is no number, as
+    that of an iteration that mixed precision skips, does not count.
+
+    Raises:
+        ValueError: On every rank: a weight is not finite, or none of the last ten losses is.
+    """
+    losses = runner.message_hub.log_scalars.get('train/loss', al_patch.HistoryBuffer()).data[0][-10:]
+    weights = filter(torch.is_tensor, runner.model.state_dict().values())
+    if any(al_patch.all_gather_object(len(losses) and not np.isfinite(losses).any() or not all(
+            weight.isfinite().all() for weight in weights))):
+        with contextlib.suppress(FileNotFoundError):  # another rank was first
+            os.remove(osp.join(runner.work_dir, 'last_checkpoint'))
+        raise ValueError(f'{osp.basename(runner.work_dir)} has diverged by iteration {runner.iter}: loss and '
+                         'weights should be finite; mend the config, e.g. by a lower `optim_wrapper.optimizer.lr`, '
+                         'and --resume trains the round anew')
 
 def keep_class_iou(runner, metric, compute: Callable, *args, **kwargs) -> dict:
     """What a metric computes; each class's IoU goes into the round's ``class_iou.json``. mmengine calls it on rank 0,
@@ -250,6 +279,7 @@ def check_rounds(state: al_patch.State) -> None:
     for field, should, given in disagreements(content, pool):
         raise ValueError(f'`{field}` of {path} should {should}, but has {given!r:.200}: restore a copy, or start in '
                          'another work_dir')
+    check_resume(state, content)
     changed = [f'al.{key} was {value!r} and is {state.al[key]!r}' for key, value in content['settings'].items()
                if key in state.al and value != state.al[key]]
     if changed:
@@ -260,6 +290,50 @@ def check_rounds(state: al_patch.State) -> None:
         state.logger.info(f'{len(joined)} new images have joined the pool, which has {len(pool)} now')
     if left:
         warn(f'{len(left)} images have left the data set: {in_short(left)}')
+
+
+def check_resume(state: al_patch.State, content: dict) -> None:
+    """Refuse to rewrite what rounds have used, and to go on with other images, classes or masks.
+
+    Args:
+        content: The state as it was saved.
+
+    Raises:
+        ValueError: It names the setting and the round that used it, or what does not agree.
+    """
+    path, rounds, settings = osp.join(state.work_dir, al_patch.STATE_FILE), state.rounds, content['settings']
+    with al_patch.reading(path):
+        began = al_patch.parse_settings({
+            key: settings[key] for key in state.al if key in settings and key != 'strategy'})
+    for k in range(len(rounds)):
+        begun = k < state.round or state.phase == 'query' or al_patch.resumable_checkpoint(state.folder())
+        was, now = (dict(rounds=min(k, al.rounds), pool=al.pool, unit=al.unit, initial=al.initial, seed=al.seed,
+                         oracle=al.oracle.type, budget=[0, *al_patch.budgets(al)][k:k + 1],
+                         overrides=begun and (al.overrides or {}).get(str(k)))
+                    for al in (began, state.al))
+        for key in was:
+            if was[key] != now[key]:
+                raise ValueError(f'`al.{key}` was {was[key]!r} when round {k} used it and cannot change on resume, but '
+                                 f'got {now[key]!r}')
+    if state.strategy.calibration and not state.entry.get('held_out'):
+        raise ValueError(f'`al.strategy` should not calibrate, for round {state.round} has begun without images to do '
+                         f'so, but got {state.strategy.name!r}')
+    if content.get('classes') not in (None, state.classes):  # an older version's state does not hold them
+        raise ValueError(f'the data set should have the {len(content["classes"])} classes with which the run began, '
+                         f'but got {len(state.classes)}, and what differs is '
+                         f'{", ".join({*content["classes"]} ^ {*state.classes}) or "their order"}: go on with those, '
+                         'or start in another work_dir with `al.initial` = a split file of what is labelled')
+    gone = [name for entry in rounds for names in (entry['asked'], entry.get('held_out') or ()) for name in names
+            if name not in state.pool.where and name not in state.dropped]
+    if gone:
+        raise ValueError(f'{len(gone)} images that were asked for are not in the data set any more: '
+                         f'{", ".join(gone[:5])} (`rounds` of {path}). Bring them back, or take them out of the run: '
+                         f'python al_label.py drop {shlex.join([state.work_dir, *gone[:5]])}')
+    now = state.spent()
+    wrong = [key for key, value in state.entry['spent'].items() if '% of' not in key and now.get(key, value) != value]
+    if wrong:
+        raise ValueError(f'`rounds[{state.round}].spent` of {path} should be {now}, the sum over the rounds, but is '
+                         f'{state.entry["spent"]}: restore a copy')
 
 
 def disagreements(content: dict, pool: al_patch.Pool) -> Iterator[tuple[str, str, Any]]:
@@ -317,13 +391,31 @@ def check_masks(state: al_patch.State) -> None:
                                   if k not in (None, now) and name in state.pool.where])
 
 
+def check_amounts(state: al_patch.State) -> None:
+    """
+    Raises:
+        ValueError: More whole images are to be asked for than there are.
+    """
+    al, total = state.al, len(state.pool)
+    if state.counts_pixels or state.rounds:
+        return
+    is_amount = not isinstance(al.initial, (str, list))
+    n = al_patch.number_of(al.initial, total) if is_amount else len(al_patch.initial_images(state))
+    if n > total:
+        raise ValueError(f'`al.initial` should be at most the {total} images there are, but got {al.initial!r}')
+    worst = max((al_patch.number_of(budget, total) for budget in al_patch.budgets(al)), default=0)
+    if worst > total - n:
+        raise ValueError(f'`al.budget` should be at most the {total - n} images that are not in `al.initial`, but '
+                         f'got {worst} ({al.budget!r})')
+
+
 def check_groups(state: al_patch.State) -> None:
     """Say what ``al.group`` makes of the pool, and of the validation set.
 
     Raises:
         ValueError: It is no function or expression; or a cap is set without it, or where it has no effect.
     """
-    al, pool, loop = state.al, state.pool, state.runner.val_loop
+    al, pool = state.al, state.pool
     if not al.group and (al.max_per_group or al.frame_distance):
         raise ValueError("`al.group` should be an expression such as 'video_[0-9]+', or 'package.module:function', as "
                          '`al.max_per_group` or `al.frame_distance` is set, but got None')
@@ -340,7 +432,7 @@ def check_groups(state: al_patch.State) -> None:
                       f'{sizes[-1]}, e.g. {in_short([*groups][:3])}')
     if sizes[-1] == 1:
         state.logger.warning(f'`al.group` = {al.group!r} makes every image of the pool a group of its own')
-    images = getattr(getattr(loop, 'dataloader', None), 'dataset', None)
+    images = getattr(getattr(state.runner.val_loop, 'dataloader', None), 'dataset', None)
     if hasattr(images, 'get_data_info'):
         names = [al_patch.image_name(images, images.get_data_info(i)) for i in range(len(images))]
         both = [group for group in dict.fromkeys(group_of(name)[0] for name in names) if group in groups]
@@ -457,7 +549,7 @@ def check_pool(state: al_patch.State) -> None:
     def look(name: str) -> list:
         file, seen = al_patch.image_path(pool.info(name)), known.get(name, [])
         stamp = [osp.getsize(file) if osp.isfile(file) else begin, loader]
-        return seen if seen[:2] == stamp else [*stamp, *pool.size(name)]
+        return seen if seen[:2] == stamp else [*stamp, *size_of(pool, name)]
 
     seen = al_patch.on_all_ranks(look, pool.names, 'Pool')
     pool.sizes = {name: tuple(size) for name, (_, _, *size) in seen.items()}
@@ -465,6 +557,24 @@ def check_pool(state: al_patch.State) -> None:
     check_batches(state, 'test_dataloader', pool, pool.sizes, loader.get('batch_size', 1))
     state.logger.info(f'Looked at the {len(pool)} images of the pool in {time.time() - begin:.1f} s')
     state.seen_files = seen
+
+
+def size_of(pool: al_patch.Pool, name: str) -> tuple[int, int]:
+    """(H, W) of an image as its pipeline loads it, by the file's header where that is certain to say it."""
+    from mmcv.transforms import LoadImageFromFile
+    step = pool.leaf_of(name)[0].pipeline.transforms[0]
+    is_stock = type(step) is LoadImageFromFile and vars(step) == vars(LoadImageFromFile())
+    return is_stock and header_size(al_patch.image_path(pool.info(name))) or pool.load_image(name).shape[:2]
+
+
+def header_size(path: str) -> tuple[int, int] | None:
+    """(H, W) by an image file's header; None where a loader may make something else of the file."""
+    with contextlib.suppress(Exception), al_patch.Image.open(path) as image:
+        kind = image.format
+        if kind in ('JPEG', 'BMP') and image.getexif().get(0x112, 1) == 1 or (
+                kind == 'PNG' and b'eXIf' not in mmengine.fileio.get(path)):  # Pillow would decode it for that
+            return image.size[::-1]
+    return None
 
 
 def check_validation(state: al_patch.State) -> None:
@@ -487,8 +597,8 @@ def check_validation(state: al_patch.State) -> None:
     def look(i: int) -> tuple:
         info = images.get_data_info(i)
         image, label = al_patch.image_path(info), info.get('seg_map_path')
-        size, values = al_patch.header_size(image), []
-        if not (labelled and size and size == al_patch.header_size(label) and is_grey(label)):
+        size, values = header_size(image), []
+        if not (labelled and size and size == header_size(label) and is_grey(label)):
             with al_patch.reading(f'{image} or its label map {label}'):
                 sample = images[i]['data_samples']
                 if not hasattr(sample, 'gt_sem_seg'):  # it is validated by something else
@@ -733,15 +843,16 @@ def rehearse_checkpoint(state: al_patch.State) -> str | None:
         return None
     everything = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     own = {key: value.detach().cpu().clone() for key, value in everything.items()}
-    are_init = {module: module.is_init for module in model.modules() if hasattr(module, 'is_init')}
     missing = [key for key, _ in model.named_parameters() if key not in model.state_dict()]
 
     def begin() -> None:
-        """What a resumed query begins with, where a checkpoint is a part of the model."""
-        for module in are_init:
-            module.is_init = False
-        if missing and hasattr(model, 'init_weights'):
-            model.init_weights()
+        """Where a checkpoint is a part of the model, the rest is what a resumed run builds."""
+        if missing:
+            built = mmengine.registry.MODELS.build(copy.deepcopy(state.runner.cfg.model))
+            getattr(built, 'init_weights', lambda: None)()
+            for key, value in built.named_parameters():
+                if key in missing:
+                    everything[key].data.copy_(value)
 
     def probabilities() -> torch.Tensor:
         with al_patch.precision(state.runner):
@@ -752,19 +863,17 @@ def rehearse_checkpoint(state: al_patch.State) -> str | None:
         begin()
         before, saved = probabilities(), copy.deepcopy(model.state_dict())
         for key, value in everything.items():
-            if value.is_floating_point() and (key in saved or key in missing):
+            if value.is_floating_point() and key in saved:
                 value.data.normal_()
         begin()
         mmengine.runner.checkpoint.load_state_dict(model, saved, logger=logging.getLogger('silent'))
         after = probabilities()
     for key, value in own.items():
         everything[key].data.copy_(value)
-    for module, is_init in are_init.items():
-        module.is_init = is_init
     if not torch.allclose(before, after, rtol=1e-3, atol=1e-4, equal_nan=True):
         raise ValueError(f'a checkpoint of {type(model).__name__} should bring back the model that was saved, but it '
                          f'gives other class probabilities: {in_short(missing) or "something"} is neither in its '
-                         '`state_dict` nor made anew by its `init_weights`')
+                         '`state_dict` nor the same whenever it is built and `init_weights` was called')
     return 'a checkpoint'
 
 
@@ -859,7 +968,7 @@ def rounds_to_come(state: al_patch.State, **loader) -> Iterator[tuple]:
             trainer.optim_wrapper = trainer.build_optim_wrapper(trainer.optim_wrapper)
             trainer._train_loop = trainer.build_train_loop(trainer._train_loop)
             trainer.param_schedulers = trainer.build_param_scheduler(trainer.param_schedulers or [])
-            trainer.val_loop  # which builds it
+            trainer._val_loop = trainer.val_loop  # which builds it
             yield k, trainer
             al_patch.close_round(trainer)
 

@@ -75,7 +75,7 @@ train_dataloader.update(num_workers={workers}, persistent_workers={workers} > 0)
 PHASES = {
     'starting': [],
     'between phases': [(al_patch, 'run_rounds')],
-    'resuming': [(al_patch, 'check_resume')],
+    'resuming': [(al_report, 'check_resume')],
     'building a round': [(al_patch, 'build_round')],
     'training': [(al_patch, 'train_round')],
     'validating': [(ValLoop, 'run')],

@@ -475,7 +475,7 @@ def test_a_loss_that_needs_maps_is_refused(loss, why):
     name = loss['type'] if isinstance(loss, dict) else type(loss).__name__
     head.loss_decode = torch.nn.ModuleList([head.loss_decode, MODELS.build(loss) if isinstance(loss, dict) else loss])
     with pytest.raises(ValueError, match=f'^{name} cannot train with partly labelled images: {why}.*; use a plain Cro'):
-        gather_labelled_pixels(torch.nn.Sequential(head))
+        al_report.check_losses(torch.nn.Sequential(head))
 
 
 def test_a_run_refuses_the_loss_before_it_trains(make_cfg, train):
@@ -490,7 +490,7 @@ def test_heads_that_learn_masks_of_whole_images_are_refused():
         _seg_data_to_instance_data = None
 
     with pytest.raises(ValueError, match="^Head learns masks of whole images, .*: use `al.unit='image'` with it"):
-        gather_labelled_pixels(torch.nn.Sequential(Head()))
+        al_report.check_losses(torch.nn.Sequential(Head()))
 
 
 # --- what learns from images without any label -----------------------------------------------------------------------

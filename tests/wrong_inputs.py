@@ -246,6 +246,7 @@ WRONG_VALUES = {
     'a positive int, a fraction in (0, 1], a list of image names, or the path of a split file':
         ([True, None, [3]], [0, -1, 1.5, '', []]),
     'a path in `train_dataloader`': ([3, True], ['no.such']),
+    "a regular expression or 'package.module:function'": ([3, True], ['(', 'no_such:function', 'tiny:no_such']),
     "a name, dict(type=name, **options) or 'package.module:function'":
         ([None, 3, ['image'], dict(type=3)], ['no such']),
     "a dict from a round to a dict of config keys, e.g. {2: {'train_cfg.max_iters': 4000}}":
