@@ -295,7 +295,8 @@ def log_request(state: State) -> None:
     what = f' ({units} {state.al.unit.type}s, {entry["pixels"]} pixels)' if state.counts_pixels else ''
     names = [name for name in entry['asked'] if name not in state.dropped]
     first, own = names[0], state.pool.info(names[0]).get('seg_map_path')
-    state.logger.info(f'Round {state.round} waits for labels in {len(names)} images{what}: see {folder}\nPut '
+    note = '' if are_grey(state) else '\nPredictions there are numbers of classes, and not the colours of label files'
+    state.logger.info(f'Round {state.round} waits for labels in {len(names)} images{what}: see {folder}{note}\nPut '
                       f'each label map into {state.folder()}/labels, the first as {first}.png, or where the data set '
                       f'looks for it, the first at {own}\nThen go on with: {al_patch.resume_command()}')
 
@@ -355,7 +356,7 @@ class Inbox:
 
     def __init__(self, state: State):
         self.state, self.oracle = state, state.al.oracle
-        self.exported, self.reader = read_json(exported_path(state)), label_reader(state.pool)
+        self.exported = read_json(exported_path(state))
 
     def sources(self, name: str, before: dict) -> list[tuple[str, str]]:
         """Where an image's labels may come from, and the path there: what counts more comes later. A file that is gone
@@ -477,7 +478,7 @@ class Inbox:
             if void_HW.all() and void_HW.shape == pool.sizes[name]:
                 return np.full(void_HW.shape, pool.ignore_index), void_HW
         labels = pool.check_label(name, self.state.class_count, mask_HW, path,
-                                  functools.partial(self.reader.load, path=path, void_HW=void_HW))
+                                  lambda name: load_label(pool, name, path, void_HW))
         known = labels != pool.ignore_index
         return labels, known if void_HW is None else known | void_HW
 
@@ -537,34 +538,32 @@ class Inbox:
                  'label file, and name it in `al.oracle.unlabelable`')
 
 
-@functools.lru_cache(2)
-def label_reader(pool: Pool) -> LabelReader:
-    return LabelReader(pool)
+def are_grey(state: State) -> bool:
+    """Whether what was handed in so far, or nothing yet, has one number a pixel."""
+    for name in state.labelled():
+        with contextlib.suppress(OSError, LookupError), Image.open(state.stored(name)[1]) as image:
+            return len(image.getbands()) == 1
+    return True
 
 
-class LabelReader:
-    """Reads label files as training does: by the loaders of its pipeline, and those of its steps that map values."""
+def load_label(pool: Pool, name: str, path: str, void_HW: np.ndarray | None = None) -> np.ndarray:
+    """The classes of a label file of an image, as training reads it, (H, W): by the loaders of its pipeline, and those
+    of its steps that map values.
 
-    def __init__(self, pool: Pool):
-        self.pool = pool
-
-    def load(self, name: str, path: str, void_HW: np.ndarray | None = None) -> np.ndarray:
-        """The classes of a label file of an image, (H, W).
-
-        Args:
-            void_HW: Where the file says that no class fits: no step sees that.
-        """
-        from mmengine.dataset import Compose
-        loading, mapping = self.pool.label_steps(name, seg_map_path=path)
-        results = Compose(loading)({**self.pool.info(name), 'seg_map_path': path})
-        label = results['gt_seg_map']
-        if void_HW is not None:
-            label = results['gt_seg_map'] = label.astype(np.int64)
-            label[void_HW] = label[np.unravel_index(void_HW.argmin(), void_HW.shape)]
-        label = Compose(mapping)(results)['gt_seg_map']
-        if void_HW is not None:
-            label[void_HW] = self.pool.ignore_index
-        return label
+    Args:
+        void_HW: Where the file says that no class fits: no step sees that.
+    """
+    from mmengine.dataset import Compose
+    loading, mapping = pool.label_steps(name, seg_map_path=path)
+    results = Compose(loading)({**pool.info(name), 'seg_map_path': path})
+    label = results['gt_seg_map']
+    if void_HW is not None:
+        label = results['gt_seg_map'] = label.astype(np.int64)
+        label[void_HW] = label[np.unravel_index(void_HW.argmin(), void_HW.shape)]
+    label = Compose(mapping)(results)['gt_seg_map']
+    if void_HW is not None:
+        label[void_HW] = pool.ignore_index
+    return label
 
 
 def version_of(content: bytes) -> str:
@@ -766,7 +765,7 @@ def classes_of_values(pool: Pool, name: str, values_N: np.ndarray) -> np.ndarray
     pool.steps = {}  # of this file: those of the data set's, which may be pictures in colours, are others
     with tempfile.TemporaryDirectory() as folder:
         Image.fromarray(np.tile(values_N, (2, 2))).save(path := osp.join(folder, 'values.png'))
-        return LabelReader(pool).load(name, path)[0, :len(values_N)]
+        return load_label(pool, name, path)[0, :len(values_N)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

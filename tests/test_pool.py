@@ -226,7 +226,7 @@ def test_what_people_call_void_is_void_whatever_its_value(make_cfg, void):
     cfg = make_cfg({})
     cfg.model.decode_head.ignore_index = void
     pool, is_void = Pool(cfg), np.eye(*tiny.SHAPE, dtype=bool)
-    label = al_label.LabelReader(pool).load('a/01', pool.info('a/01')['seg_map_path'], is_void)
+    label = al_label.load_label(pool, 'a/01', pool.info('a/01')['seg_map_path'], is_void)
     assert (label[is_void] == void).all() and (label[~is_void] == pool.load_label('a/01')[~is_void]).all()
 # --- sizes -----------------------------------------------------------------------------------------------------------
 
