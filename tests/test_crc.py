@@ -96,7 +96,7 @@ def calibrated(monkeypatch):
         class Given:
             """In place of the network."""
 
-            def __init__(self, trainer, strategy):
+            def __init__(self, trainer, strategy, logits_of):
                 pass
 
             def look(self, state, names, views, shared):
