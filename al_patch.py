@@ -45,6 +45,7 @@ import shlex
 import shutil
 import socket
 import sys
+import tempfile
 import time
 import traceback
 import types
@@ -67,7 +68,7 @@ from mmengine.dataset import BaseDataset, Compose, InfiniteSampler
 from mmengine.dist import all_gather_object, barrier, broadcast, broadcast_object_list, get_dist_info, is_main_process
 from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
-from mmengine.optim import AmpOptimWrapper
+from mmengine.optim import AmpOptimWrapper, OneCycleParamScheduler
 from mmengine.registry import DATASETS, OPTIM_WRAPPERS, DefaultScope, Registry
 from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, load_checkpoint
 from mmengine.runner.amp import autocast
@@ -613,7 +614,8 @@ class RoundHook(Hook):
         return [hook for hook in runner.hooks if isinstance(hook, EarlyStoppingHook)]
 
     def after_val_epoch(self, runner: Runner, metrics: dict | None = None) -> None:
-        self.metrics = {key: round(float(value), 4) for key, value in (metrics or {}).items() if np.isscalar(value)}
+        self.metrics = {key: round(float(value), 4) for key, value in (metrics or {}).items()
+                        if np.isscalar(value) and not isinstance(value, (str, bytes))}
         self.validated_at = runner.iter
 
 
@@ -786,7 +788,7 @@ class SparseLabels(Compose):
     """
 
     def __init__(self, transforms: list, shown: dict, ignore_index: int):
-        super().__init__(transforms)
+        super().__init__(steps_of(transforms))
         self.shown, self.ignore_index, self.mapping = shown, ignore_index, []
 
     def find_steps(self, info: dict) -> None:
@@ -1975,7 +1977,7 @@ class Pool(Dataset):
                              f'({error})') from error
         self.paths = pool_paths(leaves, cfg.get('al', {}).get('pool'))
         for leaf, pipeline in map(leaves.get, self.paths):
-            self.training.append(Compose(copy.deepcopy(pipeline)).transforms)
+            self.training.append(steps_of(copy.deepcopy(pipeline)))
             if not isinstance(leaf, BaseDataset):
                 raise ValueError('active learning filters subclasses of mmengine.dataset.BaseDataset, but got a '
                                  f'{type(leaf).__name__}')
@@ -2108,7 +2110,7 @@ def query_steps(cfg: dict, info: dict) -> list[Callable]:
         raise ValueError('the pool is scored through the test pipeline, but the config has no `test_dataloader`, '
                          '`val_dataloader` or `test_pipeline`')
     with undisturbed(), reading(image_path(info)):
-        kept, results, failed = without_label(Compose(copy.deepcopy(pipeline)).transforms, {
+        kept, results, failed = without_label(steps_of(copy.deepcopy(pipeline)), {
             key: value for key, value in info.items() if key != 'seg_map_path'})
         if 'inputs' not in results:
             shape = np.shape(results.get('img'))
@@ -2118,6 +2120,30 @@ def query_steps(cfg: dict, info: dict) -> list[Callable]:
                 raise failed
             raise ValueError(f'the test pipeline should give `inputs`, but gives {", ".join(results)}')
     return kept
+
+
+def steps_of(pipeline: list) -> list[Callable]:
+    """The transforms of a pipeline, those of pipelines in it among them."""
+    return [inner for step in Compose(pipeline).transforms
+            for inner in (steps_of(step.transforms) if type(step).__name__ == 'Compose' else [step])]
+
+
+class WithoutLabel:
+    """A transform that loads image and label at once, given an empty label in place of the image's.
+
+    Args:
+        step: The transform.
+    """
+
+    def __init__(self, step: Callable):
+        self.step = step
+
+    def __call__(self, results: dict) -> dict:
+        with tempfile.NamedTemporaryFile(suffix='.png') as file, Image.open(image_path(results)) as image:
+            Image.new('L', image.size).save(file.name)
+            after = self.step({**results, 'seg_map_path': file.name})
+        return {key: value for key, value in after.items() if key not in ('seg_map_path', 'gt_seg_map')} | dict(
+            seg_fields=[])
 
 
 def without_label(transforms: list[Callable], results: dict) -> tuple[list, dict, Exception | None]:
@@ -2132,7 +2158,12 @@ def without_label(transforms: list[Callable], results: dict) -> tuple[list, dict
         try:
             after = step(copy.deepcopy(results))
         except Exception as error:
-            failed = failed or error
+            failed, after = failed or error, None
+        if after is None and 'img' not in results:
+            with contextlib.suppress(Exception):
+                step = WithoutLabel(step)
+                after = step(copy.deepcopy(results))
+        if after is None:
             continue
         if 'gt_seg_map' not in after or 'gt_seg_map' in results:
             results = after
@@ -2255,7 +2286,7 @@ def reads_labels(leaf: Dataset, pipeline: list) -> bool:
     the unlabelled part of a semi-supervised set does not."""
     with undisturbed(), contextlib.suppress(Exception):
         results = {**leaf[0], 'seg_map_path': None}
-        for step in Compose(copy.deepcopy(pipeline)).transforms:
+        for step in steps_of(copy.deepcopy(pipeline)):
             if 'gt_seg_map' not in results:
                 results = step(results)
         return bool((results.get('gt_seg_map', 255) != 255).any())
@@ -3547,14 +3578,15 @@ def checkpoint_globals() -> list:
     """What mmengine's own checkpoints hold beside tensors. torch >= 2.6 refuses all that is not named here."""
     multiarray = importlib.import_module('numpy._core.multiarray' if hasattr(np, '_core') else 'numpy.core.multiarray')
     dtypes = [type(np.dtype(code)) for code in '?bBhHiIlLqQefd']
-    return [HistoryBuffer, np.ndarray, np.dtype, *dict.fromkeys(dtypes), multiarray.scalar, multiarray._reconstruct,
-            (_getattr_of_history_buffer, 'builtins.getattr')]
+    return [HistoryBuffer, OneCycleParamScheduler, np.ndarray, np.dtype, *dict.fromkeys(dtypes), multiarray.scalar,
+            multiarray._reconstruct, (_getattr_of_mmengine, 'builtins.getattr')]
 
 
-def _getattr_of_history_buffer(owner, name: str):
+def _getattr_of_mmengine(owner, name: str):
     """Stands in for ``getattr`` while a checkpoint is read: mmengine pickles ``HistoryBuffer.mean`` and its like."""
-    if owner is HistoryBuffer and name in ('mean', 'max', 'min', 'current'):
-        return getattr(HistoryBuffer, name)
+    if owner is HistoryBuffer and name in ('mean', 'max', 'min', 'current') or (
+            owner is OneCycleParamScheduler and name in ('_annealing_cos', '_annealing_linear')):
+        return getattr(owner, name)
     raise ValueError(f'a checkpoint may only refer to the statistics of HistoryBuffer, but this one asks for {name!r} '
                      f'of {owner!r}')
 

@@ -110,6 +110,7 @@ def hook() -> mmengine.hooks.Hook:
             check_last_batch(runner)
             state, self.state = self.state, None
             if state:
+                as_one(lambda state: rehearse_file(runner), state)
                 as_one(rehearse_rounds, state)
 
         def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
@@ -894,17 +895,28 @@ def rehearse_validation(state: al_patch.State, runner=None) -> str | None:
         evaluator.dataset_meta = images.metainfo
         data = mmengine.dataset.pseudo_collate([images[0]])
         with al_patch.autocast(enabled=getattr(loop, 'fp16', False)):
-            evaluator.process(data_samples=model.val_step(data), data_batch=data)
+            outputs = model.val_step(data)
+            evaluator.process(data_samples=outputs, data_batch=data)
         logging.disable(logging.CRITICAL)  # a table of one image
         try:
             with warnings.catch_warnings(), np.errstate(all='ignore'):
                 warnings.simplefilter('ignore')  # means of no class
-                metrics = evaluator.evaluate(1)
+                try:
+                    metrics = evaluator.evaluate(1)
+                except Exception:  # it may want as many as there are
+                    for _ in range(len(images)):
+                        evaluator.process(data_samples=outputs, data_batch=data)
+                    metrics = evaluator.evaluate(len(images))
         finally:
             logging.disable(logging.NOTSET)
     asked = {'al.stop.metric': [state.al.stop.metric] if state.al.stop else []}
     asked['default_hooks.checkpoint.save_best'] = sum(
-        (hook.save_best or [] for hook in al_patch.checkpoint_hooks(runner)), [])
+        (hook.save_best or [] for hook in al_patch.checkpoint_hooks(runner)), []) if metrics else []
+    asked['custom_hooks.EarlyStoppingHook.monitor'] = [hook.monitor for hook in runner.hooks if isinstance(
+        hook, mmengine.hooks.EarlyStoppingHook) and hook.strict]
+    schedulers = runner.cfg.get('param_scheduler') or []
+    asked['param_scheduler.monitor'] = [scheduler['monitor'] for scheduler in (
+        schedulers if isinstance(schedulers, list) else [schedulers]) if 'monitor' in scheduler]
     for key, names in asked.items():
         for name in names:
             if name not in ('auto', *metrics):
@@ -915,6 +927,24 @@ def rehearse_validation(state: al_patch.State, runner=None) -> str | None:
 def rehearse_overrides(state: al_patch.State) -> str | None:
     """Build each round of other overrides, its loop and its optimizer, on data of no images."""
     return f'{n} sets of overrides' if (n := sum(1 for _ in rounds_to_come(state))) else None
+
+
+def rehearse_file(trainer) -> None:
+    """Write a checkpoint of a round that begins, with its optimizer, schedulers and what hooks add, and read it.
+
+    Raises:
+        ValueError: It holds what is not read again, so that neither a query nor a resumed run could.
+    """
+    folder = [tempfile.mkdtemp() if al_patch.is_main_process() else None]
+    try:
+        with al_patch.undisturbed():
+            trainer.save_checkpoint(
+                folder[0], 'checkpoint', save_param_scheduler=trainer.param_schedulers is not None, by_epoch=False)
+        if folder[0]:
+            with al_patch.reading('a checkpoint of this run'):
+                torch.load(osp.join(folder[0], 'checkpoint'), map_location='cpu')
+    finally:
+        shutil.rmtree(folder[0] or '', ignore_errors=True)
 
 
 def rehearse_rounds(state: al_patch.State) -> None:
@@ -958,7 +988,7 @@ def rounds_to_come(state: al_patch.State, **loader) -> Iterator[tuple]:
         cfg.merge_from_dict(override)
         for key in ('persistent_workers', 'prefetch_factor', 'timeout', 'multiprocessing_context'):  # of workers
             cfg.train_dataloader.pop(key, None)
-        cfg.train_dataloader.update(loader, num_workers=0)
+        cfg.train_dataloader.update(loader, num_workers=0, drop_last=False)  # more images will be labelled by then
         cfg.visualizer = dict(type='Visualizer')  # without a backend that would begin a run elsewhere
         with tempfile.TemporaryDirectory() as cfg.work_dir, rehearsing(f'the round of `al.overrides[{k}]`'):
             cfg.experiment_name, cfg.log_level = f'{state.runner.experiment_name}_rehearsal_{k}', 'ERROR'

@@ -109,7 +109,7 @@ CASES = {
     'image-coreset-2-processes': case(IMAGE, 'coreset')._replace(processes=2),
     'image-human': resumed(case(IMAGE, oracle='human'), 0, 0, 0, 0),
     'image-ended-and-extended': case(IMAGE, rounds=1)._replace(
-        starts=([], [], [*RESUME, '--cfg-options', 'al.rounds=2']), codes=(0, 1, 0)),
+        starts=([], [], [*RESUME, '--cfg-options', 'al.rounds=2']), codes=(0, 2, 0)),
     'region-entropy-fraction': case(REGION, budget=.04, visualize=2),
     'region-ripu': case(REGION, with_options('ripu', k=2)),
     'region-mean-std': case(REGION, with_options('mean_std', mc=5)),

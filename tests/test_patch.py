@@ -108,7 +108,7 @@ def test_compiled_ops_are_mmcvs_own_and_are_called(make_cfg, train, monkeypatch)
 
 def test_getattr_in_a_checkpoint_answers_for_history_buffers_only():
     from mmengine.logging import HistoryBuffer
-    assert al_patch._getattr_of_history_buffer(HistoryBuffer, 'mean') is HistoryBuffer.mean
+    assert al_patch._getattr_of_mmengine(HistoryBuffer, 'mean') is HistoryBuffer.mean
     for owner, name in ((HistoryBuffer, '__init__'), (osp, 'join')):
         with pytest.raises(ValueError, match='may only refer to the statistics of HistoryBuffer'):
-            al_patch._getattr_of_history_buffer(owner, name)
+            al_patch._getattr_of_mmengine(owner, name)

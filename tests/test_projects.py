@@ -5,6 +5,7 @@ import os
 import os.path as osp
 import random
 import re
+import statistics
 
 import cv2
 import mmengine
@@ -14,9 +15,10 @@ import tiny
 import torch
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset
+from mmengine.evaluator import BaseMetric
 from mmseg.datasets import BaseSegDataset
 from mmseg.models import EncoderDecoder, SegDataPreProcessor
-from mmseg.registry import DATASETS, MODELS, TRANSFORMS
+from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS, TRANSFORMS
 from test_processes import join, start
 
 import al_patch
@@ -242,6 +244,41 @@ def test_a_step_that_maps_values_is_known_by_what_it_does(config, step, maps):
     assert bool(mapping) == maps
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     assert drawn == (random.random(), np.random.rand(), float(torch.rand(1)))
+
+
+@functools.partial(register, TRANSFORMS)
+class LoadsBoth(MaskFromFile):
+    """Image and label at once."""
+
+    def transform(self, results):
+        results['img'] = cv2.imread(results['img_path'])
+        results['img_shape'] = results['ori_shape'] = results['img'].shape[:2]
+        return super().transform({**results, 'seg_fields': []})
+
+
+@pytest.mark.parametrize('steps', [
+    [dict(type='LoadsBoth')], [dict(type='Compose', transforms=[LOAD, LABEL])],
+    [dict(type='Compose', transforms=[dict(type='LoadsBoth'), dict(type='RandomFlip', prob=1., direction='vertical')])]
+], ids=['both', 'nested', 'both nested'])
+@pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
+def test_one_step_loads_image_and_label(config, train, unit, steps):
+    """What is shown in training is what is labelled; the query shows such a step an empty label."""
+    TRANSFORMS.register_module('Compose', force=True, module=mmengine.dataset.Compose)
+    cfg = config(dict(unit=unit, initial=4, budget=2), [])
+    for loader in (cfg.train_dataloader, cfg.val_dataloader, cfg.test_dataloader):
+        loader.dataset.pipeline = [*steps, *[dict(type='Notes')] * (loader is cfg.train_dataloader), PACK]
+    try:
+        _, rounds = train(cfg)
+    finally:
+        TRANSFORMS.module_dict.pop('Compose')
+    assert len(rounds) == 2
+    shown = {name: [label for [label] in maps] for name, maps in Notes.seen['labels'].items()}
+    assert {*shown} <= {name for entry in rounds for name in entry['asked']}
+    if unit != 'image':
+        for name, maps in shown.items():
+            pixels = [sum((entry['asked'].get(name) or (0, 0))[1] for entry in rounds[:k]) for k in (1, 2)]
+            seen = {int((label != VOID).sum()) for label in maps if label.shape == tiny.SHAPE}  # others are trials
+            assert seen <= {*pixels, 0}
 
 
 def test_every_map_that_is_loaded_is_hidden(config, train):
@@ -631,6 +668,55 @@ def test_what_would_fail_later_is_refused_before_anything(config, train, al, cha
     refused(config(al, [LABEL], **changes), train, match)
 
 
+@functools.partial(register, METRICS)
+class NeedsMany(BaseMetric):
+    """Of all images, and in words, too."""
+
+    def process(self, data_batch, data_samples):
+        self.results += [len(data_samples)]
+
+    def compute_metrics(self, results):
+        assert len(results) in (2, 4)
+        return dict(mIoU=50., spread=statistics.stdev(results), note='well')
+
+
+def test_metrics_of_many_images_and_in_words(config, train):
+    cfg = config({}, [LABEL], val_evaluator=dict(type='NeedsMany', _delete_=True))
+    cfg.val_dataloader = dict(cfg.val_dataloader.to_dict(), batch_size=1)
+    assert [entry['metrics'] for entry in train(cfg)[1]] == [dict(mIoU=50., spread=0.)] * 2
+
+
+@pytest.mark.parametrize('al, changes, match', [
+    ({}, {'custom_hooks': [dict(type='EarlyStoppingHook', monitor='mDice', strict=True)]},
+     '`custom_hooks.EarlyStoppingHook.monitor` should be one of aAcc'),
+    ({}, {'param_scheduler': [dict(type='ReduceOnPlateauLR', monitor='mDice')]}, '`param_scheduler.monitor` should be')])
+def test_a_metric_that_is_waited_for_in_vain(config, train, al, changes, match):
+    refused(config(al, [LABEL], **changes), train, match)
+
+
+def test_checkpoints_of_every_scheduler_are_read(config, train):
+    cfg = config({}, [LABEL], param_scheduler=[dict(type='OneCycleLR', eta_max=.1, total_steps=9, by_epoch=False)])
+    assert len(train(cfg)[1]) == 2
+
+
+class Thing:
+    pass
+
+
+@functools.partial(register, HOOKS)
+class AddsThing(mmengine.hooks.Hook):
+
+    def before_save_checkpoint(self, runner, checkpoint):
+        checkpoint['thing'] = Thing()
+
+
+def test_a_checkpoint_that_cannot_be_read_is_refused_before_the_first_training(config, train):
+    cfg = config({}, [LABEL], custom_hooks=[dict(type='AddsThing')])
+    with pytest.raises(ValueError, match='a checkpoint of this run cannot be used .*holds test_projects.Thing'):
+        train(cfg)
+    assert not [name for _, _, names in os.walk(cfg.work_dir) for name in names if name.endswith('.pth')]
+
+
 @pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
 @pytest.mark.parametrize('override, match', [
     ({'model.backbone.in_channels': 4}, 'to have 4 channels'),
@@ -670,7 +756,8 @@ def test_of_test_time_augmentation_the_plain_view_is_scored(config, train, unit)
 def test_nothing_of_it_stays(config, train, monkeypatch, al):
     """A run with and without it trains, scores and chooses bit for bit the same."""
     found = []
-    rehearsals = {name: getattr(al_report, name) for name in ('rehearse', 'rehearse_rounds', 'check_hidden')}
+    rehearsals = {name: getattr(al_report, name) for name in (
+        'rehearse', 'rehearse_rounds', 'rehearse_file', 'check_hidden')}
     for is_rehearsed in (True, False):
         for name, part in rehearsals.items():
             monkeypatch.setattr(al_report, name, part if is_rehearsed else lambda *args: None)
