@@ -2019,13 +2019,14 @@ class Pool(Dataset):
         return leaf.get_data_info(index)
 
     def load_image(self, name: str) -> np.ndarray:
-        """An image as its pipeline loads it, (H, W[, C]), before any other transform."""
+        """An image as its pipeline loads it, (H, W[, C]), before any other transform; of several, as two dates, the
+        first."""
         results = self.info(name)
         with reading(image_path(results)):
             for step in self.leaf_of(name)[0].pipeline.transforms:
                 if 'img' not in results:
                     results = step(results)
-            return results['img']
+            return results['img'][0] if isinstance(results['img'], list) else results['img']
 
     def load_label(self, name: str) -> np.ndarray:
         """The label map of an image that was asked for, (H, W), as training loads it."""
@@ -2063,7 +2064,7 @@ class Pool(Dataset):
             label = (load or self.load_label)(name)
             if label.shape != shape:
                 is_small = label.shape[0] * shape[1] == label.shape[1] * shape[0]
-                why = ', a colour picture' if label.ndim > 2 else ': a thumbnail?' if is_small else ''
+                why = ': a colour picture, or several maps in one?' if label.ndim > 2 else ': a thumbnail?' if is_small else ''
                 raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}{why}')
             strange = np.setdiff1d(label[mask_HW], [*range(classes or 0), ignore_index])
             with contextlib.suppress(Exception), Image.open(path) as image:

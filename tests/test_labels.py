@@ -605,7 +605,7 @@ def test_exports_speak_the_values_of_label_files(people):
 
 @pytest.mark.parametrize('wrong, why', [
     ('cut', ''), ('text', ''), ('turned', r'should be that of its image, \(32, 48\), but is \(48, 32\)'),
-    ('small', r'but is \(16, 24\): a thumbnail\?'), ('colours', r'but is \(32, 48, 3\), a colour picture'),
+    ('small', r'but is \(16, 24\): a thumbnail\?'), ('colours', r'but is \(32, 48, 3\): a colour picture'),
     ('deep', 'got 40000'), ('code', 'got 25[678]'), ('value', r'got 200, 255: divide by 255\?')])
 @pytest.mark.parametrize('unit', ['image', 'region'])
 def test_a_broken_file_is_named_and_all_others_are_kept(people, truth, unit, wrong, why):

@@ -689,7 +689,7 @@ def test_metrics_of_many_images_and_in_words(config, train):
 @pytest.mark.parametrize('al, changes, match', [
     ({}, {'custom_hooks': [dict(type='EarlyStoppingHook', monitor='mDice', strict=True)]},
      '`custom_hooks.EarlyStoppingHook.monitor` should be one of aAcc'),
-    ({}, {'param_scheduler': [dict(type='ReduceOnPlateauLR', monitor='mDice')]}, '`param_scheduler.monitor` should be')])
+    ({}, {'param_scheduler': [dict(type='ReduceOnPlateauLR', monitor='mDice')]}, '`param_scheduler.monitor` should')])
 def test_a_metric_that_is_waited_for_in_vain(config, train, al, changes, match):
     refused(config(al, [LABEL], **changes), train, match)
 
