@@ -805,30 +805,32 @@ class SparseLabels(Compose):
     def show_labelled(self, results: dict, shown: Shown) -> dict | None:
         results = {**results, 'seg_map_path': shown.file} if shown.file else results
         for transform in self.transforms:
-            if transform in self.mapping:
-                continue
-            before, results = results, transform(copy.copy(results))
-            if results is None:
-                return None
-            label, old = results.get('gt_seg_map'), before.get('gt_seg_map')
-            if label is None or label is old:
-                continue
-            if old is None:
-                if shown.classes:
-                    classes = read_classes(shown.classes, self.ignore_index)
-                    results['gt_seg_map'] = classes.astype(np.promote_types(
-                        label.dtype, np.min_scalar_type(classes.max())))
-                else:
-                    results = Compose(self.mapping)(results)
-                for key in new_maps(before, results) if shown.mask else ():
-                    results[key] = self.hide(results[key], shown.mask)
-            elif any('Resize' in cls.__name__ for cls in type(transform).__mro__):  # mmcv's and mmseg's
-                results['gt_seg_map'] = keep_pixels(old, label, self.ignore_index)
-            elif (old != self.ignore_index).any():
-                for _ in range(10):
-                    if (results['gt_seg_map'] != self.ignore_index).any():
-                        break
-                    results = transform(copy.copy(before))
+            if results is not None and transform not in self.mapping:
+                results = self.apply(transform, results, shown)
+        return results
+
+    def apply(self, transform: Callable, before: dict, shown: Shown) -> dict | None:
+        """What one transform makes of an image."""
+        results = transform(copy.copy(before))
+        label, old = (results or {}).get('gt_seg_map'), before.get('gt_seg_map')
+        if label is None or label is old:
+            return results
+        if old is None:
+            if shown.classes:
+                classes = read_classes(shown.classes, self.ignore_index)
+                results['gt_seg_map'] = classes.astype(np.promote_types(
+                    label.dtype, np.min_scalar_type(classes.max())))
+            else:
+                results = Compose(self.mapping)(results)
+            for key in new_maps(before, results) if shown.mask else ():
+                results[key] = self.hide(results[key], shown.mask)
+        elif any('Resize' in cls.__name__ for cls in type(transform).__mro__):  # mmcv's and mmseg's
+            results['gt_seg_map'] = keep_pixels(old, label, self.ignore_index)
+        elif (old != self.ignore_index).any():
+            for _ in range(10):
+                if (results['gt_seg_map'] != self.ignore_index).any():
+                    break
+                results = transform(copy.copy(before)) or results
         return results
 
     def hide(self, label_HW: np.ndarray, path: str) -> np.ndarray:
@@ -2064,7 +2066,8 @@ class Pool(Dataset):
             label = (load or self.load_label)(name)
             if label.shape != shape:
                 is_small = label.shape[0] * shape[1] == label.shape[1] * shape[0]
-                why = ': a colour picture, or several maps in one?' if label.ndim > 2 else ': a thumbnail?' if is_small else ''
+                why = ': a thumbnail?' if is_small else ''
+                why = ': a colour picture, or several maps in one?' if label.ndim > 2 else why
                 raise ValueError(f'its size should be that of its image, {shape}, but is {label.shape}{why}')
             strange = np.setdiff1d(label[mask_HW], [*range(classes or 0), ignore_index])
             with contextlib.suppress(Exception), Image.open(path) as image:

@@ -101,11 +101,12 @@ def hook() -> mmengine.hooks.Hook:
         shown = set()  # values of the validation labels of a round that this rank has seen
 
         def before_train(self, runner) -> None:
-            self.shown = set()
-            if self.is_sparse:
-                for leaf in sparse_leaves(runner.train_dataloader.dataset):
-                    check_other_maps(leaf)
+            self.shown, dataset = set(), runner.train_dataloader.dataset
+            for leaf in leaves_under(dataset):
+                check_steps(leaf, is_alone=leaf is dataset)
+                if self.is_sparse and is_sparse(leaf):
                     check_hidden(leaf)
+            if self.is_sparse:
                 check_void(runner)
             check_last_batch(runner)
             state, self.state = self.state, None
@@ -1005,42 +1006,55 @@ def rounds_to_come(state: al_patch.State, **loader) -> Iterator[tuple]:
             al_patch.close_round(trainer)
 
 
-def sparse_leaves(dataset) -> Iterator:
-    """The data sets under wrappers of which images are partly labelled."""
-    for part in [*getattr(dataset, 'datasets', ()), *filter(None, [getattr(dataset, 'dataset', None)])]:
-        yield from sparse_leaves(part)
-    pipeline = getattr(dataset, 'pipeline', None)
-    if isinstance(pipeline, al_patch.SparseLabels) and pipeline.shown and len(dataset):
+def leaves_under(dataset) -> Iterator:
+    """The data sets with images under any wrappers."""
+    parts = [part for value in vars(dataset).values() for part in (value if isinstance(value, list) else [value])
+             if hasattr(part, '__getitem__') and hasattr(part, 'metainfo')]
+    for part in parts:
+        yield from leaves_under(part)
+    if not parts and hasattr(dataset, 'get_data_info') and hasattr(dataset, 'pipeline') and len(dataset):
         yield dataset
 
 
-def check_other_maps(dataset) -> None:
-    """Look for label maps that a later step loads from a file of its own: what al_patch hides is loaded with
-    ``gt_seg_map``, by the same step.
+def is_sparse(dataset) -> bool:
+    """Whether images of a data set are partly labelled."""
+    return isinstance(dataset.pipeline, al_patch.SparseLabels) and bool(dataset.pipeline.shown)
+
+
+def check_steps(dataset, is_alone: bool) -> None:
+    """Run the training pipeline on one image, step by step, and look for label maps that a later step loads from a file
+    of its own: what al_patch hides is loaded with ``gt_seg_map``, by the same step.
+
+    Args:
+        is_alone: Whether no wrapper has steps of its own.
 
     Raises:
-        ValueError: It names the step, and the map of which every pixel would be trained on.
+        ValueError: It names the step that fails, or returns nothing; or loads a map of which every pixel would be
+            trained on.
     """
     pipeline, info = dataset.pipeline, dataset.get_data_info(0)
-    file = pipeline.shown.get(al_patch.image_path(info), al_patch.Shown()).file
-    results = {**info, 'seg_map_path': file} if file else info
+    path, mapping = al_patch.image_path(info), getattr(pipeline, 'mapping', ())
+    shown = getattr(pipeline, 'shown', {}).get(path)
+    results = {**info, 'seg_map_path': shown.file} if shown and shown.file else info
     with al_patch.undisturbed():
-        for step in pipeline.transforms:
-            if step in pipeline.mapping:
+        for step in getattr(pipeline, 'transforms', ()):
+            if shown and step in mapping:
                 continue
-            try:
-                before, results = results, step(copy.deepcopy(results))
-            except Exception:  # training will say so
-                return
-            maps = al_patch.new_maps(before, results)
-            if 'gt_seg_map' not in before:
-                for key in maps:  # no step sees a label
-                    results[key] = np.full_like(results[key], pipeline.ignore_index)
-            elif maps and not is_made(step, before, maps):
-                raise ValueError(f'{type(step).__name__} of `train_dataloader.dataset.pipeline` loads '
-                                 f'{", ".join(maps)} from a file: every pixel of it would be trained on, also where '
-                                 'nothing is labelled. Let the step that loads `gt_seg_map` load it, too: both are '
-                                 'hidden then')
+            what, before = f'{type(step).__name__} of the training pipeline', results
+            with rehearsing(f'{what} on {path}'):
+                tries = (pipeline.apply(step, copy.deepcopy(before), shown) if shown else step(copy.deepcopy(before))
+                         for _ in range(10))  # a crop may give up now and then
+                results = next(filter(None, tries), None)
+            if results is None:
+                raise ValueError(f'{what} should return what it makes of {path}, but returned nothing in ten trials')
+            maps = al_patch.new_maps(before, results) if shown and shown.mask and 'gt_seg_map' in before else []
+            if maps and not is_made(step, before, maps):
+                raise ValueError(f'{what} loads {", ".join(maps)} from a file: every pixel of it would be trained on, '
+                                 'also where nothing is labelled. Let the step that loads `gt_seg_map` load it, too: '
+                                 'both are hidden then')
+    if is_alone and 'inputs' not in results:
+        raise ValueError('the training pipeline should give `inputs`, as PackSegInputs does at its end, but gives '
+                         f'{", ".join(results)}')
 
 
 def check_hidden(dataset) -> None:

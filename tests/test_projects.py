@@ -281,6 +281,40 @@ def test_one_step_loads_image_and_label(config, train, unit, steps):
             assert seen <= {*pixels, 0}
 
 
+@functools.partial(register, TRANSFORMS)
+class ForgetsToReturn(BaseTransform):
+
+    def transform(self, results):
+        results['img'] = results['img'][:, ::-1]
+
+
+@functools.partial(register, TRANSFORMS)
+class GivesUp(BaseTransform):
+    """Now and then, as a crop without labels in it."""
+
+    def transform(self, results):
+        return results if np.random.rand() < .5 else None
+
+
+@pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
+@pytest.mark.parametrize('steps, match', [
+    ([dict(type='ForgetsToReturn'), PACK], 'ForgetsToReturn of the training pipeline should return what it makes'),
+    ([dict(type='RandomCrop', crop_size=(8, 8), cat_max_ratio='much'), PACK], 'RandomCrop of the training pipeline on '),
+    ([], 'the training pipeline should give `inputs`, .*, but gives img_path')], ids=['return', 'fails', 'pack'])
+def test_a_step_of_the_training_pipeline_that_fails_is_named(config, train, unit, steps, match):
+    cfg = config(dict(unit=unit, initial=4), [LABEL])
+    cfg.train_dataloader.dataset.pipeline = [LOAD, LABEL, *steps]
+    with pytest.raises(ValueError, match=match) as error:
+        train(cfg)
+    assert '\n' not in str(error.value)
+
+
+def test_a_step_may_give_up_now_and_then(config, train):
+    cfg = config(dict(unit=CELL, initial=6, budget=2), [LABEL], tested=[LABEL])
+    cfg.train_dataloader.dataset.pipeline = [LOAD, LABEL, dict(type='GivesUp'), PACK]
+    assert len(train(cfg)[1]) == 2
+
+
 def test_every_map_that_is_loaded_is_hidden(config, train):
     cfg = config(dict(unit=CELL, initial=4, budget=2, rounds=0), [
         dict(type='TwoMaps'), dict(type='Notes', keys=('gt_seg_map', 'gt_parts'))])
@@ -307,7 +341,7 @@ def test_a_map_that_cannot_be_hidden_is_refused(config, train, reads):
     if not reads:
         train(cfg)
         return
-    with pytest.raises(ValueError, match='^PartsFromFile of .* loads gt_parts from a file'):
+    with pytest.raises(ValueError, match='^PartsFromFile of the training pipeline loads gt_parts from a file'):
         train(cfg)
     assert not [name for name in os.listdir(osp.join(cfg.work_dir, 'round_0')) if name.endswith('.pth')]
 
