@@ -1047,7 +1047,14 @@ def check_steps(dataset, is_alone: bool) -> None:
                 results = next(filter(None, tries), None)
             if results is None:
                 raise ValueError(f'{what} should return what it makes of {path}, but returned nothing in ten trials')
-            maps = al_patch.new_maps(before, results) if shown and shown.mask and 'gt_seg_map' in before else []
+            if not (shown and shown.mask and 'gt_seg_map' in before):
+                continue
+            values = labels_given(step, before, pipeline.ignore_index)
+            if values:
+                raise ValueError(f'{what} gives labels ({", ".join(map(str, values[:5]))}) to pixels that have none: let '
+                                 f'it fill up with {pipeline.ignore_index} and not mix neighbours, leave it out, or use '
+                                 "`al.unit='image'`")
+            maps = al_patch.new_maps(before, results)
             if maps and not is_made(step, before, maps):
                 raise ValueError(f'{what} loads {", ".join(maps)} from a file: every pixel of it would be trained on, '
                                  'also where nothing is labelled. Let the step that loads `gt_seg_map` load it, too: '
@@ -1055,6 +1062,15 @@ def check_steps(dataset, is_alone: bool) -> None:
     if is_alone and 'inputs' not in results:
         raise ValueError('the training pipeline should give `inputs`, as PackSegInputs does at its end, but gives '
                          f'{", ".join(results)}')
+
+
+def labels_given(step: Callable, before: dict, ignore_index: int) -> list:
+    """What a step of a pipeline makes of a label map without any label, but for that."""
+    void, found = {**before, 'gt_seg_map': np.full_like(before['gt_seg_map'], ignore_index)}, set()
+    for _ in range(10):
+        with contextlib.suppress(Exception):  # it may well want labels
+            found.update(np.unique((step(copy.deepcopy(void)) or void).get('gt_seg_map', ())).tolist())
+    return sorted(found - {ignore_index})
 
 
 def check_hidden(dataset) -> None:

@@ -298,7 +298,7 @@ class GivesUp(BaseTransform):
 
 @pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
 @pytest.mark.parametrize('steps, match', [
-    ([dict(type='ForgetsToReturn'), PACK], 'ForgetsToReturn of the training pipeline should return what it makes'),
+    ([dict(type='ForgetsToReturn'), PACK], 'ForgetsToReturn of the training pipeline should return what it'),
     ([dict(type='RandomCrop', crop_size=(8, 8), cat_max_ratio='much'), PACK], 'RandomCrop of the training pipeline on '),
     ([], 'the training pipeline should give `inputs`, .*, but gives img_path')], ids=['return', 'fails', 'pack'])
 def test_a_step_of_the_training_pipeline_that_fails_is_named(config, train, unit, steps, match):
@@ -307,6 +307,23 @@ def test_a_step_of_the_training_pipeline_that_fails_is_named(config, train, unit
     with pytest.raises(ValueError, match=match) as error:
         train(cfg)
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('step, values', [
+    (dict(type='RandomCutOut', prob=1., n_holes=2, cutout_shape=(6, 6), seg_fill_in=1), '1'),
+    (dict(type='RandomRotFlip', rotate_prob=1., flip_prob=0.), '0'),  # it mixes neighbours
+    (dict(type='RandomRotate', prob=1., degree=20, seg_pad_val=255), None),
+    (dict(type='RandomCutOut', prob=1., n_holes=2, cutout_shape=(6, 6), seg_fill_in=255), None)])
+def test_a_step_that_gives_labels_to_what_has_none(config, train, step, values):
+    cfg = config(dict(unit=CELL, initial=6, budget=2), [LABEL], tested=[LABEL])
+    cfg.train_dataloader.dataset.pipeline = [LOAD, LABEL, step, PACK]
+    if values is None:
+        assert len(train(cfg)[1]) == 2
+        return
+    with pytest.raises(ValueError, match=rf'^{step["type"]} of the training pipeline gives labels \({values}'):
+        train(cfg)
+    train(config(dict(rounds=0), [LABEL, step], tested=[LABEL],
+                 work_dir=cfg.work_dir + '_image'))
 
 
 def test_a_step_may_give_up_now_and_then(config, train):
