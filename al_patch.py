@@ -1162,82 +1162,6 @@ class Candidates(NamedTuple):
         return self.rows(np.lexsort((self.id, self.image)))
 
 
-class Caps:
-    """Which candidates may still be chosen beside those that are: at most ``most`` images of a group, and none that are
-    less than ``distance`` frames apart. Several units of one image count as one.
-
-    Args:
-        group_I, frame_I: The number of each image's group, and of its frame in it.
-        image_N: The image of each candidate.
-    """
-
-    def __init__(self, group_I: np.ndarray, frame_I: np.ndarray, most: float, distance: int, image_N: np.ndarray):
-        self.group_I, self.frame_I, self.most, self.distance = group_I, frame_I, most, distance
-        self.image_N, self.open_I, self.closed_I = image_N, np.zeros_like(group_I, bool), np.zeros_like(group_I, bool)
-
-    def take(self, row: int) -> torch.Tensor:
-        """Choose a candidate. (N,) booleans: those that cannot be chosen any more"""
-        i = self.image_N[row]
-        if not self.open_I[i]:
-            self.open_I[i] = True
-            same_I = self.group_I == self.group_I[i]
-            is_full = (same_I & self.open_I).sum() >= self.most
-            near_I = np.abs(self.frame_I - self.frame_I[i]) < self.distance
-            self.closed_I |= same_I & (near_I | is_full) & ~self.open_I
-        return torch.from_numpy(self.closed_I[self.image_N])
-
-    def first(self, rows_K: torch.Tensor, budget: int) -> torch.Tensor:
-        """The first of some candidates that may be chosen, up to a budget; each is, before the next is looked at."""
-        picks = []
-        for row in rows_K.tolist():
-            if len(picks) == budget:
-                break
-            if not self.closed_I[self.image_N[row]]:
-                picks.append(row)
-                self.take(row)
-        return torch.tensor(picks, dtype=torch.long)
-
-    def again(self) -> Caps:
-        """The same, with nothing chosen."""
-        return Caps(self.group_I, self.frame_I, self.most, self.distance, self.image_N)
-
-
-def asked_again(caps: Caps, select: Callable) -> Callable:
-    """A selector that knows of no caps, asked again for what they left, among those that may be chosen, until it has
-    spent the budget."""
-
-    def select_within(scores_N, budget, generator, **offered):
-        picks, rows = [], torch.arange(len(scores_N))
-        while len(picks) < budget and len(rows):
-            left = {key: value[rows] if key[-2:] in ('_N', 'ND', 'NC') and value is not None else value
-                    for key, value in offered.items()}
-            found = call_offering(select, scores_N[rows], min(budget - len(picks), len(rows)), generator, **left)
-            picks += caps.first(rows[torch.as_tensor(found).cpu()], budget).tolist()
-            free_N = torch.from_numpy(~caps.closed_I[caps.image_N])
-            free_N[picks] = False
-            rows = free_N.nonzero()[:, 0]
-        return torch.tensor(picks)
-
-    return functools.update_wrapper(select_within, select)
-
-
-def grouping(setting: str) -> Callable[[str], tuple[str, int]]:
-    """What ``al.group`` makes of an image's name: its group and frame. An expression's first parenthesis is the group,
-    or all that it matches; what it does not match is a group of its own.
-
-    Raises:
-        ValueError: There is no such function.
-    """
-
-    def by_expression(name: str) -> str:
-        found = re.search(setting, name)
-        return found[bool(found.groups())] if found else name
-
-    is_function = re.fullmatch(r'[\w.]+:\w+', setting)
-    group_of = function_named({}, setting, 'al.group') if is_function else by_expression
-    return lambda name: (str(group_of(name)), int(re.findall('[0-9]+', f'0/{name}')[-1]))
-
-
 def watched(state: State, what: str, looks: Iterator, total: int) -> Iterator:
     """Go through images under a progress bar or, in files, with a log line now and then, in the form of mmengine's."""
     begin, is_watched = time.time(), sys.stdout.isatty() and is_main_process()
@@ -2126,30 +2050,6 @@ def query_steps(cfg: dict, info: dict) -> list[Callable]:
     return kept
 
 
-def steps_of(pipeline: list) -> list[Callable]:
-    """The transforms of a pipeline, those of pipelines in it among them."""
-    return [inner for step in Compose(pipeline).transforms
-            for inner in (steps_of(step.transforms) if type(step).__name__ == 'Compose' else [step])]
-
-
-class WithoutLabel:
-    """A transform that loads image and label at once, given an empty label in place of the image's.
-
-    Args:
-        step: The transform.
-    """
-
-    def __init__(self, step: Callable):
-        self.step = step
-
-    def __call__(self, results: dict) -> dict:
-        with tempfile.NamedTemporaryFile(suffix='.png') as file, Image.open(image_path(results)) as image:
-            Image.new('L', image.size).save(file.name)
-            after = self.step({**results, 'seg_map_path': file.name})
-        return {key: value for key, value in after.items() if key not in ('seg_map_path', 'gt_seg_map')} | dict(
-            seg_fields=[])
-
-
 def without_label(transforms: list[Callable], results: dict) -> tuple[list, dict, Exception | None]:
     """Of some transforms those that do without a label, what they make of an image, and the first error of another."""
     kept, failed = [], None
@@ -2179,6 +2079,24 @@ def change_of(results: dict) -> tuple[bool, float]:
     """Whether a packed image is flipped, and how far its size is from its own."""
     meta = results['data_samples'].metainfo if 'data_samples' in results else results
     return bool(meta.get('flip')), abs(math.log(meta['img_shape'][0] / meta['ori_shape'][0]))
+
+
+class WithoutLabel:
+    """A transform that loads image and label at once, given an empty label in place of the image's.
+
+    Args:
+        step: The transform.
+    """
+
+    def __init__(self, step: Callable):
+        self.step = step
+
+    def __call__(self, results: dict) -> dict:
+        with tempfile.NamedTemporaryFile(suffix='.png') as file, Image.open(image_path(results)) as image:
+            Image.new('L', image.size).save(file.name)
+            after = self.step({**results, 'seg_map_path': file.name})
+        return {key: value for key, value in after.items() if key not in ('seg_map_path', 'gt_seg_map')} | dict(
+            seg_fields=[])
 
 
 def label_steps(transforms: list[Callable], info: dict) -> tuple[list, list]:
@@ -2329,6 +2247,12 @@ def is_dataset(config) -> bool:
         return hasattr(registry.get(config['type']) if isinstance(config['type'], str) else config['type'],
                        '__getitem__')
     return False
+
+
+def steps_of(pipeline: list) -> list[Callable]:
+    """The transforms of a pipeline, those of pipelines in it among them."""
+    return [inner for step in Compose(pipeline).transforms
+            for inner in (steps_of(step.transforms) if type(step).__name__ == 'Compose' else [step])]
 
 
 def image_path(info: dict) -> str:
@@ -2644,11 +2568,6 @@ def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.
     left = np.setdiff1d(np.arange(len(doubt_N)), picks)
     rest = allowed(left[np.argsort(-doubt_N[left], kind='stable')], budget - len(picks), caps)
     return torch.tensor([*picks, *rest.tolist()])
-
-
-def allowed(rows_K, budget: int, caps: Caps | None):
-    """The first of some candidates, as caps allow."""
-    return caps.first(rows_K, budget) if caps else rows_K[:budget]
 
 
 def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
@@ -3065,6 +2984,87 @@ def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, 
         away_N = away_N**tau * pull_N.double()**(1 - tau)
         total_N, least_N = total_N + away_N, torch.minimum(least_N, away_N)
     return torch.tensor(traversed[len(labelled_LD):]) - len(labelled_LD)
+
+
+def allowed(rows_K, budget: int, caps: Caps | None):
+    """The first of some candidates, as caps allow."""
+    return caps.first(rows_K, budget) if caps else rows_K[:budget]
+
+
+class Caps:
+    """Which candidates may still be chosen beside those that are: at most ``most`` images of a group, and none that are
+    less than ``distance`` frames apart. Several units of one image count as one.
+
+    Args:
+        group_I, frame_I: The number of each image's group, and of its frame in it.
+        image_N: The image of each candidate.
+    """
+
+    def __init__(self, group_I: np.ndarray, frame_I: np.ndarray, most: float, distance: int, image_N: np.ndarray):
+        self.group_I, self.frame_I, self.most, self.distance = group_I, frame_I, most, distance
+        self.image_N, self.open_I, self.closed_I = image_N, np.zeros_like(group_I, bool), np.zeros_like(group_I, bool)
+
+    def take(self, row: int) -> torch.Tensor:
+        """Choose a candidate. (N,) booleans: those that cannot be chosen any more"""
+        i = self.image_N[row]
+        if not self.open_I[i]:
+            self.open_I[i] = True
+            same_I = self.group_I == self.group_I[i]
+            is_full = (same_I & self.open_I).sum() >= self.most
+            near_I = np.abs(self.frame_I - self.frame_I[i]) < self.distance
+            self.closed_I |= same_I & (near_I | is_full) & ~self.open_I
+        return torch.from_numpy(self.closed_I[self.image_N])
+
+    def first(self, rows_K: torch.Tensor, budget: int) -> torch.Tensor:
+        """The first of some candidates that may be chosen, up to a budget; each is, before the next is looked at."""
+        picks = []
+        for row in rows_K.tolist():
+            if len(picks) == budget:
+                break
+            if not self.closed_I[self.image_N[row]]:
+                picks.append(row)
+                self.take(row)
+        return torch.tensor(picks, dtype=torch.long)
+
+    def again(self) -> Caps:
+        """The same, with nothing chosen."""
+        return Caps(self.group_I, self.frame_I, self.most, self.distance, self.image_N)
+
+
+def asked_again(caps: Caps, select: Callable) -> Callable:
+    """A selector that knows of no caps, asked again for what they left, among those that may be chosen, until it has
+    spent the budget."""
+
+    def select_within(scores_N, budget, generator, **offered):
+        picks, rows = [], torch.arange(len(scores_N))
+        while len(picks) < budget and len(rows):
+            left = {key: value[rows] if key[-2:] in ('_N', 'ND', 'NC') and value is not None else value
+                    for key, value in offered.items()}
+            found = call_offering(select, scores_N[rows], min(budget - len(picks), len(rows)), generator, **left)
+            picks += caps.first(rows[torch.as_tensor(found).cpu()], budget).tolist()
+            free_N = torch.from_numpy(~caps.closed_I[caps.image_N])
+            free_N[picks] = False
+            rows = free_N.nonzero()[:, 0]
+        return torch.tensor(picks)
+
+    return functools.update_wrapper(select_within, select)
+
+
+def grouping(setting: str) -> Callable[[str], tuple[str, int]]:
+    """What ``al.group`` makes of an image's name: its group and frame. An expression's first parenthesis is the group,
+    or all that it matches; what it does not match is a group of its own.
+
+    Raises:
+        ValueError: There is no such function.
+    """
+
+    def by_expression(name: str) -> str:
+        found = re.search(setting, name)
+        return found[bool(found.groups())] if found else name
+
+    is_function = re.fullmatch(r'[\w.]+:\w+', setting)
+    group_of = function_named({}, setting, 'al.group') if is_function else by_expression
+    return lambda name: (str(group_of(name)), int(re.findall('[0-9]+', f'0/{name}')[-1]))
 
 
 class Functions(Registry):

@@ -1051,9 +1051,9 @@ def check_steps(dataset, is_alone: bool) -> None:
                 continue
             values = labels_given(step, before, pipeline.ignore_index)
             if values:
-                raise ValueError(f'{what} gives labels ({", ".join(map(str, values[:5]))}) to pixels that have none: let '
-                                 f'it fill up with {pipeline.ignore_index} and not mix neighbours, leave it out, or use '
-                                 "`al.unit='image'`")
+                raise ValueError(f'{what} gives labels ({", ".join(map(str, values[:5]))}) to pixels that have none: '
+                                 f'let it fill up with {pipeline.ignore_index} and not mix neighbours, leave it out, '
+                                 "or use `al.unit='image'`")
             maps = al_patch.new_maps(before, results)
             if maps and not is_made(step, before, maps):
                 raise ValueError(f'{what} loads {", ".join(maps)} from a file: every pixel of it would be trained on, '

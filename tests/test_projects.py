@@ -299,7 +299,7 @@ class GivesUp(BaseTransform):
 @pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
 @pytest.mark.parametrize('steps, match', [
     ([dict(type='ForgetsToReturn'), PACK], 'ForgetsToReturn of the training pipeline should return what it'),
-    ([dict(type='RandomCrop', crop_size=(8, 8), cat_max_ratio='much'), PACK], 'RandomCrop of the training pipeline on '),
+    ([dict(type='RandomCrop', crop_size=(8, 8), cat_max_ratio='x'), PACK], 'RandomCrop of the training pipeline on '),
     ([], 'the training pipeline should give `inputs`, .*, but gives img_path')], ids=['return', 'fails', 'pack'])
 def test_a_step_of_the_training_pipeline_that_fails_is_named(config, train, unit, steps, match):
     cfg = config(dict(unit=unit, initial=4), [LABEL])
