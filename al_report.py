@@ -106,10 +106,12 @@ def hook() -> mmengine.hooks.Hook:
                 check_steps(leaf, is_alone=leaf is dataset)
                 if self.is_sparse and is_sparse(leaf):
                     check_hidden(leaf)
+            state, self.state = self.state, None
             if self.is_sparse:
                 check_void(runner)
+            elif state:
+                trial_losses(runner, 2, None)
             check_last_batch(runner)
-            state, self.state = self.state, None
             if state:
                 as_one(lambda state: rehearse_file(runner), state)
                 as_one(rehearse_rounds, state)
@@ -1041,7 +1043,7 @@ def check_steps(dataset, is_alone: bool) -> None:
             if shown and step in mapping:
                 continue
             what, before = f'{type(step).__name__} of the training pipeline', results
-            with rehearsing(f'{what} on {path}'):
+            with al_patch.reading(f'{what}: {path} or its label map'):
                 tries = (pipeline.apply(step, copy.deepcopy(before), shown) if shown else step(copy.deepcopy(before))
                          for _ in range(10))  # a crop may give up now and then
                 results = next(filter(None, tries), None)
@@ -1199,23 +1201,29 @@ def check_last_batch(trainer) -> None:
 
 def trial_losses(trainer, n: int, *fills) -> list[dict]:
     """The losses of ``n`` training images (first, last, ...), for each function that makes their label maps of other
-    ones, or None. Random numbers and the model's buffers are afterwards as before."""
+    ones, or None. Random numbers, and what the model counts and averages, are afterwards as before."""
     model, dataset = al_patch.unwrap(trainer.model), trainer.train_dataloader.dataset
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    weights = [(weight, weight.detach().clone()) for weight in (*model.parameters(), *model.buffers())]
+    counts = [(module, {key: value for key, value in vars(module).items() if isinstance(value, (int, float))})
+              for module in model.modules()]  # of iterations, say
 
     def losses(fill: Callable) -> dict:
         data = model.data_preprocessor(copy.deepcopy(batch), True)
         for sample in data['data_samples'] if fill else ():
             sample.gt_sem_seg.data = fill(sample.gt_sem_seg.data)
         torch.manual_seed(0)  # of dropout
+        with rehearsing(f'the loss of {n} training images'):
+            found = model(**data, mode='loss').items()
         return {key: sum(map(torch.sum, value)) if isinstance(value, list) else value.sum()
-                for key, value in model(**data, mode='loss').items() if 'loss' in key}
+                for key, value in found if 'loss' in key}
 
     with al_patch.undisturbed(), torch.no_grad():
         batch = mmengine.dataset.pseudo_collate([dataset[-i % len(dataset)] for i in range(n)])
         found = [*map(losses, fills)]
-        for buffer, before in buffers:
-            buffer.copy_(before)
+        for weight, before in weights:
+            weight.copy_(before)
+        for module, before in counts:
+            vars(module).update(before)
     return found
 
 

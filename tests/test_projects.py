@@ -299,7 +299,7 @@ class GivesUp(BaseTransform):
 @pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
 @pytest.mark.parametrize('steps, match', [
     ([dict(type='ForgetsToReturn'), PACK], 'ForgetsToReturn of the training pipeline should return what it'),
-    ([dict(type='RandomCrop', crop_size=(8, 8), cat_max_ratio='x'), PACK], 'RandomCrop of the training pipeline on '),
+    ([dict(type='RandomCrop', crop_size=(8, 8), cat_max_ratio='x'), PACK], 'RandomCrop of the training pipeline: '),
     ([], 'the training pipeline should give `inputs`, .*, but gives img_path')], ids=['return', 'fails', 'pack'])
 def test_a_step_of_the_training_pipeline_that_fails_is_named(config, train, unit, steps, match):
     cfg = config(dict(unit=unit, initial=4), [LABEL])
@@ -685,6 +685,35 @@ class LosesBackbone(EncoderDecoder):
 def test_a_checkpoint_brings_the_model_back_or_is_refused(config, train):
     refused(config({}, [LABEL], **{'model.type': 'LosesBackbone'}), train,
             'a checkpoint of LosesBackbone should bring back the model .*: backbone.stem.weight, .* is neither in its')
+
+
+@functools.partial(register, MODELS)
+class Teaches(EncoderDecoder):
+    """A teacher that follows with every call of its loss, by the number of calls."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.teacher, self.calls = torch.nn.Parameter(torch.zeros(3), requires_grad=False), 0
+
+    def loss(self, inputs, data_samples):
+        self.calls += 1
+        self.teacher.data.add_(self.calls)
+        return super().loss(inputs, data_samples)
+
+
+@pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
+def test_a_trial_of_losses_leaves_no_trace(config, train, unit):
+    runner, _ = train(config(dict(unit=unit, initial=6, rounds=0), [LABEL], **{'model.type': 'Teaches'}))
+    assert runner.model.calls == 2 and runner.model.teacher.tolist() == [3.] * 3
+
+
+def test_a_loss_that_fails_is_said_before_the_first_iteration(config, train):
+    auxiliary = dict(type='FCNHead', in_channels=8, channels=8, num_convs=1, num_classes=3, in_index=7)
+    for unit in ('image', CELL):
+        cfg = config(dict(unit=unit, initial=6), [LABEL], **{'model.auxiliary_head': auxiliary})
+        cfg.work_dir += str(unit == 'image')
+        with pytest.raises(ValueError, match='^the loss of 2 training images fails .IndexError: tuple index out of'):
+            train(cfg)
 
 
 def test_a_model_whose_train_returns_nothing(config, train):
