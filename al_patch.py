@@ -1240,7 +1240,7 @@ class Network:
     """
 
     def __init__(self, trainer: Runner, strategy: Strategy | None = None, logits_of: str | None = None):
-        self.trainer, self.model = trainer, unwrap(trainer.model)
+        self.trainer, self.model = trainer, segmentor(unwrap(trainer.model))
         self.logits_of = function_named({}, logits_of, 'al.logits') if logits_of else leaves_of
         self.model.train(False)
         self.mc = strategy.mc if strategy else 1
@@ -1363,7 +1363,7 @@ class Network:
 
 def feature_head(model: torch.nn.Module) -> torch.nn.Module | None:
     """The head whose ``conv_seg`` gets the penultimate features: of a cascade, the last that has one."""
-    heads = getattr(model, 'decode_head', None)
+    heads = getattr(segmentor(model), 'decode_head', None)
     heads = heads if isinstance(heads, torch.nn.ModuleList) else [heads]
     return next((head for head in reversed(heads) if hasattr(head, 'conv_seg')), None)
 
@@ -1509,8 +1509,14 @@ def no_features(model: torch.nn.Module) -> str:
 
 def decode_head(model: torch.nn.Module) -> torch.nn.Module | None:
     """The head that gives a segmentor's logits: of a cascade, the last."""
-    head = getattr(model, 'decode_head', None)
+    head = getattr(segmentor(model), 'decode_head', None)
     return head[-1] if isinstance(head, (torch.nn.ModuleList, list)) else head
+
+
+def segmentor(model: torch.nn.Module) -> torch.nn.Module:
+    """What predicts: the model itself or, of a distillation, its student."""
+    parts = model, getattr(model, 'student', None), getattr(model, 'architecture', None)
+    return next((part for part in parts if hasattr(part, 'inference')), model)
 
 
 def dropouts_of(model: torch.nn.Module) -> list[torch.nn.Module]:

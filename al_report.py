@@ -657,7 +657,7 @@ def check_model(state: al_patch.State) -> None:
     Raises:
         ValueError: The model cannot serve the strategy: it gives no logits, or has no dropout layer.
     """
-    model, strategy = state.model, state.strategy
+    model, strategy = al_patch.segmentor(state.model), state.strategy
     if strategy.needs_model and not hasattr(model, 'inference'):
         raise ValueError('`model` should be a segmentor of mmseg, whose `inference` returns logits, for all that '
                          f"`al.strategy` can be but 'random', but got {type(model).__name__}")

@@ -16,6 +16,7 @@ import torch
 from mmcv.transforms import BaseTransform
 from mmengine.dataset import BaseDataset
 from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel
 from mmseg.datasets import BaseSegDataset
 from mmseg.models import EncoderDecoder, SegDataPreProcessor
 from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS, TRANSFORMS
@@ -571,6 +572,34 @@ def test_several_outputs_are_refused_before_the_first_training(config, train):
     with pytest.raises(ValueError, match=r'a query of .*a/00.png fails: TwoTasks.inference should return logits \(1, '):
         train(cfg)
     assert not osp.exists(osp.join(cfg.work_dir, 'al_state.json'))
+
+
+@functools.partial(register, MODELS)
+class Distills(BaseModel):
+    """A student that learns from a teacher, neither of them by inheritance; the loss of the teacher's needs no label."""
+
+    def __init__(self, student, data_preprocessor=None):
+        super().__init__()
+        self.student, self.teacher = MODELS.build(student), MODELS.build(student)
+        self.data_preprocessor = self.student.data_preprocessor
+
+    def forward(self, inputs, data_samples=None, mode='tensor'):
+        found = self.student(inputs, data_samples, mode)
+        if mode == 'loss':
+            with torch.no_grad():
+                taught = self.teacher(inputs)
+            found['loss_distill'] = (self.student(inputs) - taught).square().mean()
+        return found
+
+
+@pytest.mark.parametrize('al', [dict(strategy='entropy'), dict(strategy='coreset'), dict(unit=CELL, strategy='bald')],
+                         ids=str)
+def test_of_a_distillation_the_student_is_asked(config, train, al):
+    cfg = config(dict(al, initial=6), [LABEL])
+    cfg.model = dict(type='Distills', student=cfg.model.to_dict())
+    assert len(train(cfg)[1]) == 2
+    if al.get('unit'):
+        assert 'loss_distill does not depend on labels' in tiny.log_of(osp.join(cfg.work_dir, 'round_0'))
 
 
 def first_of_two(output) -> torch.Tensor:
