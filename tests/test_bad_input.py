@@ -607,7 +607,7 @@ def test_a_last_batch_of_one_image_is_refused_before_training(make_cfg, train, u
     odd = dict(PSP, **{**tiny.NO_VAL, 'train_dataloader.batch_size': 4 if unit == 'image' else 11})
     cfg = make_cfg(al, 'epochs', changes=odd)
     with pytest.raises(ValueError, match='^the last batch of an epoch, one image .set `train_dataloader.drop_last=True`'
-                                         ', or another `batch_size`., cannot be used .ValueError: .*: Expected more than '
+                                         ', or another `batch_size`., cannot be used .*: Expected more than '
                                          '1 value per channel') as error:
         train(cfg)
     assert '\n' not in str(error.value) and not checkpoints_of(cfg)

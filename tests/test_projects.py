@@ -576,7 +576,7 @@ def test_several_outputs_are_refused_before_the_first_training(config, train):
 
 @functools.partial(register, MODELS)
 class Distills(BaseModel):
-    """A student that learns from a teacher, neither of them by inheritance; the loss of the teacher's needs no label."""
+    """A student that learns from a teacher, whose loss needs no label."""
 
     def __init__(self, student, data_preprocessor=None):
         super().__init__()
