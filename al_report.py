@@ -107,10 +107,12 @@ def hook() -> mmengine.hooks.Hook:
                 if self.is_sparse and is_sparse(leaf):
                     check_hidden(leaf)
             state, self.state = self.state, None
+            for key, loss in trial_losses(runner, 2, None)[0].items() if state else ():
+                if not loss.isfinite():
+                    raise ValueError(f'{key} should be a finite number, but is {loss:g} on two training images, as the '
+                                     'model begins')
             if self.is_sparse:
                 check_void(runner)
-            elif state:
-                trial_losses(runner, 2, None)
             check_last_batch(runner)
             if state:
                 as_one(lambda state: rehearse_file(runner), state)

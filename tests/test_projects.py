@@ -736,6 +736,20 @@ def test_a_trial_of_losses_leaves_no_trace(config, train, unit):
     assert runner.model.calls == 2 and runner.model.teacher.tolist() == [3.] * 3
 
 
+@functools.partial(register, MODELS)
+class NoNumber(torch.nn.Module):
+    loss_name = 'loss_none'
+
+    def forward(self, pred, label, **kwargs):
+        return pred.mean() * torch.nan
+
+
+def test_a_loss_that_is_no_number_is_said(config, train):
+    cfg = config(dict(initial=6), [LABEL], **{'model.decode_head.loss_decode': dict(type='NoNumber', _delete_=True)})
+    with pytest.raises(ValueError, match='loss_none should be a finite number, but is nan on two training images'):
+        train(cfg)
+
+
 def test_a_loss_that_fails_is_said_before_the_first_iteration(config, train):
     auxiliary = dict(type='FCNHead', in_channels=8, channels=8, num_convs=1, num_classes=3, in_index=7)
     for unit in ('image', CELL):
