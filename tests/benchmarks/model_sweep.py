@@ -131,6 +131,7 @@ def sweep(family: str) -> dict:
                     assert torch.isfinite(vectors).all() and len(vectors) == units.number
 
     def train():
+        al_report.check_losses(model)
         al_patch.gather_labelled_pixels(model)
         Trainer.train_dataloader = types.SimpleNamespace(dataset=Images())
         model.train()
