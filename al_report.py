@@ -430,9 +430,12 @@ def check_groups(state: al_patch.State) -> None:
     if al.per_image:
         raise ValueError('`al.group` should be None where `al.per_image` spends the budget in every image by itself, '
                          f'but got {al.group!r}')
-    with al_patch.reading(f'`al.group` = {al.group!r}'):
+    try:
         group_of = al_patch.grouping(al.group)
         groups = collections.Counter(group_of(name)[0] for name in pool.names)
+    except Exception as error:
+        raise ValueError(f"`al.group` should be a regular expression, or 'package.module:function' of an image's name, "
+                         f'but got {al.group!r} ({type(error).__name__}: {error})') from error
     sizes = sorted(groups.values())
     state.logger.info(f'`al.group` makes {len(groups)} groups of the {len(pool)} images of the pool, of {sizes[0]} to '
                       f'{sizes[-1]}, e.g. {in_short([*groups][:3])}')
