@@ -124,7 +124,6 @@ class Block:
     frame_distance: MaybeNatural = None  # between two images of a group in one query, by the last number in their names
     logits: MaybeFunction = None     # 'package.module:function' from what `inference` returns to (N, classes, H, W)
     pool_size: MaybeAmount = None    # score only a random subset of the pool: int | fraction of the images
-    full_res: MaybeFlag = None       # score the enlarged logits, not the native ones; default: as the unit has it
     oracle: TypeName = 'simulated'   # simulated: labels are on disk, hidden until asked for | human: wait for them
     overrides: Overrides = None      # config overrides for single rounds, e.g. {2: {'train_cfg.max_iters': 4000}}
     stop: StopSetting = None         # stop early: dict(metric='mIoU', value=75) and / or dict(metric=, patience=2)
@@ -132,7 +131,6 @@ class Block:
 
 
 Flag = rule('True or False', lambda v: isinstance(v, bool))
-MaybeFlag = or_none(Flag)
 MaybePath = or_none(rule('a path in `train_dataloader`', lambda v: isinstance(v, str)))
 MaybeExpression = or_none(rule("a regular expression or 'package.module:function'", lambda v: isinstance(v, str)))
 MaybeFunction = or_none(rule("'package.module:function'", lambda v: isinstance(v, str) and ':' in v))
@@ -407,6 +405,9 @@ def parse_settings(block: dict) -> ConfigDict:
     """
     if not isinstance(block, dict):
         raise ValueError(f'`al` should be a dict, but got {block!r}')
+    if 'full_res' in block:
+        raise ValueError('`al.full_res` should be left out: below image level scores are those of the image\'s own '
+                         f'pixels, always, but got {block["full_res"]!r}')
     try:  # exactly as the state file will hold it: lists, string keys
         block = json.loads(json.dumps(block, allow_nan=False))
     except (TypeError, ValueError) as error:
@@ -954,22 +955,21 @@ class Query:
     @property
     def views(self) -> list[Callable]:
         """What the strategy is shown of the logits: first, if vectors come from them, at their own resolution; last
-        what the score map comes from, which may be the same."""
-        native = as_it_is if self.state.counts_pixels else without_padding
-        at_native = self.strategy.needs_maps or not self.state.full_res
-        return [native] * at_native + [to_image] * self.state.full_res
+        what scores and classes come from, which are those of the image's own pixels below image level."""
+        if not self.state.counts_pixels:
+            return [without_padding]
+        is_scored = self.strategy.score is not random_scores or self.strategy.asks_for('probs_NC')
+        return [as_it_is] * (self.strategy.embed is not None) + [to_image] * is_scored
 
     def maps(self, seen: Seen) -> tuple[torch.Tensor | None, dict]:
-        """An image's score map: for whole images at the logits' resolution, less the padding, else in the coordinates
-        of the original image. And ``probs_CHW``, ``scores_HW`` and ``features_KHW`` at the logits' resolution, less the
+        """An image's score map: for whole images at the logits' resolution, less the padding, else of the original
+        image's pixels. And ``probs_CHW``, ``scores_HW`` and ``features_KHW`` at the logits' resolution, less the
         padding, as far as vectors are made from them."""
         counts_pixels, strategy, maps = self.state.counts_pixels, self.strategy, {}
         scores = [None if strategy.score is random_scores else call_offering(
             strategy.score, means['probs_NCHW'], **means, **self.state.thresholds)[0] for means in seen.means]
         map_HW = scores[-1]
-        if counts_pixels and not self.state.full_res and map_HW is not None:
-            map_HW = to_image(map_HW[None], seen)[0]
-        if strategy.needs_maps:
+        if strategy.embed:
             crop = without_padding if counts_pixels else as_it_is
             maps = dict(probs_CHW=crop(seen.means[0]['probs_NCHW'][0], seen))
             if scores[0] is not None:
@@ -1003,11 +1003,12 @@ class Query:
         vectors = probs = None
         if maps and len(ids):
             weights_NP = units.weights(ids, maps['probs_CHW'].shape[1:], maps['probs_CHW'].device)
-            if strategy.embed:
-                vectors_ND = call_offering(strategy.embed, **maps, **self.state.thresholds, weights_NP=weights_NP)
-                vectors = vectors_ND.float().cpu().numpy()
-            if strategy.asks_for('probs_NC'):
-                probs = pool_map(maps['probs_CHW'], weights_NP).cpu().numpy()
+            vectors_ND = call_offering(strategy.embed, **maps, **self.state.thresholds, weights_NP=weights_NP)
+            vectors = vectors_ND.float().cpu().numpy()
+        if strategy.asks_for('probs_NC') and len(ids):
+            probs_CHW = seen.means[-1]['probs_NCHW'][0]
+            weights_NP = units.weights(ids, probs_CHW.shape[1:], probs_CHW.device)
+            probs = pool_map(probs_CHW, weights_NP).cpu().numpy()
         image = np.full(len(ids), self.position[name], np.int32)
         rows = Candidates(image, ids, values, pixels, draw(ids), vectors, probs)
         free = len(found[0][0])
@@ -1647,11 +1648,6 @@ class State:
     def counts_pixels(self) -> bool:
         """Whether the budget and what is labelled are counted in pixels, and kept in masks, or in whole images."""
         return self.unit.kind.counts_pixels
-
-    @property
-    def full_res(self) -> bool:
-        """Whether scores are made from the logits enlarged to the image, or at their own resolution."""
-        return self.unit.kind.full_res if self.al.full_res is None else self.al.full_res
 
     def warn(self, text: str) -> None:
         """Log what is hardly as it should be, and keep it with the newest round, once."""
@@ -2401,7 +2397,7 @@ class Areas:
 
 class Segments(Areas):
     """Numbered areas, (H, W): cells of a grid, superpixels. A score is the ``mean`` or ``max`` of its pixels."""
-    counts_pixels, full_res, is_dense, size = True, False, False, 1
+    counts_pixels, is_dense, size = True, False, 1
 
     def __init__(self, labels_HW: np.ndarray):
         self.labels, self.pixels = labels_HW, np.bincount(labels_HW.reshape(-1))
@@ -2431,7 +2427,7 @@ class Segments(Areas):
 
 class Whole(Areas):
     """The whole image, scored at the logits' resolution."""
-    counts_pixels, full_res, is_dense, size, number = False, False, False, 1, 1
+    counts_pixels, is_dense, size, number = False, False, 1, 1
 
     @staticmethod
     def check(al: dict, strategy: Strategy) -> None:
@@ -2452,7 +2448,7 @@ class Whole(Areas):
 class Peaks(Areas):
     """Squares of (2 radius + 1)^2 pixels around any pixel, best first, whose centres lie more than ``gap`` apart. A
     score is that of the centre."""
-    counts_pixels, full_res, is_dense = True, True, True
+    counts_pixels, is_dense = True, True
 
     def __init__(self, shape: tuple, radius: int, gap: int):
         self.shape, self.radius, self.gap = shape, radius, gap
@@ -3174,12 +3170,8 @@ class Strategy:
         return any(map(self.asks_for, set(STATISTICS) - {'probs_NCHW'}))
 
     @property
-    def needs_maps(self) -> bool:
-        return self.embed is not None or self.asks_for('probs_NC')
-
-    @property
     def needs_model(self) -> bool:
-        return self.score is not random_scores or self.needs_maps
+        return self.score is not random_scores or self.embed is not None or self.asks_for('probs_NC')
 
     @property
     def setting(self) -> str | dict:

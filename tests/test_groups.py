@@ -196,7 +196,8 @@ def test_a_group_on_both_sides_is_said_aloud(make_cfg, train, tmp_path):
 
 @pytest.mark.parametrize('al, match', [
     (dict(max_per_group=2), "`al.group` should be an expression"), (dict(frame_distance=2), '`al.group` should be an'),
-    (dict(group='('), r"`al.group` should be a reg.* got '\('"), (dict(group='test_groups:none'), '`al.group` should be a reg'),
+    (dict(group='('), r"`al.group` should be a reg.* got '\('"),
+    (dict(group='test_groups:none'), '`al.group` should be a reg'),
     (dict(group='^a', max_per_group=0), '`al.max_per_group` should be None or a positive int'),
     (dict(group='^a', per_image=True, unit='pixel', budget=4, initial=4), '`al.group` should be None where')])
 def test_settings_that_say_nothing_are_refused(make_cfg, train, al, match):

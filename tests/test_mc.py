@@ -412,26 +412,24 @@ def test_features_are_those_of_the_pass_without_dropout(model_of, which):
     assert all(torch.equal(a, b) for a, b in zip(plain, mc)) and plain[0].shape == (8, 8, 12)
 
 
-@pytest.mark.parametrize('full_res', [False, True])
-@pytest.mark.parametrize('unit', ['image', 'region'])
+@pytest.mark.parametrize('unit', ['image', 'region', 'pixel'])
 @torch.no_grad()
-def test_the_map_of_bald(model_of, make_cfg, build, unit, full_res):
-    """Of whole images it may be at the logits' resolution, else it is the image's."""
+def test_the_map_of_bald(model_of, make_cfg, build, unit):
+    """Of whole images it is at the logits' resolution, else that of the image's own pixels."""
     cfg, names = make_cfg(), tiny.NAMES[:3]
     runner = build(cfg)
     runner.model, pool = model_of('both'), Pool(cfg)
-    al = parse_settings(dict(unit=unit, strategy=dict(type='bald', mc=5), full_res=full_res))
+    al = parse_settings(dict(unit=unit, strategy=dict(type='bald', mc=5)))
     state = State(dict(seed=7, config={}, rounds=[dict(asked={})]), cfg.work_dir, al, runner, pool)
     this = Query(state, runner)
     found = {name: this.maps(seen) for name, seen in Network(runner, state.strategy).look(state, names, this.views)}
     inputs = runner.model.data_preprocessor(mmengine.dataset.pseudo_collate([pool[name] for name in names]))['inputs']
-    p = naive_passes(runner.model, inputs, [seed_of(7, 'mc', 1, name) for name in names], 5, not full_res).softmax(2)
+    p = naive_passes(runner.model, inputs, [seed_of(7, 'mc', 1, name) for name in names], 5,
+                     unit == 'image').softmax(2)
     p = p.double().numpy()
     expected = EXPECTED['entropies_NHW'](p.mean(0)[None]) - EXPECTED['entropies_NHW'](p)
     assert list(found) == names
     for slow, (map_HW, maps) in zip(torch.from_numpy(expected), found.values()):
-        if unit == 'region' and not full_res:
-            slow = F.interpolate(slow[None, None], tiny.SHAPE, mode='bilinear')[0, 0]
         assert maps == {} and map_HW.shape == slow.shape and slow.max() > .01
         assert map_HW.numpy() == pytest.approx(slow.numpy(), abs=1e-4)
 

@@ -7,6 +7,7 @@ import re
 import types
 
 import cv2
+import mmengine
 import numpy as np
 import pytest
 import scipy.stats
@@ -285,7 +286,6 @@ def test_the_image_of_a_planted_uncertainty_is_one_candidate(found):
 # --- the vector of a place in the image ------------------------------------------------------------------------------
 
 VECTOR_WAYS = {key: WAYS[key] for key in ('plain', 'larger', 'padded', 'resized_and_padded', 'flipped')}
-VECTOR_WAYS['full_res'] = dict(full_res=True)
 PLACES = dict(cell=(dict(type='region', size=[SIDE, SIDE]), TOP // SIDE * 6 + LEFT // SIDE), window=(window(1), INSIDE),
               pixel=('pixel', INSIDE))
 
@@ -294,8 +294,8 @@ PLACES = dict(cell=(dict(type='region', size=[SIDE, SIDE]), TOP // SIDE * 6 + LE
 def candidates_of(planted):
     """A function from unit, strategy and the like to all candidates of the one image."""
 
-    def collect(unit, strategy, full_res=None, amp=False, **way) -> Candidates:
-        state, runner = planted(dict(unit=unit, strategy=strategy, full_res=full_res), **way)
+    def collect(unit, strategy, amp=False, **way) -> Candidates:
+        state, runner = planted(dict(unit=unit, strategy=strategy), **way)
         optim_wrapper = ConfigDict(type='AmpOptimWrapper' if amp else 'OptimWrapper')
         this = Query(state, types.SimpleNamespace(model=runner.model, cfg=ConfigDict(optim_wrapper=optim_wrapper)))
         with torch.no_grad():
@@ -318,6 +318,34 @@ def test_a_vector_is_that_of_its_place(candidates_of, way, place):
     assert rows.vector.shape == (len(rows.id), 8) and rows.vector[far] == pytest.approx(DARK)
     assert rows.vector[row].max() > 1.2 and rows.vector.max() <= BRIGHT + 1e-4
     assert way not in ('plain', 'flipped') or rows.vector[row] == pytest.approx(BRIGHT, abs=.01)
+
+
+@pytest.mark.parametrize('unit', [dict(type='region', size=[5, 7]), dict(type='superpixel', n_segments=20), 'pixel',
+                                  window(2)], ids=lambda unit: unit if isinstance(unit, str) else unit['type'])
+@pytest.mark.parametrize('way', WAYS)
+def test_scores_and_classes_are_those_of_the_images_own_pixels(candidates_of, planted, monkeypatch, way, unit):
+    """Of the softmax of mmseg's own logits, after all that it does to them."""
+    kept = []
+    monkeypatch.setattr(Query, '__init__', lambda self, state, trainer, init=Query.__init__: (
+        kept.append((state, trainer)), init(self, state, trainer))[1])
+    rows = candidates_of(unit, dict(type='classbal', score='entropy'), **WAYS[way])
+    [(state, trainer)] = kept
+    with torch.no_grad():
+        [sample] = trainer.model.test_step(mmengine.dataset.pseudo_collate([state.pool['x']]))
+    probs_CHW = sample.seg_logits.data.float().softmax(0).double().numpy()
+    score_HW, units = -(probs_CHW * np.log(probs_CHW)).sum(0), state.units('x')
+    assert score_HW.shape == (32, 48) and len(rows.id)
+    for i, (id, score, probs) in enumerate(zip(rows.id, rows.score, rows.probs)):
+        if i % 7 == 0 or i < 20:
+            mask = units.mask(np.array([id]))
+            own = score_HW[divmod(id, 48)] if units.is_dense else score_HW[mask].mean()
+            assert score == pytest.approx(own, abs=1e-5)
+            assert probs == pytest.approx(probs_CHW[:, mask].mean(1), abs=1e-5)
+
+
+def test_the_key_full_res_is_refused_in_a_line():
+    with pytest.raises(ValueError, match='`al.full_res` should be left out: .* but got True'):
+        parse_settings(dict(full_res=True))
 
 
 @pytest.mark.parametrize('way', ['plain', 'padded'])

@@ -343,7 +343,7 @@ def test_the_score_map_is_that_of_the_query(make_cfg, train, monkeypatch, no_fai
     """Whatever a strategy asks of the model: the score of an image's best cell is then the maximum of its map."""
     maps, draw = {}, al_report.draw_picture
     monkeypatch.setattr(al_report, 'draw_picture', lambda *args: maps.update({args[2]: args[4]}) or draw(*args))
-    cfg = make_cfg(dict(unit=CELL, initial=tiny.NAMES[:4], budget=2, visualize=6, full_res=True,
+    cfg = make_cfg(dict(unit=CELL, initial=tiny.NAMES[:4], budget=2, visualize=6,
                         strategy=dict(strategy, reduce='max')))
     train(cfg)
     scores = mmengine.load(osp.join(cfg.work_dir, 'round_0', 'query_scores.json'))

@@ -19,7 +19,7 @@ WRONG = dict(  # key -> what it should be: what it is
     per_image={'True or False': [1, None], 'False for whole images': [True]},
     rounds={'an int >= 0': [-1, 2., True]}, weights={"'scratch', 'last' or 'best'": ['first']},
     query_with={"'last' or 'best'": ['scratch']}, pool_size={r'None or a positive int, or a fraction': [0, 1.01]},
-    full_res={'None or True or False': ['yes']}, oracle={"'simulated' or 'human'": ['machine']},
+    oracle={"'simulated' or 'human'": ['machine']},
     overrides={'None or a dict from a round': [{'one': {}}, {'02': {}}, {1: 4000}, [1]]},
     stop={"None or a dict of 'metric' with": [{}, 3, dict(metric='mIoU')]},
     seed={'None or an int >= 0': [-1, .5, False]})

@@ -155,7 +155,7 @@ def resume(pool, tmp_path):
 @pytest.mark.parametrize('changes', [
     dict(), dict(rounds=5), dict(rounds=1), dict(stop=dict(value=90)), dict(budget=[2, 4, 3], rounds=3),
     dict(budget=[2, 1 / 6]), dict(strategy='margin'), dict(strategy='coreset', pool_size=5), dict(weights='last'),
-    dict(query_with='best'), dict(full_res=True), dict(keep='needed'), dict(overrides={'0': {'a': 1}}),
+    dict(query_with='best'), dict(keep='needed'), dict(overrides={'0': {'a': 1}}),
     dict(overrides={0: {'a': 1}, 2: {'b': 3}})])
 def test_what_no_round_has_used_may_change(resume, changes):
     resume(changes)

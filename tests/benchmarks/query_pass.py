@@ -53,7 +53,7 @@ def make_state(runner: Runner, pool: al_patch.Pool, strategy: str, args: argpars
     name, *options = args.unit
     unit = dict((key, ast.literal_eval(value)) for key, value in (option.split('=', 1) for option in options))
     al = al_patch.parse_settings(dict(unit=dict(unit, type=name), strategy=strategy, budget=args.budget,
-                                      per_image=args.per_image, full_res=args.full_res or None))
+                                      per_image=args.per_image))
     return al_patch.State(dict(seed=0, config={}, rounds=[dict(asked={})]), runner.work_dir, al, runner, pool)
 
 
@@ -92,7 +92,6 @@ def main() -> None:
     parser.add_argument('--unit', nargs='+', default=['image'], metavar='NAME OPTION=VALUE')
     parser.add_argument('--budget', type=ast.literal_eval, default=20)
     parser.add_argument('--per-image', action='store_true')
-    parser.add_argument('--full-res', action='store_true')
     parser.add_argument('--batch-size', type=int, default=1)
     parser.add_argument('--images', type=int)
     parser.add_argument('--cpu-time', action='store_true', help='of this process (loading included), on a busy machine')
