@@ -1073,7 +1073,8 @@ def check_steps(dataset, is_alone: bool) -> None:
 
 def labels_given(step: Callable, before: dict, ignore_index: int) -> list:
     """What a step of a pipeline makes of a label map without any label, but for that."""
-    void, found = {**before, 'gt_seg_map': np.full_like(before['gt_seg_map'], ignore_index)}, set()
+    maps, found = ('gt_seg_map', *al_patch.new_maps({}, before)), set()
+    void = {**before, **{key: np.full_like(before[key], ignore_index) for key in maps}}
     for _ in range(10):
         with contextlib.suppress(Exception):  # it may well want labels
             found.update(np.unique((step(copy.deepcopy(void)) or void).get('gt_seg_map', ())).tolist())
