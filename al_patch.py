@@ -900,7 +900,7 @@ class Query:
         self.free = self.free_pixels() if state.counts_pixels else {}
         self.total = sum(self.free.values())
         self.collector = Collector(self.strategy.select, self.budget, al.per_image, state.counts_pixels and isinstance(
-            self.amount, float), (state.seed, 'select', k), (k - 1) / max(1, al.rounds - 1))
+            self.amount, float), (state.seed, 'select', k), (k - 1) / max(1, al.rounds))
         if al.group and k:
             groups, frames = zip(*map(grouping(al.group), self.names))
             self.collector.caps = functools.partial(Caps, np.unique(groups, return_inverse=True)[1], np.array(frames),
@@ -2644,7 +2644,7 @@ OFFERED = (
     'labelled_LD',  # the embedding of what is labelled
     'labelled_scores_L',  # the scores of what is labelled
     'probs_NC',  # mean class probabilities of the candidates
-    'progress',  # 0 in the first query to 1 in the last
+    'progress',  # the share of the queries that were made before
     'caps',  # `Caps`, or None; a selector that does not name them is asked again for what they leave of its budget
 )
 
@@ -2858,20 +2858,20 @@ def class_balance(scores_N: torch.Tensor, budget: int, generator: torch.Generato
 
 
 def class_balanced_power(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-                         draws_N: torch.Tensor, progress: float, share: Part = 0.66,
+                         draws_N: torch.Tensor, progress: float, share: Part = 0.66, background: MaybeCount = 0,
                          betas: PositivePair = (1., 100.), caps: Caps | None = None) -> torch.Tensor:
-    """``share`` of the budget in equal parts for every class, by a draw as ``power_draw``'s from the class's column of
-    ``class_scores``, the rest by one from the scores; beta grows geometrically over the queries (ClaSP-PE, nnActive).
-    (K,) indices"""
+    """``share`` of the budget in equal parts for every class but the ``background``, in shuffled order, by a draw as
+    ``power_draw``'s from the class's column of ``class_scores``, the rest by one from the scores; beta grows
+    geometrically over the queries, from the first of ``betas`` to the second, which one more query would have
+    (ClaSP-PE, nnActive). (K,) indices"""
     beta = betas[0] * (betas[1] / betas[0])**progress
     columns = [*vectors_ND.T.to(torch.float64), scores_N.double()]
-    classes = len(columns) - 1
-    quota = [int(budget * share) // classes] * classes
-    for c in torch.randperm(classes, generator=generator)[:int(budget * share) % classes].tolist():
-        quota[c] += 1
+    order = torch.randperm(len(columns) - 1, generator=generator).tolist()
+    order = [c for c in order if c != background]
+    quota = [int(budget * share) // len(order) + (i < int(budget * share) % len(order)) for i in range(len(order))]
     free_N, picks = torch.ones(len(scores_N), dtype=torch.bool, device=scores_N.device), []
-    for c, k in enumerate([*quota, budget - sum(quota)]):
-        noisy_N = columns[c].clamp_min(0).log() + gumbel(draws_N, beta, c)
+    for c, k in zip([*order, -1], [*quota, budget - sum(quota)]):
+        noisy_N = columns[c].clamp_min(0).log() + gumbel(draws_N, beta, c % len(columns))
         rows = free_N.nonzero()[:, 0]
         picks.append(allowed(rows[topk(noisy_N[rows], len(rows) if caps else k, generator)], k, caps))
         free_N[picks[-1]] = False

@@ -518,12 +518,16 @@ def test_of_equally_informative_ones_those_of_the_rare_class_come_first():
     assert class_balance(torch.tensor([1., 1, 1, 1, 1, 1, 0]), 3, generator(0), probs).tolist() == [4, 2, 0]
 
 
-def literal_class_power(scores, vectors_ND, budget, g, draws_N, beta, share) -> list:
+def literal_class_power(scores, vectors_ND, budget, g, draws_N, beta, share, background=0) -> list:
     (n, classes), picks = vectors_ND.shape, []
-    balanced = int(budget * share)
-    extra = torch.randperm(classes, generator=g)[:balanced % classes].tolist()
-    quota = [balanced // classes + (c in extra) for c in range(classes)] + [budget - balanced]
-    for c, (column, k) in enumerate(zip([*vectors_ND.T.tolist(), scores.tolist()], quota)):
+    balanced, shuffled = int(budget * share), torch.randperm(classes, generator=g).tolist()
+    if background is not None:
+        shuffled.remove(background)
+    quota = {c: balanced // len(shuffled) for c in shuffled}
+    for c in shuffled[:balanced % len(shuffled)]:
+        quota[c] += 1
+    for c in [*shuffled, classes]:
+        column, k = (vectors_ND[:, c].tolist(), quota[c]) if c < classes else (scores.tolist(), budget - balanced)
         noise = literal_noise(draws_N, beta, c)
         noisy = [math.log(value) + each for value, each in zip(column, noise)]
         left = sorted(set(range(n)) - set(picks), key=lambda i: (-noisy[i], i))
@@ -543,8 +547,29 @@ def test_the_schedule_of_beta_can_be_set(monkeypatch):
     betas, gumbel = [], al_patch.gumbel
     monkeypatch.setattr(al_patch, 'gumbel', lambda draws, beta, *args: betas.append(beta) or gumbel(draws, beta, *args))
     for progress in (0, .5, 1):
-        class_balanced_power(uniform(9), 4, generator(0), uniform(9, 1), drawn(9), progress, betas=[4., 1.])
+        class_balanced_power(uniform(9), 4, generator(0), uniform(9, 1), drawn(9), progress, background=None,
+                             betas=[4., 1.])
     assert betas == pytest.approx([4, 4, 2, 2, 1, 1])
+
+
+@pytest.mark.parametrize('background', [0, 2, None])
+def test_the_background_has_no_quota(background):
+    scores, some = uniform(100), uniform(100, 3, seed=1)
+    expected = literal_class_power(scores, some, 31, generator(5), drawn(100), 10, .66, background)
+    found = class_balanced_power(scores, 31, generator(5), some, drawn(100), .5, background=background).tolist()
+    assert found == expected
+    apart = torch.eye(3)[torch.arange(300) % 3]  # candidate i is of class i % 3 alone, and scores ask for class 0
+    found = class_balanced_power(apart[:, 0], 30, generator(0), apart, drawn(300), 1., background=2)
+    assert np.bincount(found.numpy() % 3, minlength=3)[2] == 0
+
+
+def test_beta_over_five_queries(make_state, monkeypatch):
+    """Spaced as in nnActive, to the digit that it prints."""
+    state, betas = make_state(dict(strategy='random', rounds=5, budget=1, initial=1)), []
+    for k in range(1, 6):
+        state.rounds = [dict(asked={})] * k
+        betas.append(100**al_patch.Query(state, None).collector.progress)
+    assert betas == pytest.approx([1, 2.5, 6.3, 15.9, 39.8], abs=.06)
 
 
 @pytest.mark.parametrize('share', [0., 1.])
@@ -559,7 +584,7 @@ def test_every_class_gets_its_part_and_the_remainder_goes_to_any():
     some = torch.eye(4)[torch.arange(400) % 4]
     scores = some[:, 0]
     counts = [np.bincount(np.array(each) % 4, minlength=4).tolist()
-              for each in draws(class_balanced_power, 60, scores, 21, vectors_ND=some, progress=1.)]
+              for each in draws(class_balanced_power, 60, scores, 21, vectors_ND=some, progress=1., background=None)]
     assert {sum(each) for each in counts} == {21}  # int(.66 * 21) = 13 = 3 * 4 + 1, and 8 by score
     assert {tuple(each) for each in counts} == {(12, 3, 3, 3), (11, 4, 3, 3), (11, 3, 4, 3), (11, 3, 3, 4)}
 

@@ -324,7 +324,7 @@ def test_score_and_select_replace_the_strategys():
     (dict(type='pixelpick', percent=10), 'select', dict(percent=10)), (dict(type='ripu', k=4), 'score', dict(k=4)),
     ('contextual_diversity', 'select', dict(distance='kl')),
     (dict(type='coreset', embed='gradient', size=9), 'embed', dict(size=9)),
-    (dict(type='clasp_pe', betas=[1, 2]), 'select', dict(share=.66, betas=[1, 2]))])
+    (dict(type='clasp_pe', betas=[1, 2]), 'select', dict(share=.66, background=0, betas=[1, 2]))])
 def test_an_option_is_handed_to_the_function_that_takes_it(setting, part, options):
     assert getattr(resolve_strategy(setting), part).keywords == options
 
