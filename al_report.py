@@ -482,6 +482,11 @@ def check_schedule(state: al_patch.State) -> None:
         for key in ('max_iters', 'max_epochs'):
             if (length := cfg.train_cfg.get(key, 1)) is not None and not al_patch.is_int(length, 1):
                 raise ValueError(f'{where}`train_cfg.{key}` should be a positive int, but got {length!r}')
+        loader, at_most = cfg.train_dataloader, images_by(state, int(k or 0))
+        if loader.get('drop_last') and 'Infinite' not in str(loader.get('sampler')) and (
+                al_patch.is_int(size := loader.get('batch_size'), at_most + 1)):
+            raise ValueError(f'{where}`train_dataloader.batch_size` should be at most the {at_most} labelled '
+                             f'images, or drop_last=False, but got {size}: there is no batch to train with')
         with al_patch.reading(f'{where}`optim_wrapper` = {cfg.optim_wrapper}'):
             state.runner.build_optim_wrapper(copy.deepcopy(cfg.optim_wrapper))
         path = cfg.get('load_from')
@@ -497,6 +502,15 @@ def check_schedule(state: al_patch.State) -> None:
         if hook.out_dir:
             raise ValueError("`default_hooks.checkpoint.out_dir` should be None: a round's checkpoints lie in its own "
                              f'folder, but got {hook.out_dir!r}; choose another --work-dir, or make it a link')
+
+
+def images_by(state: al_patch.State, k: int) -> int:
+    """How many images can be labelled when round ``k`` begins."""
+    total, began = len(state.pool), max(0, state.round)
+    if state.counts_pixels:
+        return total
+    n = len(state.labelled()) if state.rounds else len(al_patch.initial_images(state))
+    return min(total, n + sum(al_patch.number_of(budget, total) for budget in al_patch.budgets(state.al)[began:k]))
 
 
 def check_best(state: al_patch.State) -> None:

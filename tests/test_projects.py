@@ -766,6 +766,18 @@ def test_a_model_whose_train_returns_nothing(config, train):
 # --- the rehearsal ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize('unit, size, at_most', [('image', 7, 6), ('image', 6, None), (CELL, 13, 12)],
+                         ids=['too large', 'fits', 'region'])
+def test_a_batch_that_no_round_can_fill(make_cfg, train, unit, size, at_most):
+    """Four images are labelled at first, and two more when round 1 begins."""
+    cfg = make_cfg(dict(unit=unit, initial=4, budget=2, overrides={1: {
+        'train_dataloader.batch_size': size, 'train_dataloader.drop_last': True}}), 'epochs')
+    if at_most:
+        refused(cfg, train, rf'^`al.overrides\[1\]`: `train_dataloader.batch_size` should be at most the {at_most} ')
+    else:
+        assert len(train(cfg)[1]) == 2
+
+
 def refused(cfg, train, match: str) -> None:
     with pytest.raises(ValueError, match=match) as error:
         train(cfg)
