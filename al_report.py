@@ -107,7 +107,8 @@ def hook() -> mmengine.hooks.Hook:
                 if self.is_sparse and is_sparse(leaf):
                     check_hidden(leaf)
             state, self.state = self.state, None
-            for key, loss in trial_losses(runner, 2, None)[0].items() if state else ():
+            is_stock = type(al_patch.unwrap(runner.model)).train_step is mmengine.model.BaseModel.train_step
+            for key, loss in trial_losses(runner, 2, None)[0].items() if state and is_stock else ():
                 if not loss.isfinite():
                     raise ValueError(f'{key} should be a finite number, but is {loss:g} on two training images, as the '
                                      'model begins')

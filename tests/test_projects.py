@@ -731,6 +731,25 @@ class Teaches(EncoderDecoder):
 
 
 @pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
+@functools.partial(register, MODELS)
+class StepsByItself(EncoderDecoder):
+    """Trains in a way of its own, and has no losses to show."""
+
+    def train_step(self, data, optim_wrapper):
+        data = self.data_preprocessor(data, True)
+        losses = EncoderDecoder.loss(self, data['inputs'], data['data_samples'])
+        total, log_vars = self.parse_losses(losses)
+        optim_wrapper.update_params(total)
+        return log_vars
+
+    def loss(self, inputs, data_samples):
+        raise NotImplementedError
+
+
+def test_a_step_of_the_models_own_is_left_alone(config, train):
+    assert len(train(config(dict(initial=6), [LABEL], **{'model.type': 'StepsByItself'}))[1]) == 2
+
+
 def test_a_trial_of_losses_leaves_no_trace(config, train, unit):
     runner, _ = train(config(dict(unit=unit, initial=6, rounds=0), [LABEL], **{'model.type': 'Teaches'}))
     assert runner.model.calls == 2 and runner.model.teacher.tolist() == [3.] * 3
