@@ -101,6 +101,7 @@ def hook() -> mmengine.hooks.Hook:
         shown = set()  # values of the validation labels of a round that this rank has seen
 
         def before_train(self, runner) -> None:
+            check_finite(runner)  # of one that was killed before it could say so
             self.shown, dataset = set(), runner.train_dataloader.dataset
             for leaf in leaves_under(dataset):
                 check_steps(leaf, is_alone=leaf is dataset)
@@ -108,7 +109,7 @@ def hook() -> mmengine.hooks.Hook:
                     check_hidden(leaf)
             state, self.state = self.state, None
             is_stock = type(al_patch.unwrap(runner.model)).train_step is mmengine.model.BaseModel.train_step
-            for key, loss in trial_losses(runner, 2, None)[0].items() if state and is_stock else ():
+            for key, loss in trial_losses(runner, 2, None)[0].items() if state and is_stock and not runner.iter else ():
                 if not loss.isfinite():
                     raise ValueError(f'{key} should be a finite number, but is {loss:g} on two training images, as the '
                                      'model begins')

@@ -730,7 +730,6 @@ class Teaches(EncoderDecoder):
         return super().loss(inputs, data_samples)
 
 
-@pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
 @functools.partial(register, MODELS)
 class StepsByItself(EncoderDecoder):
     """Trains in a way of its own, and has no losses to show."""
@@ -750,6 +749,7 @@ def test_a_step_of_the_models_own_is_left_alone(config, train):
     assert len(train(config(dict(initial=6), [LABEL], **{'model.type': 'StepsByItself'}))[1]) == 2
 
 
+@pytest.mark.parametrize('unit', ['image', CELL], ids=['image', 'region'])
 def test_a_trial_of_losses_leaves_no_trace(config, train, unit):
     runner, _ = train(config(dict(unit=unit, initial=6, rounds=0), [LABEL], **{'model.type': 'Teaches'}))
     assert runner.model.calls == 2 and runner.model.teacher.tolist() == [3.] * 3
