@@ -484,9 +484,9 @@ def check_schedule(state: al_patch.State) -> None:
         for key in ('max_iters', 'max_epochs'):
             if (length := cfg.train_cfg.get(key, 1)) is not None and not al_patch.is_int(length, 1):
                 raise ValueError(f'{where}`train_cfg.{key}` should be a positive int, but got {length!r}')
-        loader, at_most = cfg.train_dataloader, images_by(state, int(k or 0))
-        if loader.get('drop_last') and 'Infinite' not in str(loader.get('sampler')) and (
-                al_patch.is_int(size := loader.get('batch_size'), at_most + 1)):
+        loader = cfg.train_dataloader
+        if loader.get('drop_last') and 'Infinite' not in str(loader.get('sampler')) and al_patch.is_int(
+                size := loader.get('batch_size'), 1 + (at_most := images_by(state, int(k or 0)))):
             raise ValueError(f'{where}`train_dataloader.batch_size` should be at most the {at_most} labelled '
                              f'images, or drop_last=False, but got {size}: there is no batch to train with')
         with al_patch.reading(f'{where}`optim_wrapper` = {cfg.optim_wrapper}'):
@@ -1234,7 +1234,7 @@ def trial_losses(trainer, n: int, *fills) -> list[dict]:
         for sample in data['data_samples'] if fill else ():
             sample.gt_sem_seg.data = fill(sample.gt_sem_seg.data)
         torch.manual_seed(0)  # of dropout
-        with rehearsing(f'the loss of {n} training images'):
+        with rehearsing(f'the loss of {n} training images'), al_patch.precision(trainer):
             found = model(**data, mode='loss').items()
         return {key: sum(map(torch.sum, value)) if isinstance(value, list) else value.sum()
                 for key, value in found if 'loss' in key}
