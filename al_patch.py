@@ -2146,10 +2146,10 @@ def maps_values(step: Callable, results: dict) -> bool:
             is_function = len(np.unique(which.ravel() * 2**16 + new.ravel())) == which.max() + 1
             return is_function and not np.array_equal(new.ravel(), before)
 
-    found = trial(values)
+    found = trial(values) and trial(values[::-1])  # a dilation is no function of both
     if found is None:  # it knows some values only, or needs what a step that is left out would have given
         known = [value for value in values if trial(value[None]) is not None]
-        found = bool(known) and trial(np.stack(known))
+        found = bool(known) and trial(np.stack(known)) and trial(np.stack(known[::-1]))
     return bool(found)
 
 

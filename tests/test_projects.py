@@ -101,6 +101,15 @@ class Erodes(BaseTransform):
 
 
 @functools.partial(register, TRANSFORMS)
+class Dilates(BaseTransform):
+    """Where nearly all is of the highest value, all becomes so."""
+
+    def transform(self, results):
+        results['gt_seg_map'] = cv2.dilate(results['gt_seg_map'], np.ones((3, 3)))
+        return results
+
+
+@functools.partial(register, TRANSFORMS)
 class Notes(BaseTransform):
     """Notes what training sees, under a name."""
     seen: dict = {}
@@ -230,7 +239,8 @@ def transforms_of(*steps) -> list:
 
 @pytest.mark.parametrize('step, maps', [
     (dict(type='ThirdsToClasses'), True), (dict(type='StrictThirds'), True), (dict(type='RandomFlip', prob=1.), False),
-    (dict(type='RandomFlip', prob=.5), False), (dict(type='Erodes'), False), (dict(type='Notes'), False),
+    (dict(type='RandomFlip', prob=.5), False), (dict(type='Erodes'), False),
+    (dict(type='Dilates'), False), (dict(type='Notes'), False),
     (dict(type='PhotoMetricDistortion'), False), (dict(type='Resize', scale=(64, 64)), False),
     (dict(type='RandomCrop', crop_size=(8, 8)), False), (dict(type='RandomRotate', prob=1., degree=90), False),
     (PACK, False)], ids=lambda value: value['type'] if isinstance(value, dict) else '')

@@ -1,6 +1,6 @@
-"""Public projects that build on mmseg, each with its own code, on tiny data in its own format: does `al` work with it?
+"""Public projects that build on mmseg, each with its own code, on tiny data in its own format: does `al` work there?
 
-    python tests/benchmarks/third_party.py SNAPSHOTS [PROJECT ...] [-o third_party.jsonl]     # all: about ten minutes
+    python tests/benchmarks/third_party.py SNAPSHOTS [PROJECT ...] [-o third_party.jsonl]     # all: five minutes
 
 Nothing is fetched. SNAPSHOTS is a folder of what you have fetched: open-cd, mmrgbx, sea-ice-mmseg, mmseg-satellite,
 KTDA, mmseg-kd, ForestSim, Rein and Cloud-Adapter; `mmseg` is the installed package. What matters of a project (data
@@ -11,12 +11,11 @@ and at the region unit, each in a process of its own: two rounds of four iterati
 - `runs`: it ended well, and the state has two rounds;
 - `refused`: a ValueError of one line, before any checkpoint was written;
 - `fails`: all else, with the message, and whether that was after a training;
-- `not run`: the project's own code cannot be imported or built here.
+- `not run`: the project's own code cannot be imported, built or trained here.
 
 What is refused is tried again with `strategy='random'`, which never runs the model. At the region unit it also notes
-how much of each label map that training saw had a label: `gt_sem_seg 0.3`. A map that shows more than what was asked
-for shows labels that nobody has given yet. Results go to a file of JSON lines as they come; what is in it is not run
-again.
+how much of each label map that training saw had a label: `gt_sem_seg 0.3`. A map that shows more than the others shows
+labels that nobody has given yet. Results go to a file of JSON lines as they come; what is in it is not run again.
 """
 import argparse
 import glob
@@ -41,12 +40,19 @@ SPLITS = dict(train=8, val=4)
 AL = dict(image=dict(initial=3, budget=2, rounds=1, strategy='entropy'),
           region=dict(initial=20, budget=20, rounds=1, strategy='entropy', unit=dict(type='region', size=[16, 16])))
 AL.update({f'{mode}, random': dict(block, strategy='random') for mode, block in AL.items()})
-CASES = {}  # for each project the function that makes its config, the folder of its snapshot, and what is peculiar
+CASES = {}  # for each project the function that makes its config, the folder of its snapshot, and what it needs
 
 
 def case(name: str, folder: str, needed: str = 'nothing', fork: bool = False, missing: tuple = (),
          before=lambda: None):
-    """Note a project: what its `al` block or config needed beside the defaults, and whether it is a changed mmseg."""
+    """Note a project.
+
+    Args:
+        needed: What its `al` block or config needed beside the defaults.
+        fork: Whether it is an mmseg itself, to be imported in place of the installed one.
+        missing: Packages that an empty stand-in is enough for.
+        before: Sets up other stand-ins, before mmseg is imported.
+    """
 
     def note(function):
         CASES[name] = types.SimpleNamespace(make=function, folder=folder, needed=needed, fork=fork, missing=missing,
@@ -113,7 +119,11 @@ def module(name: str, **names) -> types.ModuleType:
 
 def bare(folder: str, *whole: str) -> None:
     """The packages below a folder without what their `__init__` imports, so that single modules can be imported: most
-    `__init__` import every model, and with it packages that are missing here. `whole` are imported as they are."""
+    `__init__` import every model, and with it packages that are missing here.
+
+    Args:
+        whole: Packages to import as they are.
+    """
     above = osp.dirname(folder)
     for path, _, _ in os.walk(folder):
         name = osp.relpath(path, above).replace(os.sep, '.')
@@ -220,13 +230,14 @@ def open_cd(folder: str, root: str) -> dict:
          dict(type='MultiImgLoadAnnotations'), dict(type='MultiImgPackSegInputs')], 'opencd', splits=splits)
 
 
-@case('open-cd, semantic', 'open-cd')
+@case('open-cd, semantic', 'open-cd', needed='al.logits')
 def open_cd_semantic(folder: str, root: str) -> dict:
     """SECOND: a label map of changes, and one of classes for each date; one head with three outputs."""
     cfg = open_cd(folder, root)
     load('opencd.datasets.second', 'opencd.models.decode_heads.general_scd_head',
          'opencd.models.change_detectors.siamencoder_multidecoder', 'opencd.evaluation.metrics.scd_metric')
     for split, name, label, _ in scenes(2):
+        write(f'{root}/{split}/label/{name}.png', label)  # 0 and 1 here
         write(f'{root}/{split}/from/{name}.png', np.where(label, 1 + label, 0))
         write(f'{root}/{split}/to/{name}.png', np.where(label, 3 + label, 0))
     model = cfg['model']
@@ -247,12 +258,18 @@ def open_cd_semantic(folder: str, root: str) -> dict:
     cfg['test_dataloader'] = cfg['val_dataloader']
     cfg['val_evaluator'] = cfg['test_evaluator'] = dict(type='SCDMetric', iou_metrics=['mFscore', 'mIoU'], cal_sek=True)
     cfg['default_hooks']['checkpoint']['save_best'] = None
+    cfg['al_more'] = dict(logits='third_party:changes')
     return cfg
+
+
+def changes(outputs: dict):
+    """Of the three logits of a semantic change detector those of change."""
+    return outputs['seg_logits']
 
 
 @case('mmrgbx', 'mmrgbx')
 def mmrgbx(folder: str, root: str) -> dict:
-    """Optical images and SAR, read by gdal; a neck that joins them, three losses at a head, one at another."""
+    """Optical images and SAR, read by gdal; a neck that joins them, several losses, and a head beside the head."""
     bare(osp.join(folder, 'mmrgbx'))
 
     def bands_first(path: str) -> np.ndarray:
@@ -309,7 +326,7 @@ def ktda(folder: str, root: str) -> dict:
         dict(type='DistillEncoderDecoder',
              data_preprocessor=dict(type='SegDataPreProcessor', mean=MEAN, std=STD, bgr_to_rgb=True, size=(SIDE, SIDE)),
              teach_backbone=dict(type='VisionTransformer', img_size=(SIDE, SIDE), patch_size=16, embed_dims=16,
-                                 num_layers=2, num_heads=2, out_indices=(0, 1, 0, 1)[:2], init_cfg=None),
+                                 num_layers=2, num_heads=2, out_indices=(0, 1), frozen_exclude=[], init_cfg=None),
              backbone=dict(RESNET, num_stages=4, out_indices=(2, 3), strides=(1, 2, 2, 2)),
              fam=dict(type='FAM', in_channels=[32, 64], out_channels=16, output_size=4),
              fmm=dict(type='FMM', in_channels=[16, 16], model_type='mlp'),
@@ -352,7 +369,11 @@ def forestsim(folder: str, root: str) -> dict:
 def adapted_dino(folder: str, package: str, root: str, adapter: dict, modules: list, data: str, classes: int,
                  hook: bool = False) -> dict:
     """A frozen DINOv2 with an adapter, as Rein and Cloud-Adapter train it: the weights of the frozen part come from a
-    file of their own, and no checkpoint has them."""
+    file of their own, and no checkpoint has them.
+
+    Args:
+        hook: Add them to every checkpoint that is loaded, by the projects' hook, as they do in testing.
+    """
     import torch
     from mmengine.registry import MODELS
     bare(osp.join(folder, package), f'{package}.models.backbones.dino_layers')
@@ -421,7 +442,7 @@ def cloud_adapter(folder: str, root: str) -> dict:
 
 
 @case('sea-ice-mmseg', 'sea-ice-mmseg', fork=True,
-      needed='a test pipeline of its own, whose loader is given the scenes of the pool and loads no labels')
+      needed='a test pipeline whose loader is given the scenes of the pool, without labels; and that is not enough')
 def sea_ice(folder: str, root: str) -> dict:
     """Images of NetCDF files and labels of .png files beside them, by one step that reads all of them when it is built;
     three label maps in one, three heads, and no classes in the metainfo but three lists."""
@@ -489,7 +510,8 @@ def before_satellite() -> None:
 
 
 @case('mmseg-satellite', 'mmseg-satellite', fork=True, before=before_satellite,
-      missing=('pycocotools', 'torchvision'))
+      missing=('pycocotools', 'torchvision'),
+      needed='nothing for images; regions: no direction head')
 def satellite(folder: str, root: str) -> dict:
     """Nine label maps of eight files, of which the loader makes the classes; a segmentor that predicts five outputs."""
 
@@ -534,7 +556,7 @@ def satellite(folder: str, root: str) -> dict:
     return cfg
 
 
-@case('mmseg-kd', 'mmseg-kd')
+@case('mmseg-kd', 'mmseg-kd', needed='nothing for images; regions: another rotation than RandomRotFlip')
 def kd(folder: str, root: str) -> dict:
     """Slices of CT in folders of cases; a distiller around a student and a teacher, each a whole segmentor."""
     bare(osp.join(folder, 'seg'), 'seg.registry')
@@ -673,9 +695,8 @@ def own(folder: str, root: str) -> dict:
     import mmseg
     from mmengine.config import Config
     from model_sweep import without_pretrained
-    path = osp.join(osp.dirname(mmseg.__file__), '.mim/configs/unet',
-                    'unet-s5-d16_fcn_4xb4-ce-1.0-dice-3.0-40k_hrf-256x256.py')
-    cfg = Config.fromfile(path)
+    folder = osp.join(osp.dirname(mmseg.__file__), '.mim', 'configs', 'unet')
+    cfg = Config.fromfile(osp.join(folder, 'unet-s5-d16_fcn_4xb4-ce-1.0-dice-3.0-40k_hrf-256x256.py'))
     without_pretrained(cfg.model)
     for split, name, label, picture in scenes(2):
         write(f'{root}/img/{split}/{name}.png', picture)
@@ -736,7 +757,6 @@ def one(name: str, mode: str, snapshots: str, work: str) -> dict:
             mmcv.__version__ = '2.0.1'  # forks of an older mmseg refuse 2.1.0
         import al_patch  # noqa: F401, I001  first, since mmseg cannot be imported beside mmcv-lite without it
         import mmseg.utils
-
         mmseg.utils.register_all_modules(False)
         assert not CASES[name].fork or mmseg.__file__.startswith(folder), 'another mmseg was imported'
         cfg = CASES[name].make(folder, osp.join(work, 'data'))
@@ -834,7 +854,9 @@ def main() -> None:
             if mode not in rows:
                 return '-'
             shown = ', '.join(f'{key} {share}' for key, share in rows[mode].get('shares', {}).items())
-            text = rows[mode]['outcome'] + (f' ({shown})' if shown and rows[mode]['outcome'] == 'runs' else '')
+            outcome = rows[mode]['outcome']
+            text = outcome[:200] + ' ...' * (len(outcome) > 200)
+            text += f' ({shown})' if shown and outcome == 'runs' else ''
             return text + (f'; random: {cell(f"{mode}, random")}' if f'{mode}, random' in rows else '')
 
         stood_in = rows['stock']['stood_in'] if 'stock' in rows else []
