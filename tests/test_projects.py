@@ -18,7 +18,7 @@ from mmengine.dataset import BaseDataset
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmseg.datasets import BaseSegDataset
-from mmseg.models import EncoderDecoder, SegDataPreProcessor
+from mmseg.models import EncoderDecoder, FCNHead, SegDataPreProcessor
 from mmseg.registry import DATASETS, HOOKS, METRICS, MODELS, TRANSFORMS
 from test_processes import join, start
 
@@ -763,6 +763,22 @@ def test_a_step_of_the_models_own_is_left_alone(config, train):
 def test_a_trial_of_losses_leaves_no_trace(config, train, unit):
     runner, _ = train(config(dict(unit=unit, initial=6, rounds=0), [LABEL], **{'model.type': 'Teaches'}))
     assert runner.model.calls == 2 and runner.model.teacher.tolist() == [3.] * 3
+
+
+@functools.partial(register, MODELS)
+class VoidIsDark(FCNHead):
+    """A loss of its own, which takes void for class 0."""
+
+    def loss(self, inputs, batch_data_samples, train_cfg):
+        label = self._stack_batch_gt(batch_data_samples).squeeze(1)
+        logits = torch.nn.functional.interpolate(self.forward(inputs), label.shape[1:])
+        return dict(loss_own=torch.nn.functional.cross_entropy(logits, torch.where(label > 2, 0, label)))
+
+
+def test_a_loss_that_takes_void_for_a_class_is_refused(config, train):
+    cfg = config(dict(unit=CELL, initial=6), [LABEL], **{'model.decode_head.type': 'VoidIsDark'})
+    with pytest.raises(ValueError, match='loss_own of VoidIsDark learns from pixels without a label'):
+        train(cfg)
 
 
 @functools.partial(register, MODELS)
