@@ -514,14 +514,20 @@ def round_config(state: State) -> Config:
         cfg.visualizer.name = cfg.experiment_name  # visualizers are singletons by name: each round gets its own
     seed = cfg.get('randomness', {}).get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': state.seed if seed is None else seed}
-    cfg.train_dataloader.al = dict(state=osp.join(state.work_dir, STATE_FILE), round=k,
-                                   ignore_index=state.pool.ignore_index, pool=state.pool.paths)
+    cfg.train_dataloader.al = what_is_labelled(state)
     if k > 0 and state.phase == 'train' and state.al.weights != 'scratch':
         cfg.load_from = state.checkpoint(k - 1, state.al.weights)
     halfway = resumable_checkpoint(cfg.work_dir) if state.is_resumed and state.phase == 'train' else None
     cfg.resume = halfway is not None
     cfg.load_from = halfway or cfg.get('load_from')
     return cfg
+
+
+def what_is_labelled(state: State) -> dict:
+    """The key ``al`` of a training dataloader, by which it keeps what the newest round has: see
+    ``build_labelled_dataloader``."""
+    return dict(state=osp.join(state.work_dir, STATE_FILE), round=state.round, ignore_index=state.pool.ignore_index,
+                pool=state.pool.paths)
 
 
 def train_round(state: State, trainer: Runner) -> None:
@@ -705,7 +711,7 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
             pool=paths of the data sets in it that are filtered)``; all others stay as they are.
     """
     dataloader = copy.copy(dataloader)
-    where, kept, built = dataloader.pop('al'), [], set()
+    where, kept = dataloader.pop('al'), []
     content = read_state(where['state'])
     state = State(content, osp.dirname(where['state']), ConfigDict(content['settings']))
     have = {name: Shown(k is not None and state.mask_path(k, name), *(state.stored(name) if state.is_human else ()))
@@ -720,18 +726,17 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
             leaf = DATASETS.build({**copy.deepcopy(config), **more})
             leaf.full_init()
             keep_labelled(leaf, have, where.get('ignore_index', 255))
-            kept.append((leaf, len(leaf)))
-            built.add(path)
+            kept.append((path, leaf, len(leaf)))
             return leaf
 
         return dict(type=build_leaf)
 
     dataloader['dataset'] = map_leaves(dataloader['dataset'], filtered)
     loader = build(dataloader, *args, **kwargs)
-    for path in {*where.get('pool', ())} - built:
+    for path in {*where.get('pool', ())} - {path for path, *_ in kept}:
         raise ValueError(f'{type(loader.dataset).__name__} should build its data set by the config that it is given as '
                          f'`train_dataloader.{path}`, but did not: it would train on images that are not labelled')
-    for leaf, n in kept:
+    for _, leaf, n in kept:
         if len(leaf) != n:  # mmengine and its wrappers call full_init again
             raise ValueError(f'{type(leaf).__name__}.full_init should do nothing the second time, as mmengine\'s '
                              f'BaseDataset.full_init, but has brought back images that are not labelled')
@@ -764,6 +769,10 @@ class Shown(NamedTuple):
     classes: str | None = None  # path of the label store's map, in place of the data set's
     file: str | None = None  # path of the file that it came in, for the data set's loader
 
+    def of(self, info: dict) -> dict:
+        """What a data set knows of an image, with the label file that counts."""
+        return {**info, 'seg_map_path': self.file} if self.file else info
+
 
 def read_classes(path: str, ignore_index: int) -> np.ndarray:
     """A map of the label store, void as ``ignore_index``, (H, W) int64."""
@@ -794,9 +803,8 @@ class SparseLabels(Compose):
 
     def find_steps(self, info: dict) -> None:
         """Find the steps that map a label's values, by one image that is labelled."""
-        file = self.shown.get(image_path(info), Shown()).file
         with reading(f'{image_path(info)} or its label map'):
-            self.mapping = label_steps(self.transforms, {**info, 'seg_map_path': file} if file else info)[1]
+            self.mapping = label_steps(self.transforms, self.shown.get(image_path(info), Shown()).of(info))[1]
 
     def __call__(self, results: dict) -> dict | None:
         shown = self.shown.get(image_path(results))
@@ -804,7 +812,7 @@ class SparseLabels(Compose):
             return super().__call__(results) if shown is None else self.show_labelled(results, shown)
 
     def show_labelled(self, results: dict, shown: Shown) -> dict | None:
-        results = {**results, 'seg_map_path': shown.file} if shown.file else results
+        results = shown.of(results)
         for transform in self.transforms:
             if results is not None and transform not in self.mapping:
                 results = self.apply(transform, results, shown)
@@ -958,8 +966,7 @@ class Query:
         what scores and classes come from, which are those of the image's own pixels below image level."""
         if not self.state.counts_pixels:
             return [without_padding]
-        is_scored = self.strategy.score is not random_scores or self.strategy.asks_for('probs_NC')
-        return [as_it_is] * (self.strategy.embed is not None) + [to_image] * is_scored
+        return [as_it_is] * (self.strategy.embed is not None) + [to_image] * self.strategy.needs_probs
 
     def maps(self, seen: Seen) -> tuple[torch.Tensor | None, dict]:
         """An image's score map: for whole images at the logits' resolution, less the padding, else of the original
@@ -2595,8 +2602,8 @@ def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, ve
         run_clocks(left_N, rate_N, rows_NE, columns_NE[block], waits)
         picks += block
         left_N[picks] = math.inf
-        for pick in block if caps else ():
-            left_N[caps.take(pick)] = math.inf
+        if caps:
+            left_N[caps.take(*block)] = math.inf
         if len(picks) == budget or caps and left_N.min() == math.inf:
             return torch.tensor(picks)
         times, active = (left_N / rate_N).topk(min(few + 1, len(left_N)), largest=False)
@@ -2932,8 +2939,8 @@ def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
         approach(nearest_N, points, rows_of(points, block))
         picks += block
         nearest_N[picks] = -math.inf
-        for pick in block if caps else ():
-            nearest_N[caps.take(pick)] = -math.inf
+        if caps:
+            nearest_N[caps.take()] = -math.inf
         few = min(len(vectors_ND), few * 2 if len(block) < 16 else few)
     return torch.tensor(picks)
 
@@ -3006,15 +3013,15 @@ class Caps:
         self.group_I, self.frame_I, self.most, self.distance = group_I, frame_I, most, distance
         self.image_N, self.open_I, self.closed_I = image_N, np.zeros_like(group_I, bool), np.zeros_like(group_I, bool)
 
-    def take(self, row: int) -> torch.Tensor:
-        """Choose a candidate. (N,) booleans: those that cannot be chosen any more"""
-        i = self.image_N[row]
-        if not self.open_I[i]:
-            self.open_I[i] = True
-            same_I = self.group_I == self.group_I[i]
-            is_full = (same_I & self.open_I).sum() >= self.most
-            near_I = np.abs(self.frame_I - self.frame_I[i]) < self.distance
-            self.closed_I |= same_I & (near_I | is_full) & ~self.open_I
+    def take(self, *rows: int) -> torch.Tensor:
+        """Choose candidates. (N,) booleans: those that cannot be chosen any more"""
+        for i in self.image_N[list(rows)]:
+            if not self.open_I[i]:
+                self.open_I[i] = True
+                same_I = self.group_I == self.group_I[i]
+                is_full = (same_I & self.open_I).sum() >= self.most
+                near_I = np.abs(self.frame_I - self.frame_I[i]) < self.distance
+                self.closed_I |= same_I & (near_I | is_full) & ~self.open_I
         return torch.from_numpy(self.closed_I[self.image_N])
 
     def first(self, rows_K: torch.Tensor, budget: int) -> torch.Tensor:
@@ -3044,7 +3051,7 @@ def asked_again(caps: Caps, select: Callable) -> Callable:
                     for key, value in offered.items()}
             found = call_offering(select, scores_N[rows], min(budget - len(picks), len(rows)), generator, **left)
             picks += caps.first(rows[torch.as_tensor(found).cpu()], budget).tolist()
-            free_N = torch.from_numpy(~caps.closed_I[caps.image_N])
+            free_N = ~caps.take()
             free_N[picks] = False
             rows = free_N.nonzero()[:, 0]
         return torch.tensor(picks)
@@ -3170,8 +3177,12 @@ class Strategy:
         return any(map(self.asks_for, set(STATISTICS) - {'probs_NCHW'}))
 
     @property
+    def needs_probs(self) -> bool:
+        return self.score is not random_scores or self.asks_for('probs_NC')
+
+    @property
     def needs_model(self) -> bool:
-        return self.score is not random_scores or self.embed is not None or self.asks_for('probs_NC')
+        return self.needs_probs or self.embed is not None
 
     @property
     def setting(self) -> str | dict:

@@ -28,7 +28,6 @@ import logging
 import math
 import os
 import os.path as osp
-import random
 import re
 import shlex
 import shutil
@@ -105,19 +104,15 @@ def hook() -> mmengine.hooks.Hook:
             self.shown, dataset = set(), runner.train_dataloader.dataset
             for leaf in leaves_under(dataset):
                 check_steps(leaf, is_alone=leaf is dataset)
-                if self.is_sparse and is_sparse(leaf):
-                    check_hidden(leaf)
+                check_hidden(leaf)
             state, self.state = self.state, None
-            is_stock = type(al_patch.unwrap(runner.model)).train_step is mmengine.model.BaseModel.train_step
-            for key, loss in trial_losses(runner, 2, None)[0].items() if state and is_stock and not runner.iter else ():
-                if not loss.isfinite():
-                    raise ValueError(f'{key} should be a finite number, but is {loss:g} on two training images, as the '
-                                     'model begins')
+            if state and not runner.iter:
+                check_first_losses(runner)
             if self.is_sparse:
                 check_void(runner)
             check_last_batch(runner)
             if state:
-                as_one(lambda state: rehearse_file(runner), state)
+                as_one(rehearse_file, runner)
                 as_one(rehearse_rounds, state)
 
         def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
@@ -220,6 +215,7 @@ def check_finite(runner) -> None:
         raise ValueError(f'{osp.basename(runner.work_dir)} has diverged by iteration {runner.iter}: loss and '
                          'weights should be finite; mend the config, e.g. by a lower `optim_wrapper.optimizer.lr`, '
                          'and --resume trains the round anew')
+
 
 def keep_class_iou(runner, metric, compute: Callable, *args, **kwargs) -> dict:
     """What a metric computes; each class's IoU goes into the round's ``class_iou.json``. mmengine calls it on rank 0,
@@ -443,8 +439,8 @@ def check_groups(state: al_patch.State) -> None:
                       f'{sizes[-1]}, e.g. {in_short([*groups][:3])}')
     if sizes[-1] == 1:
         state.logger.warning(f'`al.group` = {al.group!r} makes every image of the pool a group of its own')
-    images = getattr(getattr(state.runner.val_loop, 'dataloader', None), 'dataset', None)
-    if hasattr(images, 'get_data_info'):
+    images = validation_set(state.runner)
+    if images:
         names = [al_patch.image_name(images, images.get_data_info(i)) for i in range(len(images))]
         both = [group for group in dict.fromkeys(group_of(name)[0] for name in names) if group in groups]
         if both:
@@ -611,10 +607,10 @@ def check_validation(state: al_patch.State) -> None:
     """
     al, labelled = state.al, []
     with al_patch.reading('the validation set, `val_dataloader.dataset`, which should have an image at least,'):
-        loop = state.runner.val_loop
-        if loop is None or not hasattr(loop.dataloader.dataset, 'get_data_info'):
+        images, loop = validation_set(state.runner), state.runner.val_loop
+        if images is None:
             return
-        images, metrics = loop.dataloader.dataset, loop.evaluator.metrics
+        metrics = loop.evaluator.metrics
         numbers = range(len(images))
         numbers[0]
     voids = [getattr(each, 'ignore_index', 255) for each in (state.pool, *metrics)]
@@ -646,6 +642,12 @@ def check_validation(state: al_patch.State) -> None:
         if al.stop or 'best' in (al.weights, al.query_with):
             raise ValueError(f'{text}: there is no `best` checkpoint, and no end for `al.stop`')
         state.logger.warning(text)
+
+
+def validation_set(runner):
+    """The data set that a runner validates on; None where it has none of images that know their files."""
+    images = getattr(getattr(runner.val_loop, 'dataloader', None), 'dataset', None)
+    return images if hasattr(images, 'get_data_info') else None
 
 
 def is_grey(path: str) -> bool:
@@ -791,15 +793,15 @@ def rehearse(state: al_patch.State) -> None:
     state.logger.info(f'Rehearsed {", ".join(filter(None, what)) or "nothing"} in {time.time() - begin:.1f} s')
 
 
-def as_one(function: Callable, state: al_patch.State):
-    """What a function makes of the state, on each rank.
+def as_one(function: Callable, *args):
+    """What a function makes of something, on each rank.
 
     Raises:
         ValueError: On all of them, if it fails on one.
     """
     failed = made = None
     try:
-        made = function(state)
+        made = function(*args)
     except ValueError as error:
         failed = error
     for text in filter(None, al_patch.all_gather_object(failed and str(failed))):
@@ -880,8 +882,7 @@ def rehearse_checkpoint(state: al_patch.State) -> str | None:
                     everything[key].data.copy_(value)
 
     def probabilities() -> torch.Tensor:
-        for seed in (random.seed, np.random.seed, torch.manual_seed):
-            seed(0)
+        mmengine.runner.set_random_seed(0)
         with al_patch.precision(state.runner):
             [seen] = network.see(mmengine.dataset.pseudo_collate([state.pool[name]]), [0], [al_patch.as_it_is])
         return seen.means[0]['probs_NCHW']
@@ -911,10 +912,10 @@ def rehearse_validation(state: al_patch.State, runner=None) -> str | None:
         ValueError: The metrics lack one that ``al.stop`` or a checkpoint's ``save_best`` names.
     """
     runner = runner or state.runner
-    loop, model = runner.val_loop, al_patch.unwrap(runner.model)
-    if loop is None or not hasattr(loop.dataloader.dataset, 'get_data_info'):
+    loop, images, model = runner.val_loop, validation_set(runner), al_patch.unwrap(runner.model)
+    if images is None:
         return None
-    images, path = loop.dataloader.dataset, al_patch.image_path(loop.dataloader.dataset.get_data_info(0))
+    path = al_patch.image_path(images.get_data_info(0))
     model.train(False)
     with rehearsing(f'the validation of {path}'):
         evaluator = runner.build_evaluator(copy.deepcopy(runner.cfg.val_evaluator))
@@ -980,11 +981,9 @@ def rehearse_rounds(state: al_patch.State) -> None:
     Raises:
         ValueError: What fails, and by which overrides.
     """
-    begin, n, labelled = time.time(), 0, dict(
-        state=osp.join(state.work_dir, al_patch.STATE_FILE), round=state.round, ignore_index=state.pool.ignore_index,
-        pool=state.pool.paths)
+    begin, n = time.time(), 0
     with al_patch.undisturbed():
-        for k, trainer in rounds_to_come(state, al=labelled):
+        for k, trainer in rounds_to_come(state, al=al_patch.what_is_labelled(state)):
             with rehearsing(f'the round of `al.overrides[{k}]`'):
                 if state.counts_pixels:
                     check_losses(trainer.model)
@@ -1039,11 +1038,6 @@ def leaves_under(dataset) -> Iterator:
         yield dataset
 
 
-def is_sparse(dataset) -> bool:
-    """Whether images of a data set are partly labelled."""
-    return isinstance(dataset.pipeline, al_patch.SparseLabels) and bool(dataset.pipeline.shown)
-
-
 def check_steps(dataset, is_alone: bool) -> None:
     """Run the training pipeline on one image, step by step, and look for label maps that a later step loads from a file
     of its own: what al_patch hides is loaded with ``gt_seg_map``, by the same step.
@@ -1058,7 +1052,7 @@ def check_steps(dataset, is_alone: bool) -> None:
     pipeline, info = dataset.pipeline, dataset.get_data_info(0)
     path, mapping = al_patch.image_path(info), getattr(pipeline, 'mapping', ())
     shown = getattr(pipeline, 'shown', {}).get(path)
-    results = {**info, 'seg_map_path': shown.file} if shown and shown.file else info
+    results = shown.of(info) if shown else info
     with al_patch.undisturbed():
         for step in getattr(pipeline, 'transforms', ()):
             if shown and step in mapping:
@@ -1103,47 +1097,55 @@ def check_hidden(dataset) -> None:
     Raises:
         ValueError: It names what differs.
     """
-    pipeline, infos = dataset.pipeline, (dataset.get_data_info(i) for i in range(len(dataset)))
-    info, shown = next(((info, shown) for info in infos if (
-        shown := pipeline.shown.get(al_patch.image_path(info))) and shown.mask), (None, None))
-    file = shown and (shown.file or info.get('seg_map_path'))
-    try:
-        with al_patch.Image.open(file) as image:
-            label, kind, palette, hidden = np.array(image), image.format, image.getpalette(), ~al_patch.read_mask(
-                shown.mask)
-        other, values = label.copy(), np.unique(label.reshape(-1, *label.shape[2:]), axis=0)
-        other[hidden] = values[np.random.default_rng(0).integers(0, len(values), hidden.sum())]
-    except (OSError, ValueError, AttributeError, IndexError):  # no picture; what cannot be tried is left to the mask
+    pipeline, shown_of = dataset.pipeline, getattr(dataset.pipeline, 'shown', {})
+    infos = map(dataset.get_data_info, range(len(dataset) if shown_of else 0))
+    info = next((info for info in infos if shown_of.get(al_patch.image_path(info), al_patch.Shown()).mask), None)
+    if info is None:
         return
+    image_path = al_patch.image_path(info)
+    shown = shown_of[image_path]
+    file = shown.of(info).get('seg_map_path')
 
     def sample(path: str) -> dict:
-        pipeline.shown[al_patch.image_path(info)] = shown._replace(file=path)
+        shown_of[image_path] = shown._replace(file=path)
         with al_patch.undisturbed():
-            for seed in (random.seed, np.random.seed, torch.manual_seed):
-                seed(0)
+            mmengine.runner.set_random_seed(0)
             packed = pipeline(copy.deepcopy(info)) or {}
         items = {**packed, **{key: getattr(value, 'data', value) for key, value in getattr(
             packed.get('data_samples'), 'items', dict)()}}
         return {key: np.asarray(value) for key, value in items.items() if isinstance(value, (torch.Tensor, np.ndarray))}
 
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            path = osp.join(folder, osp.basename(file))
-            image = al_patch.Image.fromarray(other)
-            if palette and image.mode == 'L':
-                image.putpalette(palette)
-            image.save(path, kind)
-            with al_patch.Image.open(path) as image:
-                if not np.array_equal(np.asarray(image), other):  # a format that loses something
-                    return
+    with tempfile.TemporaryDirectory() as folder:
+        path = osp.join(folder, osp.basename(file or ''))
+        if not write_other_labels(file, shown.mask, path):
+            return
+        try:
             one, two = sample(file), sample(path)
-    finally:
-        pipeline.shown[al_patch.image_path(info)] = shown
+        finally:
+            shown_of[image_path] = shown
     for key in one:
         if key not in two or not np.array_equal(one[key], two[key], equal_nan=one[key].dtype.kind == 'f'):
             raise ValueError(f'`{key}` of {file} should not depend on labels that nobody has asked for, but changes '
                              'with them, so that they would be trained on: make it of `gt_seg_map`, by a step behind '
                              "the one that loads that, or use `al.unit='image'`")
+
+
+def write_other_labels(file: str | None, mask: str, path: str) -> bool:
+    """A copy of a label file, with other ones of its values where the mask shows none. Whether that can be: what is no
+    picture, or one of a format that loses something, is left to the mask."""
+    try:
+        with al_patch.Image.open(file) as image:
+            label, kind, palette = np.array(image), image.format, image.getpalette()
+        hidden, values = ~al_patch.read_mask(mask), np.unique(label.reshape(-1, *label.shape[2:]), axis=0)
+        label[hidden] = values[np.random.default_rng(0).integers(0, len(values), hidden.sum())]
+    except (OSError, ValueError, AttributeError, IndexError):
+        return False
+    image = al_patch.Image.fromarray(label)
+    if palette and image.mode == 'L':
+        image.putpalette(palette)
+    image.save(path, kind)
+    with al_patch.Image.open(path) as image:
+        return np.array_equal(np.asarray(image), label)
 
 
 def is_made(step: Callable, before: dict, maps: list[str]) -> bool:
@@ -1185,6 +1187,19 @@ def check_loss(loss: torch.nn.Module, channels: int, device: torch.device) -> No
         why = f'it fails on single pixels ({type(error).__name__}: {error})'
     raise ValueError(f"{type(loss).__name__} cannot train with partly labelled images: {why}; use a plain "
                      "CrossEntropyLoss, or `al.unit='image'`")
+
+
+def check_first_losses(trainer) -> None:
+    """Train on two images, but for the step, if the model steps as mmengine's.
+
+    Raises:
+        ValueError: It fails, or a loss is no number.
+    """
+    if type(al_patch.unwrap(trainer.model)).train_step is mmengine.model.BaseModel.train_step:
+        for key, loss in trial_losses(trainer, 2, None)[0].items():
+            if not loss.isfinite():
+                raise ValueError(f'{key} should be a finite number, but is {loss:g} on two training images, as the '
+                                 'model begins')
 
 
 def check_void(trainer) -> None:
