@@ -121,6 +121,8 @@ class Block:
     pool: MaybePath = None           # which training data sets are the pool, e.g. 'dataset.datasets.1'; default: all
     group: MaybeExpression = None    # video, patient, tile of an image: a regular expression on its name, or function
     max_per_group: MaybeNatural = None   # so many images of a group at most in one query
+    max_per_image: MaybeNatural = None   # below image level so many units of an image at most in one query
+    max_images: MaybeNatural = None  # below image level units of so many images at most in one query
     frame_distance: MaybeNatural = None  # between two images of a group in one query, by the last number in their names
     logits: MaybeFunction = None     # 'package.module:function' from what `inference` returns to (N, classes, H, W)
     pool_size: MaybeAmount = None    # score only a random subset of the pool: int | fraction of the images
@@ -903,16 +905,20 @@ class Query:
             names = state.shuffled(names, 'pool_size', k)[:size]
         self.open = frozenset(names)
         self.names = [name for name in pool.names if name in self.open or
-                      name in have and self.strategy.asks_for('labelled_LD')]
+                      name in have and self.strategy.asks_for_labelled]
         self.position = {name: i for i, name in enumerate(self.names)}
         self.free = self.free_pixels() if state.counts_pixels else {}
         self.total = sum(self.free.values())
         self.collector = Collector(self.strategy.select, self.budget, al.per_image, state.counts_pixels and isinstance(
             self.amount, float), (state.seed, 'select', k), (k - 1) / max(1, al.rounds))
-        if al.group and k:
-            groups, frames = zip(*map(grouping(al.group), self.names))
+        self.capped_by = {key: al[key] for key in ('max_per_image', 'max_images', 'max_per_group', 'frame_distance')
+                          if al[key] and k}
+        if self.capped_by:
+            groups, frames = zip(*map(grouping(al.group or '.*'), self.names))
+            units, images, group = (self.capped_by.get(key, math.inf) for key in (
+                'max_per_image', 'max_images', 'max_per_group'))
             self.collector.caps = functools.partial(Caps, np.unique(groups, return_inverse=True)[1], np.array(frames),
-                                                    al.max_per_group or math.inf, al.frame_distance or 0)
+                                                    units, images, group, self.capped_by.get('frame_distance', 0))
         state.collector = self.collector
         if self.strategy.needs_model:
             self.collector.device = next(state.model.parameters()).device
@@ -942,7 +948,7 @@ class Query:
         """
         budget, shortlist = self.budget(name), self.strategy.shortlist
         if self.strategy.select is topk and not shortlist:
-            return budget
+            return min(budget, self.capped_by.get('max_per_image', budget))
         share = budget * (1 if self.state.al.per_image else self.free.get(name, 0) / max(1, self.total))
         share = math.ceil(share / (units.size if self.collector.in_pixels else 1))
         if shortlist and shortlist < share:
@@ -964,31 +970,33 @@ class Query:
     def views(self) -> list[Callable]:
         """What the strategy is shown of the logits: first, if vectors come from them, at their own resolution; last
         what scores and classes come from, which are those of the image's own pixels below image level."""
+        embeds, scores = self.strategy.embeds_probs, self.strategy.needs_probs
         if not self.state.counts_pixels:
-            return [without_padding]
-        return [as_it_is] * (self.strategy.embed is not None) + [to_image] * self.strategy.needs_probs
+            return [without_padding] * (embeds or scores)
+        return [as_it_is] * embeds + [to_image] * scores
 
     def maps(self, seen: Seen) -> tuple[torch.Tensor | None, dict]:
         """An image's score map: for whole images at the logits' resolution, less the padding, else of the original
-        image's pixels. And ``probs_CHW``, ``scores_HW`` and ``features_KHW`` at the logits' resolution, less the
-        padding, as far as vectors are made from them."""
+        image's pixels. And ``features_KHW``, and ``probs_CHW`` and ``scores_HW`` at the logits' resolution or, with
+        features, at theirs, less the padding, as far as vectors are made from them."""
         counts_pixels, strategy, maps = self.state.counts_pixels, self.strategy, {}
         scores = [None if strategy.score is random_scores else call_offering(
             strategy.score, means['probs_NCHW'], **means, **self.state.thresholds)[0] for means in seen.means]
-        map_HW = scores[-1]
-        if strategy.embed:
+        map_HW = scores[-1] if scores else None
+        if strategy.embeds_probs:
             crop = without_padding if counts_pixels else as_it_is
             maps = dict(probs_CHW=crop(seen.means[0]['probs_NCHW'][0], seen))
             if scores[0] is not None:
                 maps['scores_HW'] = crop(scores[0], seen)
-            if seen.features is not None:
-                maps['features_KHW'] = without_padding(seen.features, seen).float()
-                if maps['features_KHW'].shape[1:] != maps['probs_CHW'].shape[1:]:  # a head that refines its logits
-                    maps['features_KHW'] = F.interpolate(maps['features_KHW'][None], maps['probs_CHW'].shape[1:])[0]
+        if seen.features is not None:
+            features_KHW = without_padding(seen.features, seen).float()
+            cells = features_KHW.shape[1:]
+            maps = {key: each if each.shape[-2:] == cells else F.adaptive_avg_pool2d(each[None], cells)[0]
+                    for key, each in maps.items()} | dict(features_KHW=features_KHW)
         return map_HW, maps
 
-    def candidates(self, name: str, seen: Seen | None) -> tuple[Candidates, Candidates]:
-        """The candidates of an image, and its labelled units if the selector wants to know.
+    def candidates(self, name: str, seen: Seen | None) -> tuple[Candidates, Candidates, int]:
+        """The candidates of an image, its labelled units if the selector wants to know, and the number of all units.
 
         Raises:
             ValueError: A score or a vector is not finite; it names the image.
@@ -1004,22 +1012,28 @@ class Query:
             map_HW.float(), strategy.reduce)
         taken, limit = state.mask(name) if state.counts_pixels else name in state.labelled(), self.limit(name, units)
         found = [units.candidates(values, taken, draw, limit, self.collector.floor)]
-        if strategy.asks_for('labelled_LD'):
+        if strategy.asks_for_labelled:
             found.append(units.known(values, taken, draw, limit))
         ids, values, pixels = map(np.concatenate, zip(*found))
-        vectors = probs = None
+        vectors = probs = predicted = None
         if maps and len(ids):
-            weights_NP = units.weights(ids, maps['probs_CHW'].shape[1:], maps['probs_CHW'].device)
-            vectors_ND = call_offering(strategy.embed, **maps, **self.state.thresholds, weights_NP=weights_NP)
+            shape, device = next((each.shape[-2:], each.device) for each in maps.values())
+            vectors_ND = call_offering(strategy.embed, **maps, **self.state.thresholds, weights_NP=units.weights(
+                ids, shape, device), in_one_cell=units.is_dense and units.size == 1)
+            if isinstance(vectors_ND, tuple):
+                self.collector.split, vectors_ND = vectors_ND[0].shape[1], torch.cat(vectors_ND, 1)
             vectors = vectors_ND.float().cpu().numpy()
-        if strategy.asks_for('probs_NC') and len(ids):
+        if strategy.needs_classes and len(ids):
             probs_CHW = seen.means[-1]['probs_NCHW'][0]
             weights_NP = units.weights(ids, probs_CHW.shape[1:], probs_CHW.device)
-            probs = pool_map(probs_CHW, weights_NP).cpu().numpy()
+            if strategy.asks_for('probs_NC'):
+                probs = pool_map(probs_CHW, weights_NP).cpu().numpy()
+            if strategy.asks_for_predicted:
+                predicted = pool_map(predicted_as(probs_CHW).float(), weights_NP).cpu().numpy()
         image = np.full(len(ids), self.position[name], np.int32)
-        rows = Candidates(image, ids, values, pixels, draw(ids), vectors, probs)
+        rows = Candidates(image, ids, values, pixels, draw(ids), vectors, probs, predicted)
         free = len(found[0][0])
-        return rows.rows(slice(free if name in self.open else 0)), rows.rows(slice(free, None))
+        return rows.rows(slice(free if name in self.open else 0)), rows.rows(slice(free, None)), units.number
 
     def asked(self) -> dict[str, np.ndarray | None]:
         """The choice, after a line in the log. The highest score in each image stays in ``state.scores``."""
@@ -1031,10 +1045,10 @@ class Query:
         images, starts = np.unique(chosen.image, return_index=True)
         if self.collector.is_capped:
             state.warn(f'Query {len(state.rounds)} asks for {len(chosen.id)} units of the {self.amount} that '
-                       f'`al.budget` allows: `al.max_per_group` = {state.al.max_per_group} and `al.frame_distance` = '
-                       f'{state.al.frame_distance} leave no more')
+                       '`al.budget` allows: ' + ' and '.join(f'`al.{key}` = {value}' for key, value in
+                                                             self.capped_by.items()) + ' leave no more')
         (low, high, n), scores = self.collector.range, chosen.score
-        what = f'{len(images)} of {len(self.open)} images'
+        what = f'{len(images)} of {len(self.open)} images' + ', as there is no model yet' * (not state.rounds)
         if state.counts_pixels:
             what = f'{len(chosen.id)} of {n} candidates ({chosen.pixels.sum()} pixels) in {what}'
         if self.strategy.score is not random_scores:
@@ -1071,13 +1085,15 @@ class Collector:
                  seed: tuple = (), progress: float = 0.):
         self.select, self.budget, self.per_image, self.in_pixels = select, budget, per_image, in_pixels
         self.seed, self.progress, self.device, self.caps, self.is_capped = seed, progress, 'cpu', None, False
-        self.parts, self.known, self.rows, self.kept = [], [], 0, 0
+        self.parts, self.known, self.rows, self.kept, self.number, self.split = [], [], 0, 0, 0, None
         self.floor, self.seen, self.range = -math.inf, {}, [math.inf, -math.inf, 0]
         self.equals = collections.Counter()
 
-    def add(self, name: str, candidates: Candidates, known: Candidates) -> None:
-        """An image's candidates, and what is labelled of it where the selector wants to know."""
+    def add(self, name: str, candidates: Candidates, known: Candidates, number: int) -> None:
+        """An image's candidates, what is labelled of it where the selector wants to know, and the number of its
+        units."""
         scores = candidates.score
+        self.number = number if self.per_image else self.number + number
         if len(known.id) and not self.per_image:
             self.known.append(known)
         if not len(scores):
@@ -1101,12 +1117,18 @@ class Collector:
         a fair choice. A budget in pixels is spent as far as whole units go: the selector's picks are taken in its order
         until the next one is too large, but at least one."""
         n, candidates = len(candidates.id), candidates.shuffled()
-        scores_N, vectors_ND, probs_NC = map(self.tensor, (candidates.score, candidates.vector, candidates.probs))
-        offered = dict(vectors_ND=vectors_ND, probs_NC=probs_NC, progress=self.progress,
-                       draws_N=self.tensor(candidates.draw))
-        if vectors_ND is not None:
-            known = candidates.rows(slice(0)) if known is None or known.vector is None else known.shuffled()
-            offered.update(labelled_LD=self.tensor(known.vector), labelled_scores_L=self.tensor(known.score))
+        scores_N = self.tensor(candidates.score)
+        known = known.shuffled() if known and len(known.id) else candidates.rows(slice(0))
+        vectors_ND, labelled_LD = self.tensor(candidates.vector), self.tensor(known.vector)
+        split = self.split
+        if split and 'split' not in parameters_of(self.select):
+            split, vectors_ND, labelled_LD = None, *((v[:, :split, None] * v[:, None, split:]).flatten(1)
+                                                     for v in (vectors_ND, labelled_LD))
+        offered = dict(
+            vectors_ND=vectors_ND, split=split, probs_NC=self.tensor(candidates.probs), progress=self.progress,
+            predicted_NC=self.tensor(candidates.predicted), draws_N=self.tensor(candidates.draw), number=self.number,
+            labelled_LD=labelled_LD, labelled_scores_L=self.tensor(known.score),
+            labelled_predicted_LC=self.tensor(known.predicted))
         k = math.ceil(budget / np.median(candidates.pixels)) if self.in_pixels and n else budget
         while n:
             k = min(k, n)
@@ -1134,14 +1156,15 @@ class Collector:
 
     def result(self) -> Candidates:
         """The choice of all ranks together."""
-        parts, known, ranges = zip(*all_gather_object((Candidates.join(self.parts), Candidates.join(self.known),
-                                                       self.range)))
-        lows, highs, numbers = zip(*ranges)
-        self.range = [min(lows), max(highs), sum(numbers)]
+        parts, known, ranges, numbers, splits = zip(*all_gather_object((
+            Candidates.join(self.parts), Candidates.join(self.known), self.range, self.number, self.split)))
+        lows, highs, rows = zip(*ranges)
+        self.range, self.number, self.split = [min(lows), max(highs), sum(rows)], sum(numbers), max(
+            split or 0 for split in splits)
         candidates, known = map(Candidates.join, (parts, known))
         # without its vectors, that no rank has use for any more
         return on_rank_0(lambda: (candidates if self.per_image else self.choose(candidates, self.budget(None), known)
-                                  )._replace(vector=None, probs=None)).sorted()
+                                  )._replace(vector=None, probs=None, predicted=None)).sorted()
 
 
 class Candidates(NamedTuple):
@@ -1153,6 +1176,7 @@ class Candidates(NamedTuple):
     draw: np.ndarray  # (N,) float64 in (0, 1): its own, by seed, round, name of the image and id alone
     vector: np.ndarray | None = None  # (N, D) float32, if the strategy has an embedding
     probs: np.ndarray | None = None  # (N, C) float32, mean class probabilities, if the selector asks for them
+    predicted: np.ndarray | None = None  # (N, C) float32, shares of its pixels predicted so, if it asks for them
 
     def rows(self, which) -> Candidates:
         return Candidates(*(None if column is None else column[which] for column in self))
@@ -1251,9 +1275,9 @@ class Network:
         self.trainer, self.model = trainer, segmentor(unwrap(trainer.model))
         self.logits_of = function_named({}, logits_of, 'al.logits') if logits_of else leaves_of
         self.model.train(False)
-        self.mc = strategy.mc if strategy else 1
+        self.mc, self.flips = (strategy.mc, 1 + strategy.flip) if strategy else (1, 1)
         self.wanted = [name for name in STATISTICS if name == 'probs_NCHW' or strategy and strategy.asks_for(name)]
-        self.with_features = bool(strategy and strategy.asks_for('features_KHW'))
+        self.features_from = strategy.features_from if strategy and strategy.embeds_features else None
         self.dropouts = dropouts_of(self.model) if self.mc > 1 else []
         self.fixed = dict.fromkeys(fixed_parts(self.model, set(self.dropouts))) if self.dropouts else ()
 
@@ -1273,32 +1297,31 @@ class Network:
 
     def see(self, data: dict, seeds: list[int], views: list[Callable]) -> Iterator[Seen]:
         """What the network sees in the images of a batch, with a seed for the dropout masks of each."""
-        data, caught, hook = self.model.data_preprocessor(data, False), [], None
-        if self.with_features:  # of the pass without dropout, which is the first
-            hook = feature_head(self.model).conv_seg.register_forward_pre_hook(
-                lambda _, args: None if caught else caught.append(args[0]))
-        metas, are_scores = [sample.metainfo for sample in data['data_samples']], classifies_masks(
-            decode_head(self.model))
-        shape = leaves_of(data['inputs'])[0].shape[2:]
-        batch = [Seen(meta, shape, self.model.align_corners, [{} for _ in views], None)
-                 for meta in metas]
+        data = self.model.data_preprocessor(data, False)
+        inputs, metas = data['inputs'], [sample.metainfo for sample in data['data_samples']]
+        are_scores, shape = classifies_masks(decode_head(self.model)), leaves_of(inputs)[0].shape[2:]
+        batch = [Seen(meta, shape, self.model.align_corners, [{} for _ in views], None) for meta in metas]
+        self.windows = Windows(self.model, self.features_from, not views) if self.features_from else None
         with native_resolution(self.model):
-            for logits_NSCHW in self.passes(data['inputs'], [dict(meta) for meta in metas], seeds):
-                for logits_SCHW, seen in zip(logits_NSCHW, batch):
-                    for view, mean in zip(views, seen.means):
-                        seen_MHW = view(logits_SCHW.flatten(0, 1), seen)
-                        self.average(mean, to_probs(seen_MHW.unflatten(0, (len(logits_SCHW), -1)), are_scores))
-        if hook:
-            hook.remove()
-            if not caught:
-                raise ValueError(no_features(self.model))
-        yield from (seen._replace(features=features) for seen, features in zip(batch, caught[0])) if hook else batch
+            if not views:
+                with self.windows.open(inputs):
+                    self.model.inference(inputs, [dict(meta) for meta in metas])
+            for flip in range(self.flips if views else 0):
+                given = mirrored(inputs) if flip else inputs
+                seeds = [seed_of(seed, 'flip') for seed in seeds] if flip else seeds
+                for logits_NSCHW in self.passes(given, [dict(meta) for meta in metas], seeds):
+                    for logits_SCHW, seen in zip(logits_NSCHW.flip(-1) if flip else logits_NSCHW, batch):
+                        for view, mean in zip(views, seen.means):
+                            seen_MHW = view(logits_SCHW.flatten(0, 1), seen)
+                            self.average(mean, to_probs(seen_MHW.unflatten(0, (len(logits_SCHW), -1)), are_scores))
+        features = self.windows.mean() if self.windows else itertools.repeat(None)
+        yield from (seen._replace(features=each) for seen, each in zip(batch, features))
 
     def average(self, mean: dict, probs_SCHW: torch.Tensor) -> None:
         """Add what some passes have to the mean over all."""
         for name in self.wanted:
-            share = STATISTICS[name](probs_SCHW)
-            share = share if self.mc == 1 else share.sum(0, keepdim=True).div_(self.mc)
+            share, number = STATISTICS[name](probs_SCHW), self.mc * self.flips
+            share = share if number == 1 else share.sum(0, keepdim=True).div_(number)
             mean[name] = mean[name].add_(share) if name in mean else share
 
     def classify(self, seen: Seen) -> np.ndarray:
@@ -1344,7 +1367,9 @@ class Network:
             ValueError: The model gives something else.
         """
         n, channels = len(metas), getattr(decode_head(self.model), 'out_channels', None)
-        output = self.model.inference(inputs_NCHW, metas)
+        is_first = self.windows and self.windows.sum is None  # of the passes, without dropout
+        with self.windows.open(inputs_NCHW) if is_first else contextlib.nullcontext():
+            output = self.model.inference(inputs_NCHW, metas)
         found = [each for each in leaves_of(self.logits_of(output)) if isinstance(each, torch.Tensor) and
                  each.ndim == 4 and len(each) == n and each.shape[1] in (channels, channels or each.shape[1])]
         if len(found) != 1:
@@ -1369,11 +1394,144 @@ class Network:
             yield logits_NSCHW + conv.bias.view(-1, 1, 1)
 
 
-def feature_head(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The head whose ``conv_seg`` gets the penultimate features: of a cascade, the last that has one."""
-    heads = getattr(segmentor(model), 'decode_head', None)
-    heads = heads if isinstance(heads, torch.nn.ModuleList) else [heads]
-    return next((head for head in reversed(heads) if hasattr(head, 'conv_seg')), None)
+class Windows:
+    """Features of a batch, from one call of ``inference``: those of each window that the model looks at, which for
+    whole inference is the image. Overlapping windows are averaged, as mmseg averages their logits, but at the features'
+    own resolution: a window's cells count in the image's cells by the area that they share.
+
+    Args:
+        place: ``al.strategy.features_from``.
+        are_all: Whether nothing but features is wanted: what comes after them then does not run.
+
+    Raises:
+        ValueError: The model has no such place.
+    """
+
+    def __init__(self, model: torch.nn.Module, place: str, are_all: bool):
+        self.model, self.place, self.are_all = model, place, are_all
+        self.module, self.caught, self.sum, self.weight = feature_module(model, place), [], None, None
+
+    @contextlib.contextmanager
+    def open(self, inputs):
+        """Catch features while ``inference`` runs on these inputs."""
+        look, inputs_NCHW = getattr(self.model, 'encode_decode', None), leaves_of(inputs)[0]
+
+        def keep(module, args, output=None) -> None:
+            if not self.caught:  # a head may call its last layer more than once
+                self.caught.append(args[0] if self.place == 'decode_head' else output)
+                if self.are_all:
+                    raise SeenEnough
+
+        def look_at(window_NCHW, *args, **kwargs):
+            try:
+                logits = look(window_NCHW, *args, **kwargs)
+            except SeenEnough:
+                shape = leaves_of(window_NCHW)[0].shape
+                logits = inputs_NCHW.new_zeros(()).expand(len(inputs_NCHW), self.model.out_channels, *shape[2:])
+            self.add(leaves_of(window_NCHW)[0], inputs_NCHW)
+            return logits
+
+        kind = 'register_forward_pre_hook' if self.place == 'decode_head' else 'register_forward_hook'
+        with contextlib.ExitStack() as stack:
+            stack.callback(getattr(self.module, kind)(keep).remove)
+            if look:
+                stack.enter_context(attribute(self.model, 'encode_decode', look_at))
+            else:
+                stack.callback(self.add, inputs_NCHW, inputs_NCHW)
+                stack.enter_context(contextlib.suppress(SeenEnough))
+            yield
+
+    def add(self, window_NCHW: torch.Tensor, inputs_NCHW: torch.Tensor) -> None:
+        """What was caught in a window of the inputs, which is a view of them."""
+        if not self.caught:
+            raise ValueError(no_features(self.model, self.place))
+        part_NKHW = feature_map(self.model, self.place, self.caught.pop(), window_NCHW.shape[2:]).float()
+        if window_NCHW.shape == inputs_NCHW.shape:
+            self.sum, self.weight = part_NKHW, 1
+            return
+        start = window_NCHW.storage_offset() - inputs_NCHW.storage_offset()
+        starts = divmod(start, inputs_NCHW.stride(2))
+        starts = starts[0], starts[1] // inputs_NCHW.stride(3)
+        shares = [cell_shares(*each).to(part_NKHW) for each in zip(
+            inputs_NCHW.shape[2:], starts, window_NCHW.shape[2:], part_NKHW.shape[2:])]
+        if self.sum is None:
+            self.sum, self.weight = part_NKHW.new_zeros(*part_NKHW.shape[:2], *map(len, shares)), 0
+        self.sum += shares[0] @ part_NKHW @ shares[1].T
+        self.weight = self.weight + shares[0].sum(1)[:, None] * shares[1].sum(1)
+
+    def mean(self) -> torch.Tensor:
+        """(N, K, h, w)"""
+        return self.sum / self.weight
+
+
+class SeenEnough(Exception):
+    """Ends the pass of a model at the features."""
+
+
+def cell_shares(size: int, start: int, window: int, cells: int) -> torch.Tensor:
+    """Along one axis, the share of each cell of an image that lies in each of a window's cells. (image's cells,
+    window's cells)"""
+    edges, own = (torch.arange(n + 1, dtype=torch.float64) * (length / n) + first for n, length, first in (
+        (max(1, round(size * cells / window)), size, 0), (cells, window, start)))
+    common = torch.minimum(edges[1:, None], own[1:]) - torch.maximum(edges[:-1, None], own[:-1])
+    return common.clamp_min(0) / edges[1]
+
+
+def feature_module(model: torch.nn.Module, place: str) -> torch.nn.Module:
+    """The module whose output, or for ``decode_head`` the last layer whose input, features are: of a cascade's heads,
+    that of the last which has one.
+
+    Raises:
+        ValueError: The model has none.
+    """
+    if place == 'decode_head':
+        heads = getattr(model, 'decode_head', None)
+        heads = heads if isinstance(heads, torch.nn.ModuleList) else [heads]
+        module = next((head.conv_seg for head in reversed(heads) if hasattr(head, 'conv_seg')), None)
+    else:  # a multimodal segmentor calls its backbone so
+        name = 'image_encoder' if place == 'backbone' and not hasattr(model, 'backbone') else place
+        module = dict(model.named_modules()).get(name)
+    if module is None:
+        raise ValueError(no_features(model, place))
+    return module
+
+
+def feature_map(model: torch.nn.Module, place: str, output, shape: tuple) -> torch.Tensor:
+    """One map from what a module returns: a map, tokens of a transformer, or several, enlarged to the finest. Of those
+    of a backbone, or of the neck after it, the ones that the decode head reads (``in_index``) count. (N, K, h, w)
+
+    Raises:
+        ValueError: There is none in it.
+    """
+    found = [each for each in leaves_of(output) if isinstance(each, torch.Tensor)]
+    maps = [each for each in found if each.ndim == 4] or [
+        each for each in map(functools.partial(token_map, shape=shape), found) if each is not None]
+    if place == ('neck' if getattr(model, 'with_neck', False) else 'backbone') and len(maps) > 1:
+        index = getattr(decode_head(model), 'in_index', -1)
+        maps = [maps[i] for i in (index if isinstance(index, (list, tuple)) else [index])]
+    if not maps:
+        raise ValueError(no_features(model, place))
+    finest = max((each.shape[2:] for each in maps), key=math.prod)
+    return torch.cat([each if each.shape[2:] == finest else F.interpolate(each, finest) for each in maps], 1)
+
+
+def token_map(tokens_NLK: torch.Tensor, shape: tuple) -> torch.Tensor | None:
+    """Tokens as a map of an input's (H, W), less class tokens and registers, which come first. (N, K, h, w)"""
+    if tokens_NLK.ndim != 3:
+        return None
+    for more in range(min(17, tokens_NLK.shape[1])):
+        n = tokens_NLK.shape[1] - more
+        h, w = (max(1, round(math.sqrt(n * a / b))) for a, b in (shape, shape[::-1]))
+        if h * w == n:
+            return tokens_NLK[:, more:].mT.unflatten(2, (h, w))
+    return None
+
+
+def mirrored(inputs):
+    """A network's inputs, mirrored: a tensor, or lists and dicts of them."""
+    if isinstance(inputs, dict):
+        return {key: mirrored(each) for key, each in inputs.items()}
+    return [mirrored(each) for each in inputs] if isinstance(inputs, (list, tuple)) else inputs.flip(-1)
 
 
 def deal_batches(state: State, names: list[str], shared: bool = True) -> list[list[str]]:
@@ -1509,10 +1667,11 @@ def apply_dropout(layer: torch.nn.Module, generators: list, untouched: list, x: 
     return x * ((mask >= layer.p) / (1 - layer.p)).to(x)
 
 
-def no_features(model: torch.nn.Module) -> str:
-    return ('`al.strategy.embed` should not need features here: they are the input of `conv_seg` of a BaseDecodeHead, '
-            f'run on the whole image, but the model ends in {type(decode_head(model)).__name__} with '
-            f'test_cfg.mode={model.test_cfg.get("mode", "whole")!r}')
+def no_features(model: torch.nn.Module, place: str) -> str:
+    what = "the input of a head's last layer `conv_seg`" if place == 'decode_head' else \
+        'a module of this name that makes maps (N, K, h, w) or tokens (N, L, K)'
+    return (f'`al.strategy.features_from` should be where features are, e.g. \'backbone\', but got {place!r}: a '
+            f'{type(model).__name__} with a {type(decode_head(model)).__name__} has not {what}')
 
 
 def decode_head(model: torch.nn.Module) -> torch.nn.Module | None:
@@ -2580,7 +2739,7 @@ def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.
 
 
 def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-             draws_N: torch.Tensor, caps: Caps | None = None) -> torch.Tensor:
+             draws_N: torch.Tensor, split: int | None = None, caps: Caps | None = None) -> torch.Tensor:
     """The seeding of k-means++ (Arthur & Vassilvitskii, SODA 2007), as BADGE (Ash et al., ICLR 2020) uses it: the
     largest norm first, then draws in proportion to the squared distance to the nearest one chosen. (K,) indices
 
@@ -2591,19 +2750,26 @@ def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, ve
     Rates only fall, so no clock rings before the time that an old rate promises: as long as the first of an up-to-date
     few rings before that of all others, it is the next, and the others can wait for a matrix product.
     """
-    offset_ND = vectors_ND - vectors_ND.mean(0)
-    norms_N1, ones_N1 = (offset_ND**2).sum(1, keepdim=True), torch.ones_like(offset_ND[:, :1])
-    rows_NE = torch.cat([offset_ND, norms_N1, ones_N1], 1)
-    columns_NE = torch.cat([-2 * offset_ND, ones_N1, norms_N1], 1)  # products with rows are squared distances
+    def norms_of(parts: list) -> torch.Tensor:
+        return math.prod((part**2).sum(1, keepdim=True) for part in parts)
+
+    product = functools.partial(outer_product, split=split) if split else torch.matmul
+    parts = vectors_ND.tensor_split([split], 1) if split else [vectors_ND]
+    largest = norms_of(parts).argmax()
+    parts = parts if split else [vectors_ND - vectors_ND.mean(0)]  # small norms lose less to rounding
+    norms_N1, ones_N1 = norms_of(parts), torch.ones_like(vectors_ND[:, :1])
+    rows_NE = torch.cat([*parts, norms_N1, ones_N1], 1)
+    columns_NE = torch.cat([-2 * parts[0], *parts[1:], ones_N1, norms_N1], 1)  # products are squared distances
     left_N, rate_N = -draws_N.log().to(rows_NE), torch.full_like(rows_NE[:, 0], 1e30)
-    picks, block, waits = [], [int((vectors_ND**2).sum(1).argmax())], [0.]
+    picks, block, waits = [], [int(largest)], [0.]
     few = min(len(vectors_ND), 1024)
     while True:
-        run_clocks(left_N, rate_N, rows_NE, columns_NE[block], waits)
+        run_clocks(left_N, rate_N, rows_NE, columns_NE[block], waits, product)
         picks += block
         left_N[picks] = math.inf
         if caps:
-            left_N[caps.take(*block)] = math.inf
+            caps.take(block)
+            left_N[caps.closed()] = math.inf
         if len(picks) == budget or caps and left_N.min() == math.inf:
             return torch.tensor(picks)
         times, active = (left_N / rate_N).topk(min(few + 1, len(left_N)), largest=False)
@@ -2618,16 +2784,23 @@ def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, ve
             bound -= waits[-1]
             left.sub_(rate, alpha=waits[-1])[best] = math.inf
             if caps:
-                left[caps.take(block[-1]).to(left.device)[active]] = math.inf
-            rate = torch.minimum(rate, rows @ columns_NE[block[-1]]).clamp_min_(1e-30)
+                caps.take(block[-1:])
+                left[caps.closed(active)] = math.inf
+            rate = torch.minimum(rate, product(rows, columns_NE[block[-1]])).clamp_min_(1e-30)
         few = min(len(vectors_ND), few * 2 if len(block) < 16 else few)
 
 
+def outer_product(one: torch.Tensor, other: torch.Tensor, split: int) -> torch.Tensor:
+    """A matrix product of vectors that are outer products, and two numbers more: the inner product of a b^T and c d^T
+    is (a c) (b d)."""
+    return (one[..., :split] @ other[:split]) * (one[..., split:-2] @ other[split:-2]) + one[..., -2:] @ other[-2:]
+
+
 def run_clocks(left_N: torch.Tensor, rate_N: torch.Tensor, rows_NE: torch.Tensor, columns_KE: torch.Tensor,
-               waits: list) -> None:
+               waits: list, product: Callable) -> None:
     """Let all clocks run, in place, for one time after the other; after each of them a centre slows those near it."""
     for left, rate, rows in zip(*(each.split(4096) for each in (left_N, rate_N, rows_NE))):
-        for near, time_left in zip(columns_KE @ rows.T, waits):
+        for near, time_left in zip(product(columns_KE, rows.T), waits):
             left.sub_(rate, alpha=time_left)
             torch.minimum(rate, near, out=rate)
         rate.clamp_min_(1e-30)
@@ -2640,17 +2813,22 @@ OFFERED = (
     'squares_NCHW',  # mean of the squared probabilities of the MC dropout passes
     'thresholds_C',  # probability from which on a class belongs to the prediction set, calibrated on held-out images
     # an embedding gets what it names, at the resolution of the logits
-    'probs_CHW',  # class probabilities
-    'features_KHW',  # penultimate features: the input of the decode head's last layer
-    'scores_HW',  # the score map
+    'probs_CHW',  # class probabilities; with features, their means over the features' cells
+    'features_KHW',  # features, at their own resolution: see `features_from`
+    'scores_HW',  # the score map, as `probs_CHW`
     'weights_NP',  # sparse shares of the P = H W cells in each of N candidates, or None where the whole map is one
+    'in_one_cell',  # whether each candidate is a single pixel, and so lies in one cell
     # a selector gets scores_N, budget and a seeded generator, and on demand
     'generator',  # random numbers for one purpose; by position, so another candidate more changes them all
     'draws_N',  # each candidate's own random number in (0, 1), in ascending order; so the first few are a random few
     'vectors_ND',  # the embedding of the candidates
+    'split',  # None, or that a vector is the outer product of its first so many numbers and the others
     'labelled_LD',  # the embedding of what is labelled
     'labelled_scores_L',  # the scores of what is labelled
+    'labelled_predicted_LC',  # and its `predicted_NC`
     'probs_NC',  # mean class probabilities of the candidates
+    'predicted_NC',  # the share of a candidate's pixels that the model predicts as each class
+    'number',  # how many units there are, labelled ones included
     'progress',  # the share of the queries that were made before
     'caps',  # `Caps`, or None; a selector that does not name them is asked again for what they leave of its budget
 )
@@ -2762,24 +2940,27 @@ def window_pixels(shape: tuple, k: int, device=None) -> torch.Tensor:
     return (rows[:, None] * cols).float()
 
 
-def mean_gradient(probs_CHW: torch.Tensor, weights_NP: torch.Tensor | None = None, size: Natural = 400) -> torch.Tensor:
-    """Gradient of the predicted label's cross entropy with respect to the logits, p - onehot(argmax p) (BADGE; Ash et
-    al., ICLR 2020): its mean over a candidate, or for whole images over each cell of a square grid, which has as many
-    cells as make about ``size`` dimensions. (N, D)"""
-    gradient_CHW = probs_CHW - F.one_hot(probs_CHW.argmax(0), len(probs_CHW)).movedim(2, 0)
-    if weights_NP is not None:
-        return pool_map(gradient_CHW, weights_NP)
-    return F.adaptive_avg_pool2d(gradient_CHW, max(1, round(math.sqrt(size / len(probs_CHW))))).reshape(1, -1)
+def mean_gradient(probs_CHW: torch.Tensor, features_KHW: torch.Tensor, weights_NP: torch.Tensor | None = None,
+                  in_one_cell: bool = False) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of the predicted label's cross entropy with respect to the weights of the last layer, (p - onehot(argmax
+    p)) h^T with penultimate features h (BADGE; Ash et al., ICLR 2020): its mean over a candidate's pixels. (N, C * K),
+    or the two factors where a candidate is one pixel"""
+    gradient_CHW = probs_CHW - predicted_as(probs_CHW).float()
+    if in_one_cell:
+        return pool_map(gradient_CHW, weights_NP), pool_map(features_KHW, weights_NP)
+    return class_matrix(gradient_CHW, features_KHW, weights_NP).flatten(1)
 
 
 def class_confusion(probs_CHW: torch.Tensor, weights_NP: torch.Tensor | None = None) -> torch.Tensor:
     """For each class the mean softmax of the pixels that are predicted so, weighted by their entropy (Contextual
-    Diversity; Agarwal et al., ECCV 2020); a class that is not predicted has a row of float32's epsilon. (N, C * C)"""
-    predicted_CHW = F.one_hot(probs_CHW.argmax(0), len(probs_CHW)).movedim(2, 0)
-    matrix_NCC = class_matrix(predicted_CHW * entropy(probs_CHW[None]), probs_CHW, weights_NP)
-    total_NC1 = matrix_NCC.sum(2, keepdim=True)
-    tiny = torch.finfo(torch.float32).eps
-    return torch.where(total_NC1 > 0, matrix_NCC / total_NC1, tiny).clamp_min(tiny).flatten(1)
+    Diversity; Agarwal et al., ECCV 2020); zeros for a class that is not predicted. (N, C * C)"""
+    matrix_NCC = class_matrix(predicted_as(probs_CHW) * entropy(probs_CHW[None]), probs_CHW, weights_NP)
+    return (matrix_NCC / matrix_NCC.sum(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).flatten(1)
+
+
+def predicted_as(probs_CHW: torch.Tensor) -> torch.Tensor:
+    """Where each class is the most probable. (C, H, W) booleans"""
+    return probs_CHW.argmax(0) == torch.arange(len(probs_CHW), device=probs_CHW.device)[:, None, None]
 
 
 def entropy(probs_NCHW: torch.Tensor) -> torch.Tensor:
@@ -2815,13 +2996,27 @@ def pool_map(maps_CHW: torch.Tensor, weights_NP: torch.Tensor | None = None) -> 
     return flat_PC.mean(0, keepdim=True) if weights_NP is None else torch.sparse.mm(weights_NP, flat_PC)
 
 
-def top_percent(scores_N: torch.Tensor, budget: int, generator: torch.Generator, percent: Percent = 5.,
-                caps: Caps | None = None) -> torch.Tensor:
-    """``budget`` at random among the highest ``percent`` percent, but at least ``budget`` (PixelPick; Shin et al.,
-    ICCVW 2021). (K,) indices"""
-    n = max(budget, round(len(scores_N) * percent / 100))
+def top_percent(scores_N: torch.Tensor, budget: int, generator: torch.Generator, number: int | None = None,
+                percent: Percent = 5., caps: Caps | None = None) -> torch.Tensor:
+    """``budget`` at random among the highest, which are ``percent`` percent of all, labelled or not, but at least
+    ``budget`` (PixelPick; Shin et al., ICCVW 2021). (K,) indices"""
+    n = max(budget, int((number or len(scores_N)) * percent / 100))
     order = topk(scores_N, len(scores_N) if caps else n, generator)
     return allowed(torch.cat([order[:n].sort().values, order[n:]]), budget, caps)
+
+
+def foreground_draw(scores_N: torch.Tensor, budget: int, generator: torch.Generator, draws_N: torch.Tensor,
+                    predicted_NC: torch.Tensor, foreground: Part = 0.33, background: MaybeCount = 0,
+                    caps: Caps | None = None) -> torch.Tensor:
+    """At random: the share ``foreground`` of the budget in proportion to how much of a candidate is predicted as
+    another class than the ``background``, the rest among all that are left (after nnActive's foreground-aware random,
+    which sees the ground truth). (K,) indices"""
+    shown_N = 1 - predicted_NC[:, background].double() if background is not None else torch.ones_like(draws_N)
+    first = power_draw(shown_N, round(budget * foreground), generator, draws_N, 1., caps)
+    rest_N = redraw(draws_N, 1)
+    rest_N[first] = -1  # so they come last
+    order = topk(rest_N, len(rest_N) if caps else budget - len(first), generator)[:len(rest_N) - len(first)]
+    return torch.cat([first, allowed(order, budget - len(first), caps)])
 
 
 def power_draw(scores_N: torch.Tensor, budget: int, generator: torch.Generator, draws_N: torch.Tensor,
@@ -2854,13 +3049,16 @@ def stochastic_batches(scores_N: torch.Tensor, budget: int, generator: torch.Gen
     return max(drawn, key=lambda rows: float(scores_N[rows].mean()))
 
 
-def class_balance(scores_N: torch.Tensor, budget: int, generator: torch.Generator,
-                  probs_NC: torch.Tensor, caps: Caps | None = None) -> torch.Tensor:
-    """Top-k of the score, scaled to [0, 1], x exp(-share of the candidates with the same predicted class) (ClassBal;
-    Cai et al., CVPR 2021). (K,) indices"""
-    pred_N = probs_NC.argmax(1)
-    share_N = (pred_N.bincount() / len(pred_N))[pred_N].double()
-    scaled_N = (scores_N - scores_N.min()) / (scores_N.max() - scores_N.min()).clamp_min(1e-12)
+def class_balance(scores_N: torch.Tensor, budget: int, generator: torch.Generator, predicted_NC: torch.Tensor,
+                  labelled_scores_L: torch.Tensor, labelled_predicted_LC: torch.Tensor,
+                  caps: Caps | None = None) -> torch.Tensor:
+    """Top-k of the score, scaled to [0, 1], x exp(-share of the superpixels of the same class), which is what most of
+    their pixels are predicted as (ClassBal; Cai et al., CVPR 2021): scale and shares are those of all, labelled or not.
+    (K,) indices"""
+    scores_M, class_M = torch.cat([scores_N, labelled_scores_L]), torch.cat(
+        [predicted_NC, labelled_predicted_LC]).argmax(1)
+    share_N = (class_M.bincount() / len(class_M))[class_M[:len(scores_N)]].double()
+    scaled_N = (scores_N - scores_M.min()) / (scores_M.max() - scores_M.min()).clamp_min(1e-12)
     return topk(scaled_N * torch.exp(-share_N), budget, generator, caps)
 
 
@@ -2906,9 +3104,10 @@ def redraw(draws_N: torch.Tensor, stream: int) -> torch.Tensor:
 
 
 def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-            labelled_LD: torch.Tensor, distance: Distance = 'euclidean', caps: Caps | None = None) -> torch.Tensor:
+            labelled_LD: torch.Tensor, distance: Distance = 'euclidean', first: First = 'farthest',
+            caps: Caps | None = None) -> torch.Tensor:
     """k-center greedy: again and again the candidate that is farthest from all that is labelled or chosen (CoreSet;
-    Sener & Savarese, ICLR 2018); without a labelled one, the highest score is first. (K,) indices
+    Sener & Savarese, ICLR 2018); the highest score is first without a labelled one, or if ``first`` is so. (K,) indices
 
     Distances only fall, so old ones are upper bounds: as long as the farthest of an up-to-date few lies above the
     bounds of all others, it is the farthest of all, and the others can wait for a matrix product.
@@ -2916,22 +3115,23 @@ def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
     offset = vectors_ND.mean(0) if distance == 'euclidean' else 0  # small norms lose less to rounding
     points = bilinear_form(vectors_ND - offset, distance)
     nearest_N = torch.full((len(vectors_ND), ), math.inf, device=vectors_ND.device)
-    picks, few = [], min(len(vectors_ND), 1024)
+    picks, few, by_score = [], min(len(vectors_ND), 1024), first == 'highest' or not len(labelled_LD)
     if len(labelled_LD):
         approach(nearest_N, points, bilinear_form(labelled_LD - offset, distance))
     while len(picks) < budget:
         values, active = nearest_N.topk(min(few + 1, len(nearest_N)))
         bound, active = float(values[-1]) if few < len(nearest_N) else -math.inf, active[:few].sort().values
         near, own, block = nearest_N[active], rows_of(points, active), []
-        pick = int((nearest_N if picks or len(labelled_LD) else scores_N).argmax())
+        pick = int((nearest_N if picks or not by_score else scores_N).argmax())
         if nearest_N[pick] == -math.inf:  # caps leave no more
             break
         while True:
             block.append(pick)
-            near = torch.minimum(near, own[2] + points[2][pick] - own[0] @ points[1][pick])
+            near = torch.minimum(near, own[2] + apart(own[0], own[3], rows_of(points, pick)))
             near[active == pick] = -math.inf
             if caps:
-                near[caps.take(pick).to(near.device)[active]] = -math.inf
+                caps.take([pick])
+                near[caps.closed(active)] = -math.inf
             best = int(near.argmax())
             if len(picks) + len(block) == budget or not near[best] > bound:
                 break
@@ -2940,33 +3140,46 @@ def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
         picks += block
         nearest_N[picks] = -math.inf
         if caps:
-            nearest_N[caps.take()] = -math.inf
+            nearest_N[caps.closed()] = -math.inf
         few = min(len(vectors_ND), few * 2 if len(block) < 16 else few)
     return torch.tensor(picks)
 
 
-def bilinear_form(vectors_ND: torch.Tensor, distance: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Left and right factors and norms by which all distances are ``norms_i + norms_j - left_i . right_j``: squared
-    Euclidean, or twice the symmetric Kullback-Leibler divergence (of vectors that are positive)."""
-    if distance == 'kl':
-        logs_ND = vectors_ND.log()
-        return torch.cat([vectors_ND, logs_ND], 1), torch.cat([logs_ND, vectors_ND], 1), (vectors_ND * logs_ND).sum(1)
-    return vectors_ND * math.sqrt(2), vectors_ND * math.sqrt(2), (vectors_ND**2).sum(1)
+def bilinear_form(vectors_ND: torch.Tensor, distance: str) -> tuple:
+    """Left and right factors, norms and classes by which all distances are ``norms_i + norms_j - left_i . right_j``, by
+    the number of common classes: squared Euclidean, or for class matrices (N, C * C) the symmetric Kullback-Leibler
+    divergence of the rows of classes that both have, averaged over these, as the authors of Contextual Diversity
+    compute it; 0 where none is common."""
+    if distance == 'euclidean':
+        return vectors_ND * math.sqrt(2), vectors_ND * math.sqrt(2), (vectors_ND**2).sum(1), None
+    rows_NCC = vectors_ND.unflatten(1, (math.isqrt(vectors_ND.shape[1]), -1))
+    has_NC1 = (rows_NCC > 0).all(2, keepdim=True)
+    rows_NCC = torch.where(has_NC1, rows_NCC, 0)
+    logs_NCC, has_NC = torch.where(has_NC1, rows_NCC, 1).log() / 2, has_NC1[..., 0].to(vectors_ND)
+    own_NC, rows_ND, logs_ND = (rows_NCC * logs_NCC).sum(2), rows_NCC.flatten(1), logs_NCC.flatten(1)
+    return (torch.cat([rows_ND, logs_ND, -own_NC, -has_NC], 1), torch.cat([logs_ND, rows_ND, has_NC, own_NC], 1),
+            torch.zeros_like(has_NC[:, 0]), has_NC)
 
 
 def rows_of(points: tuple, rows) -> tuple:
-    return tuple(part[rows] for part in points)
+    return tuple(part if part is None else part[rows] for part in points)
+
+
+def apart(left_N: torch.Tensor, classes_NC: torch.Tensor | None, centres: tuple) -> torch.Tensor:
+    """Distances to one centre or some, less a point's own norm. (N,) or (N, K)"""
+    _, right, norms, classes = centres
+    distances = norms - left_N @ right if right.ndim == 1 else torch.addmm(norms, left_N, right.T, alpha=-1)
+    return distances if classes is None else distances / (classes_NC @ classes.t()).clamp_min(1)
 
 
 def approach(nearest_N: torch.Tensor, points: tuple, centres: tuple) -> None:
     """Lower, in place, every point's distance to the nearest centre by further centres: a matrix product a block."""
-    (left, _, norms), (_, right, centre_norms) = points, centres
-    for rows, near in zip(torch.arange(len(left)).split(8192), nearest_N.split(8192)):
-        rows = slice(int(rows[0]), int(rows[-1]) + 1)
-        for first in range(0, len(right), 512):
-            block = slice(first, first + 512)
-            distances = torch.addmm(centre_norms[block], left[rows], right[block].T, alpha=-1).amin(1) + norms[rows]
-            torch.minimum(near, distances, out=near)
+    for first in range(0, len(nearest_N), 8192):
+        rows = slice(first, first + 8192)
+        left, _, norms, classes = rows_of(points, rows)
+        for block in range(0, len(centres[1]), 512):
+            near = apart(left, classes, rows_of(centres, slice(block, block + 512))).amin(1) + norms
+            torch.minimum(nearest_N[rows], near, out=nearest_N[rows])
 
 
 def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
@@ -2985,7 +3198,8 @@ def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, 
             pick = int(torch.where(taken_N, -math.inf, value_N).argmax())
             taken_N[pick] = True
             if caps:
-                taken_N[caps.take(pick)] = True
+                caps.take([pick])
+                taken_N[caps.closed()] = True
             traversed.append(len(labelled_LD) + pick)
         i = traversed[step]
         away_N = (vectors_ND - all_vectors[i]).norm(dim=1).double()
@@ -3001,28 +3215,37 @@ def allowed(rows_K, budget: int, caps: Caps | None):
 
 
 class Caps:
-    """Which candidates may still be chosen beside those that are: at most ``most`` images of a group, and none that are
-    less than ``distance`` frames apart. Several units of one image count as one.
+    """Which candidates may still be chosen beside those that are: so many units of an image at most, of so many images,
+    so many images of a group, and none of these less than some frames apart. Several units of one image open it once.
 
     Args:
         group_I, frame_I: The number of each image's group, and of its frame in it.
+        units, images, group: How many units of an image, images in all, and images of a group at most.
+        distance: How far apart two images of a group are at least.
         image_N: The image of each candidate.
     """
 
-    def __init__(self, group_I: np.ndarray, frame_I: np.ndarray, most: float, distance: int, image_N: np.ndarray):
-        self.group_I, self.frame_I, self.most, self.distance = group_I, frame_I, most, distance
-        self.image_N, self.open_I, self.closed_I = image_N, np.zeros_like(group_I, bool), np.zeros_like(group_I, bool)
+    def __init__(self, group_I: np.ndarray, frame_I: np.ndarray, units: float, images: float, group: float,
+                 distance: int, image_N: np.ndarray):
+        self.settings, self.image_N = (group_I, frame_I, units, images, group, distance), image_N
+        self.units_I, self.closed_I = np.zeros_like(group_I), np.zeros_like(group_I, bool)
 
-    def take(self, *rows: int) -> torch.Tensor:
-        """Choose candidates. (N,) booleans: those that cannot be chosen any more"""
-        for i in self.image_N[list(rows)]:
-            if not self.open_I[i]:
-                self.open_I[i] = True
-                same_I = self.group_I == self.group_I[i]
-                is_full = (same_I & self.open_I).sum() >= self.most
-                near_I = np.abs(self.frame_I - self.frame_I[i]) < self.distance
-                self.closed_I |= same_I & (near_I | is_full) & ~self.open_I
-        return torch.from_numpy(self.closed_I[self.image_N])
+    def take(self, rows: list[int]) -> None:
+        """Choose candidates."""
+        group_I, frame_I, units, images, group, distance = self.settings
+        for i in self.image_N[rows]:
+            self.units_I[i] += 1
+            self.closed_I[i] |= self.units_I[i] >= units
+            if self.units_I[i] == 1:
+                is_open, same_I = self.units_I > 0, group_I == group_I[i]
+                is_full = (same_I & is_open).sum() >= group
+                near_I = np.abs(frame_I - frame_I[i]) < distance
+                self.closed_I |= (same_I & (near_I | is_full) | (is_open.sum() >= images)) & ~is_open
+
+    def closed(self, rows=slice(None)) -> torch.Tensor:
+        """Which candidates, of all or some rows, cannot be chosen any more. (N,) booleans"""
+        rows, device = (rows, None) if isinstance(rows, slice) else (rows.cpu().numpy(), rows.device)
+        return torch.from_numpy(self.closed_I[self.image_N[rows]]).to(device)
 
     def first(self, rows_K: torch.Tensor, budget: int) -> torch.Tensor:
         """The first of some candidates that may be chosen, up to a budget; each is, before the next is looked at."""
@@ -3032,12 +3255,12 @@ class Caps:
                 break
             if not self.closed_I[self.image_N[row]]:
                 picks.append(row)
-                self.take(row)
+                self.take([row])
         return torch.tensor(picks, dtype=torch.long)
 
     def again(self) -> Caps:
         """The same, with nothing chosen."""
-        return Caps(self.group_I, self.frame_I, self.most, self.distance, self.image_N)
+        return Caps(*self.settings, self.image_N)
 
 
 def asked_again(caps: Caps, select: Callable) -> Callable:
@@ -3051,7 +3274,7 @@ def asked_again(caps: Caps, select: Callable) -> Callable:
                     for key, value in offered.items()}
             found = call_offering(select, scores_N[rows], min(budget - len(picks), len(rows)), generator, **left)
             picks += caps.first(rows[torch.as_tensor(found).cpu()], budget).tolist()
-            free_N = ~caps.take()
+            free_N = ~caps.closed()
             free_N[picks] = False
             rows = free_N.nonzero()[:, 0]
         return torch.tensor(picks)
@@ -3109,14 +3332,19 @@ def resolve_strategy(setting: str | dict) -> Strategy:
     """
     name, given = split_setting(setting)
     function_named({**AL_STRATEGIES.module_dict, **AL_SCORES.module_dict}, name, 'al.strategy')
-    preset = AL_STRATEGIES.module_dict.get(name, lambda: dict(score=name))()
-    options = {'score': None, 'embed': None, 'select': 'topk', **preset, **given}
+    preset = AL_STRATEGIES.module_dict.get(name, lambda: dict(score=name))
+    own = settings_of(preset)
+    parts = preset(**check_settings({key: given.pop(key) for key in own if key in given}, own, 'al.strategy'))
+    options = {'score': None, 'embed': None, 'select': 'topk', **parts, **given}
     record = {'type': name, **{part: options.pop(part) for part in PARTS}}
-    functions = {part: None if part == 'embed' and record[part] is None else function_named(
-        registry.module_dict, record[part], f'al.strategy.{part}') for part, (registry, _) in PARTS.items()}
+    functions = {part: None if part == 'embed' and record[part] is None else
+                 composed_score(record[part]) if part == 'score' and isinstance(record[part], dict) else function_named(
+                     registry.module_dict, record[part], f'al.strategy.{part}')
+                 for part, (registry, _) in PARTS.items()}
     known = {part: settings_of(functions[part], arguments) for part, (_, arguments) in PARTS.items() if functions[part]}
     known['any'] = settings_of(Strategy, 5)
-    takes = dict.fromkeys(PARTS, (None, Any)) | {key: how for each in known.values() for key, how in each.items()}
+    takes = own | dict.fromkeys(PARTS, (None, Any)) | {
+        key: how for each in known.values() for key, how in each.items()}
     check_settings(options, takes, 'al.strategy')
     filled = {part: check_settings({key: options[key] for key in table if key in options}, table, 'al.strategy')
               for part, table in known.items()}
@@ -3136,6 +3364,48 @@ def resolve_strategy(setting: str | dict) -> Strategy:
     return strategy
 
 
+def composed_score(setting: dict) -> Callable:
+    """The score that a dict names: ``dict(type='product', of=[scores])`` or ``'sum'``, each a name or a dict, with
+    ``weights`` of the sum's terms, or powers of the product's factors; or one score, with its options.
+
+    Raises:
+        ValueError: It names what is wrong.
+    """
+    where = 'al.strategy.score'
+    check_settings(dict(score=setting), dict(score=(None, TypeName)), 'al.strategy')
+    name, options = split_setting(setting)
+    if name not in COMBINED:
+        function = function_named(AL_SCORES.module_dict, name, where)
+        return functools.partial(function, **check_settings(options, settings_of(function, 1), where))
+    combine = COMBINED[name]
+    options = check_settings(options, settings_of(combine, 1), where)
+    parts = [composed_score(each if isinstance(each, dict) else dict(type=each)) for each in options['of']]
+    weights = options['weights'] or [1] * len(parts)
+    if len(weights) != len(parts):
+        raise ValueError(f'`{where}.weights` should have one for each of the {len(parts)} scores, but got {weights}')
+    if random_scores in (part.func for part in parts if isinstance(part, functools.partial)):
+        raise ValueError(f"`{where}.of` should be scores of what a model sees, but got 'random'")
+
+    def score(probs_NCHW, **offered):
+        return combine([call_offering(part, probs_NCHW, **offered) for part in parts], parts, weights)
+
+    takes = {key: each for part in parts for key, each in parameters_of(part).items() if key in OFFERED}
+    score.__name__, score.__signature__ = name, inspect.Signature([
+        inspect.Parameter('probs_NCHW', inspect.Parameter.POSITIONAL_ONLY),
+        *(inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY) for key in takes)])
+    return score
+
+
+def product_of(scores: list, of: Scores, weights: MaybeNumbers = None) -> torch.Tensor:
+    """The product of score maps, to powers."""
+    return math.prod(score**weight for score, weight in zip(scores, weights))
+
+
+def sum_of(scores: list, of: Scores, weights: MaybeNumbers = None) -> torch.Tensor:
+    """The sum of score maps, with weights."""
+    return sum(score * weight for score, weight in zip(scores, weights))
+
+
 def check_strategy(strategy: Strategy) -> None:
     """Refuse functions that do not fit together."""
     score, embed, select = (function and getattr(function, 'func', function).__name__
@@ -3147,8 +3417,10 @@ def check_strategy(strategy: Strategy) -> None:
             (embed and not takes_vectors, 'embed', f'None for the selector {select}, which takes no vectors', embed),
             (strategy.asks_for('scores_HW') and strategy.score is random_scores, 'score',
              f'a score map for the embedding {embed}', 'random'),
-            (strategy.mc == 1 and strategy.compares_passes, 'mc',
-             f'above 1 for {score}, which compares dropout passes', 1),
+            (strategy.mc == 1 and not strategy.flip and strategy.compares_passes, 'mc',
+             f'above 1, or `flip` True, for {score}, which compares passes', 1),
+            (strategy.features_from != 'decode_head' and not strategy.embeds_features, 'features_from',
+             f'left out for the embedding {embed}, which takes no features', strategy.features_from),
             (strategy.asks_for('thresholds_C') != bool(strategy.calibration), 'calibration', 'a share of the labelled '
              'images for what asks for thresholds_C, and 0 for all else', strategy.calibration)):
         if is_wrong:
@@ -3168,17 +3440,42 @@ class Strategy:
     calibration: Share = 0.        # share of the labelled images that a round does not train on, for thresholds
     alpha: Fraction = 0.05         # the rate of false negatives that the thresholds allow
     reduce: Reduce = 'mean'        # the score of an image or a segment: mean, max, or mean of its highest percent
+    flip: Flag = False             # pass over the mirrored image, too
+    features_from: Module = 'decode_head'  # its last layer's input; or what `backbone`, `neck` or another module makes
 
-    def asks_for(self, name: str) -> bool:
-        return any(name in parameters_of(function) for function in (self.score, self.embed, self.select) if function)
+    def asks_for(self, *names: str) -> bool:
+        """Whether a part has a parameter of one of these names."""
+        return any(not parameters_of(function).keys().isdisjoint(names)
+                   for function in (self.score, self.embed, self.select) if function)
 
     @property
     def compares_passes(self) -> bool:
-        return any(map(self.asks_for, set(STATISTICS) - {'probs_NCHW'}))
+        return self.asks_for(*set(STATISTICS) - {'probs_NCHW'})
+
+    @property
+    def asks_for_predicted(self) -> bool:
+        return self.asks_for('predicted_NC', 'labelled_predicted_LC')
+
+    @property
+    def asks_for_labelled(self) -> bool:
+        return self.asks_for('labelled_LD', 'labelled_scores_L', 'labelled_predicted_LC')
+
+    @property
+    def needs_classes(self) -> bool:
+        return self.asks_for('probs_NC') or self.asks_for_predicted
 
     @property
     def needs_probs(self) -> bool:
-        return self.score is not random_scores or self.asks_for('probs_NC')
+        return self.score is not random_scores or self.needs_classes
+
+    @property
+    def embeds_probs(self) -> bool:
+        """Whether vectors are made from the logits."""
+        return self.embed is not None and (self.asks_for('probs_CHW', 'scores_HW') or not self.embeds_features)
+
+    @property
+    def embeds_features(self) -> bool:
+        return self.asks_for('features_KHW')
 
     @property
     def needs_model(self) -> bool:
@@ -3202,6 +3499,11 @@ class Strategy:
 def parameters_of(function: Callable):
     """What a function takes, by name."""
     return inspect.signature(function).parameters
+
+
+def always(parts: dict) -> Callable[[], dict]:
+    """A strategy that is the same parts, whatever is set."""
+    return lambda: parts
 
 
 def random_scores(draws_N: np.ndarray) -> np.ndarray:
@@ -3228,9 +3530,10 @@ for registry, functions in (
             class_scores=class_scores)),
         (AL_SELECTORS, dict(
             topk=topk, top_percent=top_percent, power=power_draw, softmax=softmax_draw, softrank=softrank_draw,
-            stochastic_batches=stochastic_batches, kcenter=kcenter, kmeanspp=kmeanspp, real=representative_errors,
+            foreground=foreground_draw, stochastic_batches=stochastic_batches, kcenter=kcenter, kmeanspp=kmeanspp,
+            real=representative_errors,
             class_balance=class_balance, class_balanced_power=class_balanced_power, barycentre=barycentre)),
-        (AL_STRATEGIES, {name: functools.partial(dict, **parts) for name, parts in dict(
+        (AL_STRATEGIES, {name: always(parts) for name, parts in dict(
             pixelpick=dict(score='margin', select='top_percent'),
             power_entropy=dict(score='entropy', select='power'),
             powerbald=dict(score='bald', select='power'),
@@ -3239,13 +3542,23 @@ for registry, functions in (
             stochastic_batches=dict(score='entropy', select='stochastic_batches'),
             coreset=dict(score='random', embed='features', select='kcenter'),
             badge=dict(score='random', embed='gradient', select='kmeanspp'),
-            contextual_diversity=dict(score='random', embed='confusion', select='kcenter', distance='kl'),
+            contextual_diversity=dict(score='random', embed='confusion', select='kcenter', distance='kl',
+                                      first='highest'),
             real=dict(score='random', embed='features', select='real'),
             classbal=dict(score='ratio', select='class_balance'),
             clasp_pe=dict(score='entropy', embed='class_scores', select='class_balanced_power'),
             crc=dict(score='conformal_risk', embed='cooccurrence', select='barycentre', calibration=0.2)).items()})):
     for name, function in functions.items():
         registry.register_module(name, module=function)
+
+
+@AL_STRATEGIES.register_module(name='random')
+def random_draw(foreground: Part = 0.) -> dict:
+    """At random; with ``foreground``, that share of it where the model predicts foreground: see ``foreground_draw``."""
+    return dict(score='random', **dict(select='foreground', foreground=foreground) if foreground else {})
+
+
+COMBINED = dict(product=product_of, sum=sum_of)
 PARTS = dict(score=(AL_SCORES, 1), embed=(AL_EMBEDDINGS, 0), select=(AL_SELECTORS, 3))  # arguments that always come
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -3277,7 +3590,8 @@ def check_settings(given: dict, known: dict[str, tuple], where: str) -> dict:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
             hint = f'did you mean `{where}.{near[0]}`?' if near else f'known keys: {", ".join(known) or "none"}'
-            raise ValueError(f'`{where}.{key}` is not a setting; {hint}')
+            merged = '; if a base config sets it, `_delete_=True` in your dict replaces all of the base\'s'
+            raise ValueError(f'`{where}.{key}` is not a setting; {hint}{merged * (where != "al")}')
     filled = {}
     for key, (default, annotation) in known.items():
         value = given.get(key, default)
@@ -3353,6 +3667,7 @@ Natural = rule('a positive int', lambda v: is_int(v, 1))
 MaybeNatural = or_none(Natural)
 SegmentCount = rule('an int in [1, 65535]', lambda v: is_int(v, 1) and v < 2**16)
 Number = rule('a number', is_number)
+Module = rule("'decode_head', 'backbone', 'neck' or a module's dotted name", lambda v: isinstance(v, str))
 MaybeNumber = or_none(Number)
 Positive = rule('a number above 0', lambda v: is_number(v) and v > 0)
 Fraction = rule('a fraction in (0, 1)', lambda v: is_number(v) and 0 < v < 1)
@@ -3364,6 +3679,10 @@ Reduce = rule("'mean', 'max' or a percentage in (0, 100]",
 Pair = rule('a pair of ints (h, w)', lambda v: is_list_of(v, lambda n: is_int(n, 1), 2))
 PositivePair = rule('a pair of numbers above 0', lambda v: is_list_of(v, lambda n: is_number(n) and n > 0, 2))
 Distance = one_of('euclidean', 'kl')
+First = one_of('farthest', 'highest')
+Scores = rule('a list of scores, by name or as dict(type=name, **options)', lambda v: is_list_of(
+    v, lambda each: isinstance(each, str) or isinstance(each, dict) and isinstance(each.get('type'), str)))
+MaybeNumbers = or_none(rule('a list of numbers', lambda v: is_list_of(v, is_number)))
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files, seeds and ranks: how masks and state are written and read, random numbers, shared work

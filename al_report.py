@@ -678,7 +678,7 @@ def check_batches(state: al_patch.State, key: str, dataset, sizes: dict, n: int)
 def check_model(state: al_patch.State) -> None:
     """
     Raises:
-        ValueError: The model cannot serve the strategy: it gives no logits, or has no dropout layer.
+        ValueError: The model cannot serve the strategy: it gives no logits or features, or has no dropout layer.
     """
     model, strategy = al_patch.segmentor(state.model), state.strategy
     if strategy.needs_model and not hasattr(model, 'inference'):
@@ -688,9 +688,8 @@ def check_model(state: al_patch.State) -> None:
         head = type(al_patch.decode_head(model)).__name__
         raise ValueError(f'`al.strategy.mc` should be 1 for a {head} and a backbone without dropout (or set '
                          f'`model.decode_head.dropout_ratio`), but got {strategy.mc}')
-    if strategy.asks_for('features_KHW') and (
-            al_patch.feature_head(model) is None or model.test_cfg.get('mode', 'whole') != 'whole'):
-        raise ValueError(al_patch.no_features(model))
+    if strategy.embeds_features:
+        al_patch.feature_module(model, strategy.features_from)
 
 
 def check_wrappers(state: al_patch.State) -> None:
@@ -841,10 +840,10 @@ def rehearse_query(state: al_patch.State) -> str | None:
             data = mmengine.dataset.pseudo_collate([few.pool[name]])
             with al_patch.precision(state.runner):
                 [seen] = network.see(data, [0], query.views)
-            probs_NCHW = seen.means[0]['probs_NCHW']
+            maps = [*(mean['probs_NCHW'] for mean in seen.means), seen.features]
             if strategy.calibration:
-                few.thresholds = dict(thresholds_C=torch.full_like(probs_NCHW[0, :, 0, 0], .5))
-            if not probs_NCHW.isfinite().all():
+                few.thresholds = dict(thresholds_C=torch.full_like(maps[0][0, :, 0, 0], .5))
+            if not all(each.isfinite().all() for each in maps if each is not None):
                 state.logger.warning(f'The model, as it begins, gives no finite numbers for {path}')
                 return None
             query.collector.add(name, *query.candidates(name, seen))

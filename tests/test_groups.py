@@ -9,7 +9,17 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_selectors import SELECTORS, distances_to, drawn, literal_noise, literal_order, offer, uniform, vectors
+from test_selectors import (
+    SELECTORS,
+    distances_to,
+    drawn,
+    literal_noise,
+    literal_order,
+    matrices,
+    offer,
+    uniform,
+    vectors,
+)
 
 import al_patch
 from al_patch import Caps, generator, grouping, kcenter, kmeanspp, power_draw, softmax_draw, softrank_draw
@@ -18,18 +28,20 @@ from al_report import status
 SEVERAL = dict(max_per_group=2, frame_distance=3)
 
 
-def caps_of(images: int, candidates: int, groups: int, most: float, distance: int) -> Caps:
+def caps_of(images: int, candidates: int, groups: int, most: float, distance: int, units=math.inf, opened=math.inf
+            ) -> Caps:
     """Images in turn of one group and the next, frames ten apart; candidates in turn of one image and the next."""
-    return Caps(np.arange(images) % groups, np.arange(images) // groups * 10, most, distance,
+    return Caps(np.arange(images) % groups, np.arange(images) // groups * 10, units, opened, most, distance,
                 np.arange(candidates) % images)
 
 
 def may_follow(caps: Caps, picks: list, row: int) -> bool:
     """By the words of the settings."""
-    image, images = caps.image_N[row], {*caps.image_N[picks].tolist()}
-    others = [i for i in images if caps.group_I[i] == caps.group_I[image]]
-    return image in images or len(others) < caps.most and all(
-        abs(caps.frame_I[image] - caps.frame_I[i]) >= caps.distance for i in others)
+    group_I, frame_I, units, opened, most, distance = caps.settings
+    image, chosen = caps.image_N[row], caps.image_N[picks].tolist()
+    others = [i for i in {*chosen} if group_I[i] == group_I[image]]
+    return chosen.count(image) < units and (image in chosen or len({*chosen}) < opened and len(others) < most and all(
+        abs(frame_I[image] - frame_I[i]) >= distance for i in others))
 
 
 def walk(caps: Caps, order, budget: int) -> list:
@@ -44,10 +56,11 @@ def walk(caps: Caps, order, budget: int) -> list:
 @pytest.mark.parametrize('name', [*SELECTORS, 'own'])
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.integers(1, 40), st.integers(1, 12), st.integers(1, 4), st.sampled_from([1, 2, math.inf]),
-       st.sampled_from([0, 10, 11, 25]), st.floats(0, 1), st.integers(0, 99), st.booleans())
-def test_picks_keep_to_the_caps_and_are_fewer_only_where_none_is_left(name, n, images, groups, most, distance, share,
-                                                                      seed, coarse):
-    caps, budget = caps_of(images, n, groups, most, distance), max(1, round(share * n))
+       st.sampled_from([0, 10, 11, 25]), st.sampled_from([1, 3, math.inf]), st.sampled_from([1, 4, math.inf]),
+       st.floats(0, 1), st.integers(0, 99), st.booleans())
+def test_picks_keep_to_the_caps_and_are_fewer_only_where_none_is_left(name, n, images, groups, most, distance, units,
+                                                                      opened, share, seed, coarse):
+    caps, budget = caps_of(images, n, groups, most, distance, units, opened), max(1, round(share * n))
     offered = offer(n, 2, 3, seed, coarse)
     select = SELECTORS[name] if name in SELECTORS else al_patch.asked_again(caps, tiny.last_ones)
     picks = al_patch.call_offering(select, offered['scores_N'], budget, generator(seed),
@@ -72,7 +85,7 @@ def test_caps_that_close_nothing_change_nothing(name):
 @pytest.mark.parametrize('distance', [0, 15])
 @pytest.mark.parametrize('select', [power_draw, softmax_draw, softrank_draw])
 def test_a_ranking_is_walked(select, distance):
-    scores, caps = uniform(300) + .01, caps_of(90, 300, 7, 3, distance)
+    scores, caps = uniform(300) + .01, caps_of(90, 300, 7, 3, distance, 2, 18)
     order = literal_order(select, scores.numpy(), 1, 4)
     assert select(scores, 40, generator(0), drawn(300, 4), beta=1, caps=caps).tolist() == walk(caps.again(), order, 40)
 
@@ -81,7 +94,8 @@ def test_a_ranking_is_walked(select, distance):
 @pytest.mark.parametrize('n, d, budget', [(40, 2, 30), (3000, 3, 150), (2000, 40, 60)])
 def test_kcenter_passes_over_what_would_break_a_cap(distance, n, d, budget):
     """What is passed over is no centre."""
-    points, caps, scores = vectors(n, d), caps_of(n // 3, n, 7, n // 40, 25), uniform(n, seed='scores')
+    points = vectors(n, d) if distance == 'euclidean' else matrices(n, min(d, 8))
+    caps, scores = caps_of(n // 3, n, 7, n // 40, 25), uniform(n, seed='scores')
     nearest, picks = np.full(n, np.inf), []
     while len(picks) < budget:
         order = np.argsort(-(nearest if picks else scores.numpy()), kind='stable')

@@ -54,7 +54,7 @@ def test_what_is_registered_is_a_name_in_a_config(make_cfg, train):
     assert resolve_strategy('class_1').score.func is class_1 and class_1(torch.ones(1, 2, 1, 1)).shape == (1, 1, 1)
     _, rounds = train(make_cfg(dict(strategy=dict(type='mine', sign=-1)), changes=SHORT))
     expected = dict(type='mine', score='class_1', embed='shares', select='steepest', power=2., sign=-1, reduce='max',
-                    mc=1, shortlist=None, calibration=0., alpha=.05)
+                    mc=1, shortlist=None, calibration=0., alpha=.05, flip=False, features_from='decode_head')
     assert rounds[1]['strategy'] == expected and len(rounds[1]['asked']) == 2
     assert parse_settings(dict(strategy=dict(type='mine', sign=-1, power=2))).strategy == dict(type='mine', sign=-1)
     assert resolve_strategy(dict(type='mine', power=3., embed='gradient')).record['power'] == 3.
@@ -172,8 +172,9 @@ def test_every_function_that_the_readme_shows_is_used_there():
 # --- all that a function can ask for ---------------------------------------------------------------------------------
 
 WANTED = dict(score=['entropies_NHW', 'votes_NCHW', 'squares_NCHW', 'thresholds_C'],
-              embed=['probs_CHW', 'features_KHW', 'scores_HW', 'weights_NP', 'thresholds_C'],
-              select=['generator', 'vectors_ND', 'draws_N', 'labelled_LD', 'labelled_scores_L', 'probs_NC', 'progress'])
+              embed=['probs_CHW', 'features_KHW', 'scores_HW', 'weights_NP', 'thresholds_C', 'in_one_cell'],
+              select=['generator', 'vectors_ND', 'draws_N', 'labelled_LD', 'labelled_scores_L', 'probs_NC', 'progress',
+                      'number', 'predicted_NC', 'labelled_predicted_LC'])
 
 
 @pytest.fixture
@@ -185,12 +186,12 @@ def greedy(monkeypatch):
         got['score'] = dict(locals())
         return entropies_NHW + bonus
 
-    def embed(probs_CHW, features_KHW, scores_HW, weights_NP, thresholds_C, factor=1):
+    def embed(probs_CHW, features_KHW, scores_HW, weights_NP, thresholds_C, in_one_cell, factor=1):
         got['embed'] = dict(locals())
         return factor * al_patch.pool_map(torch.cat([probs_CHW, features_KHW, scores_HW[None]]), weights_NP)
 
     def select(scores_N, budget, generator, vectors_ND, draws_N, labelled_LD, labelled_scores_L, probs_NC, progress,
-               sign=1):
+               number, predicted_NC, labelled_predicted_LC, sign=1):
         got['select'] = dict(locals())
         return (sign * scores_N).topk(budget).indices
 
@@ -223,6 +224,10 @@ def test_a_function_gets_what_its_parameters_are_named_after(make_cfg, train, gr
     assert select['vectors_ND'][:, :5].numpy() == is_close(2 * select['probs_NC'].numpy())
     assert select['vectors_ND'][:, -1].numpy() == is_close(2 * select['scores_N'].numpy())
     assert (embed['weights_NP'] is None) == (unit == 'image')
+    assert select['predicted_NC'].shape == (n, 5) and not embed['in_one_cell']
+    assert select['predicted_NC'].sum(1).numpy() == pytest.approx(1)
+    assert select['labelled_predicted_LC'].shape == (len(select['labelled_LD']), 5)
+    assert select['number'] == n + len(select['labelled_LD'])
     if unit == 'image':
         assert n == 12 - 6 and len(select['labelled_LD']) == 6
     else:
@@ -230,4 +235,4 @@ def test_a_function_gets_what_its_parameters_are_named_after(make_cfg, train, gr
 
 
 def test_what_is_offered_is_what_this_file_asks_for():
-    assert {*al_patch.OFFERED} - {'caps'} == {name for names in WANTED.values() for name in names}
+    assert {*al_patch.OFFERED} - {'caps', 'split'} == {name for names in WANTED.values() for name in names}

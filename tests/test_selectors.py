@@ -41,6 +41,13 @@ def vectors(n: int, d: int, seed=0) -> torch.Tensor:
     return (2 * uniform(n, d, seed=seed)).softmax(1).float()
 
 
+def matrices(n: int, classes: int, seed=0) -> torch.Tensor:
+    """Class matrices, in rows: of each a few classes are missing, and of some all."""
+    rows = vectors(n * classes, classes, seed).view(n, classes, classes)
+    has = uniform(n, classes, seed=('has', seed)) < uniform(n, 1, seed=('share', seed)) + .2
+    return (rows * has[..., None]).flatten(1).float()
+
+
 def chosen(select, scores_N: torch.Tensor, budget: int, draws_N: torch.Tensor, seed=0, **offered) -> list:
     """What a selector picks when candidates come as the collector hands them over: in the order of their draws."""
     order = draws_N.argsort()
@@ -88,7 +95,8 @@ def offer(n: int, labelled: int, classes: int, seed: int, coarse: bool) -> dict:
     scores = uniform(n + labelled, seed=seed)
     scores = (scores * 3).floor() if coarse else scores
     return dict(scores_N=scores[:n], vectors_ND=some[:n], labelled_LD=some[n:], labelled_scores_L=scores[n:],
-                probs_NC=some[:n], draws_N=drawn(n, seed), progress=.5)
+                probs_NC=some[:n], predicted_NC=some[:n], labelled_predicted_LC=some[n:], draws_N=drawn(n, seed),
+                number=n + labelled, progress=.5)
 
 
 @pytest.mark.parametrize('name', SELECTORS)
@@ -147,8 +155,9 @@ def test_the_order_in_which_candidates_come_changes_nothing(name):
 def test_among_equals_every_candidate_has_its_chance(name):
     """Not the first of the pool, nor the last."""
     n, same = 40, torch.ones(40, dtype=torch.float64)
-    offered = dict(vectors_ND=torch.full((n, 3), 1 / 3), probs_NC=torch.full((n, 3), 1 / 3), progress=.5,
-                   labelled_LD=torch.full((2, 3), 1 / 3), labelled_scores_L=torch.ones(2, dtype=torch.float64))
+    alike = torch.full((n, 3), 1 / 3)
+    offered = dict(vectors_ND=alike, probs_NC=alike, predicted_NC=alike, progress=.5, labelled_LD=alike[:2],
+                   labelled_predicted_LC=alike[:2], labelled_scores_L=torch.ones(2, dtype=torch.float64))
     counts = np.bincount(np.concatenate(draws(SELECTORS[name], 300, same, 4, **offered)), minlength=n)
     assert scipy.stats.chisquare(counts).pvalue > 1e-3
 
@@ -265,43 +274,54 @@ def test_one_batch_is_random_and_many_are_better():
 
 
 def distances_to(points: np.ndarray, centre: np.ndarray, distance: str) -> np.ndarray:
-    """Squared Euclidean, or the symmetric Kullback-Leibler divergence."""
-    return ((points - centre)**2).sum(1) if distance == 'euclidean' else \
-        ((points - centre) * np.log(points / centre)).sum(1)
+    """Squared Euclidean, or the symmetric Kullback-Leibler divergence of two rows, mean over the classes that both
+    have (`kl` of CDAL_CS.py, sharat29ag/CDAL at a5697b5, where a class that one has not is nan or infinite, and left
+    out)."""
+    if distance == 'euclidean':
+        return ((points - centre)**2).sum(1)
+    classes = math.isqrt(len(centre))
+    with np.errstate(divide='ignore', invalid='ignore'):
+        a, b = points.reshape(-1, classes, classes), centre.reshape(classes, classes)
+        each = (a * np.log(a / b) + b * np.log(b / a)).sum(2) / 2
+    each = np.where(np.isfinite(each), each, np.nan)
+    common = np.isfinite(each).sum(1)
+    return np.where(common, np.nansum(each, 1) / np.maximum(common, 1), 0)
 
 
-def naive_kcenter(points: np.ndarray, budget: int, centres: np.ndarray, distance: str, first: int) -> list:
+def naive_kcenter(points: np.ndarray, budget: int, centres: np.ndarray, distance: str, first: int | None) -> list:
     nearest, picks = np.full(len(points), np.inf), []
     for centre in centres:
         nearest = np.minimum(nearest, distances_to(points, centre, distance))
     while len(picks) < budget:
-        picks.append(int(nearest.argmax()) if picks or len(centres) else first)
+        picks.append(int(nearest.argmax()) if picks or first is None else first)
         nearest = np.minimum(nearest, distances_to(points, points[picks[-1]], distance))
         nearest[picks] = -1
     return picks
 
 
-def kcenter_of(points: torch.Tensor, budget: int, labelled: int = 0, distance='euclidean', scores=None) -> list:
+def kcenter_of(points: torch.Tensor, budget: int, labelled: int = 0, distance='euclidean', scores=None, **options
+               ) -> list:
     """The picks among all points but the first few, which are labelled."""
     scores = uniform(len(points) - labelled, seed='scores') if scores is None else scores
-    return kcenter(scores, budget, generator(0), points[labelled:], points[:labelled], distance).tolist()
+    return kcenter(scores, budget, generator(0), points[labelled:], points[:labelled], distance, **options).tolist()
 
 
 @pytest.mark.parametrize('distance', ['euclidean', 'kl'])
 @pytest.mark.parametrize('labelled', [0, 1, 9])
 @pytest.mark.parametrize('n, d, budget', [(30, 2, 30), (1024, 3, 50), (3000, 3, 150), (5000, 8, 200), (2000, 40, 60)])
 def test_kcenter_picks_as_the_naive_loop(monkeypatch, distance, labelled, n, d, budget):
-    points, blocks = vectors(n + labelled, d), []
+    points, blocks = vectors(n + labelled, d) if distance == 'euclidean' else matrices(n + labelled, min(d, 8)), []
     approach = al_patch.approach
     monkeypatch.setattr(al_patch, 'approach', lambda *args: blocks.append(len(args[2][0])) or approach(*args))
     if distance == 'euclidean':
         points = points * 10 + 5  # far from the origin
     exact = points.double().numpy()
-    first = int(uniform(n, seed='scores').argmax())
+    first = None if labelled else int(uniform(n, seed='scores').argmax())
     expected = naive_kcenter(exact[labelled:], budget, exact[:labelled], distance, first)
     assert kcenter_of(points, budget, labelled, distance) == expected
     blocks = blocks[bool(labelled):]
-    assert sum(blocks) == budget and (n < 3000 or 1 < len(blocks) < budget / 2)  # it waited, and looked again
+    waited = 1 < len(blocks) < budget / 2  # and looked again
+    assert sum(blocks) == budget and (waited or n < 3000 or distance == 'kl')
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
@@ -320,8 +340,29 @@ def test_among_ties_and_copies_kcenter_picks_one_of_the_farthest(n, d, labelled,
 
 
 @pytest.mark.parametrize('distance', ['euclidean', 'kl'])
+def test_kcenter_can_begin_with_the_highest_score_where_some_is_labelled(distance):
+    points = vectors(40, 4) if distance == 'euclidean' else matrices(40, 4)
+    first, exact = int(uniform(35, seed='scores').argmax()), points.double().numpy()
+    assert kcenter_of(points, 9, 5, distance, first='highest') == naive_kcenter(
+        exact[5:], 9, exact[:5], distance, first) != kcenter_of(points, 9, 5, distance)
+
+
+def test_class_matrices_apart_by_hand():
+    """Two classes that both have, one that only one has; and two images with no common class."""
+    log, at = math.log, torch.tensor([[.5, .5, 0], [.2, .8, 0], [0, 0, 0]]).new_tensor
+    one = at([[.5, .25, .25], [.2, .4, .4], [0, 0, 0]]).flatten()
+    two = at([[.25, .5, .25], [.2, .4, .4], [.1, .1, .8]]).flatten()
+    three = at([[0, 0, 0], [0, 0, 0], [.3, .3, .4]]).flatten()
+    points = al_patch.bilinear_form(torch.stack([one, two, three]), 'kl')
+    found = al_patch.apart(points[0], points[3], points) + points[2][:, None]
+    third = (.2 * log(3) + .2 * log(3) + .4 * log(2)) / 2  # of two and three
+    assert found.tolist() == [pytest.approx(each, abs=1e-5) for each in (
+        [0, .25 * log(2) / 2, 0], [.25 * log(2) / 2, 0, third], [0, third, 0])]
+
+
+@pytest.mark.parametrize('distance', ['euclidean', 'kl'])
 def test_kcenter_with_copies_in_a_large_pool(distance):
-    some = vectors(700, 3)
+    some = vectors(700, 3) if distance == 'euclidean' else vectors(2100, 3).view(700, 9)
     points = some.repeat(4, 1)[torch.randperm(2800, generator=generator(0))]
     picks = kcenter_of(points, 750, 0, distance)
     assert len(points[picks[:700]].unique(dim=0)) > 690  # hardly a copy, as long as there is something else
@@ -503,19 +544,59 @@ def test_real_clusters_for_itself():
 # --- class balance ---------------------------------------------------------------------------------------------------
 
 
-def test_class_balance_follows_its_definition():
-    probs, scores = vectors(80, 4).double(), 3 * uniform(80) - 1
-    predicted = probs.argmax(1).tolist()
+@pytest.mark.parametrize('labelled', [0, 30])
+def test_class_balance_follows_its_definition(labelled):
+    """Scale and shares are of all superpixels (region_selection_using_al.py, lines 100 to 140, of
+    cailile/Revisiting-Superpixels-for-Active-Learning at 214b4fe)."""
+    shares, scores = vectors(80 + labelled, 4).double(), 3 * uniform(80 + labelled) - 1
+    scores[80:] *= 2
+    predicted = shares.argmax(1).tolist()
     low, high = float(scores.min()), float(scores.max())
-    value = [(s - low) / (high - low) * math.exp(-predicted.count(c) / 80) for s, c in zip(scores.tolist(), predicted)]
+    value = [(s - low) / (high - low) * math.exp(-predicted.count(c) / len(scores))
+             for s, c in zip(scores.tolist(), predicted)]
     for budget in (1, 15, 80):
         expected = sorted(range(80), key=lambda i: (-value[i], i))[:budget]
-        assert class_balance(scores, budget, generator(0), probs).tolist() == expected
+        assert class_balance(scores[:80], budget, generator(0), shares[:80], scores[80:], shares[80:]
+                             ).tolist() == expected
 
 
 def test_of_equally_informative_ones_those_of_the_rare_class_come_first():
     probs = torch.eye(3)[[0, 0, 1, 0, 2, 0, 1]]
-    assert class_balance(torch.tensor([1., 1, 1, 1, 1, 1, 0]), 3, generator(0), probs).tolist() == [4, 2, 0]
+    assert class_balance(torch.tensor([1., 1, 1, 1, 1, 1, 0]), 3, generator(0), probs, torch.empty(0), probs[:0]
+                         ).tolist() == [4, 2, 0]
+
+
+# --- foreground ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('background', [0, 2])
+def test_a_share_is_drawn_where_the_model_predicts_foreground(background):
+    """1 in 20 candidates shows foreground: a third of the budget are such, and 1 in 20 of the rest."""
+    predicted = torch.zeros(1000, 3)
+    predicted[:, background] = 1
+    predicted[::20] = torch.tensor([1 / 3] * 3)
+    picks = np.array(draws(al_patch.foreground_draw, 200, uniform(1000), 30, predicted_NC=predicted, foreground=1 / 3,
+                           background=background))
+    shown = (picks % 20 == 0).sum(1)
+    assert shown.min() >= 10 and shown.mean() == pytest.approx(10 + 20 * 40 / 990, abs=.3)
+    for which in (np.arange(1000) % 20 == 0, np.arange(1000) % 20 > 0):
+        counts = np.bincount(picks.reshape(-1), minlength=1000)[which]
+        assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_foreground_is_drawn_in_proportion_to_its_share():
+    shares = torch.tensor([0., .1, .2, .7])
+    picks = draws(al_patch.foreground_draw, 2000, torch.zeros(4), 1, predicted_NC=torch.stack([1 - shares, shares], 1),
+                  foreground=1.)
+    assert is_plausible([pick for [pick] in picks], {1: .1, 2: .2, 3: .7})
+
+
+def test_without_foreground_it_is_random():
+    picks = draws(al_patch.foreground_draw, 600, torch.zeros(30), 4, predicted_NC=torch.eye(2)[torch.zeros(30).long()])
+    assert scipy.stats.chisquare(np.bincount(np.array(picks).reshape(-1), minlength=30)).pvalue > 1e-3
+    picks = draws(al_patch.foreground_draw, 600, torch.zeros(30), 4, predicted_NC=torch.eye(2)[torch.arange(30) % 2],
+                  background=None)
+    assert scipy.stats.chisquare(np.bincount(np.array(picks).reshape(-1), minlength=30)).pvalue > 1e-3
 
 
 def literal_class_power(scores, vectors_ND, budget, g, draws_N, beta, share, background=0) -> list:

@@ -37,7 +37,8 @@ WRONG_STRATEGY = dict(
     ripu=dict(k={'a positive int': ['a', 2.5, 0]}), ripu_pixel=dict(k={'a positive int': [-1]}),
     pixelpick=dict(percent={r'a percentage in \(0, 100\]': [500, 0, '5']}),
     contextual_diversity=dict(distance={"'euclidean' or 'kl'": ['cosine', 2]}),
-    real=dict(clusters={'a positive int': [0, 2.]}), badge=dict(size={'a positive int': [0, '400']}),
+    real=dict(clusters={'a positive int': [0, 2.]}),
+    badge=dict(features_from={"'decode_head', 'backbone', 'neck' or": [0, None]}),
     clasp_pe=dict(share={r'a fraction in \[0, 1\]': [-.1, 2., 'x']},
                   betas={'a pair of numbers above 0': [1, [1], [0, 1], [1, 2, 3]]}),
     crc=dict(tau={r'a fraction in \[0, 1\]': [-.1, 1.1, 'x']}, alpha={r'a fraction in \(0, 1\)': [0, 1]},
@@ -49,7 +50,8 @@ WRONG_STRATEGY = dict(
                  score={'one of random, .*': [['margin'], None]},
                  calibration={'a share of the labelled images': [.5]}),
     coreset=dict(embed={'one of features, .* for the selector kcenter': [None]}),
-    bald=dict(mc={'above 1 for bald': [1]}), clasp_pe_random=dict(score={'a score map for the embedding': ['random']}))
+    bald=dict(mc={'above 1, or `flip` True, for bald': [1]}),
+    clasp_pe_random=dict(score={'a score map for the embedding': ['random']}))
 CASES = [  # a block, the key that is wrong, what it should be
     *(({key: value}, f'al.{key}', should_be) for key, wrong in WRONG.items()
       for should_be, values in wrong.items() for value in values),
@@ -75,12 +77,12 @@ def test_a_wrong_value_is_refused_by_its_key(block, key, should_be):
     (dict(strategies='entropy'), 'al.strategies', '.* `al.strategy`'),
     (dict(xyzzy=1), 'al.xyzzy', 'known keys: unit, strategy, initial, budget, .*, seed'),
     (dict(unit=dict(type='region', sise=3)), 'al.unit.sise', 'did you mean `al.unit.size`'),
-    (dict(unit=dict(type='region', xyzzy=3)), 'al.unit.xyzzy', 'known keys: size, window$'),
+    (dict(unit=dict(type='region', xyzzy=3)), 'al.unit.xyzzy', 'known keys: size, window; '),
     (dict(unit=dict(type='image', size=[1, 1])), 'al.unit.size', 'known keys: none'),
     (dict(stop=dict(value=1, until=2)), 'al.stop.until', 'known keys: metric, value, patience'),
     (dict(strategy=dict(type='ripu', kk=2)), 'al.strategy.kk', 'did you mean `al.strategy.k`'),
     (dict(strategy=dict(type='entropy', selekt='power')), 'al.strategy.selekt', 'did you mean `al.strategy.select`'),
-    (dict(strategy=dict(type='entropy', percent=2)), 'al.strategy.percent', 'known keys: .*, alpha, reduce$'),
+    (dict(strategy=dict(type='entropy', percent=2)), 'al.strategy.percent', 'known .*, reduce, .*_delete_=True'),
     (dict(strategy=dict(type='power_entropy', budget=2)), 'al.strategy.budget', '')])
 def test_an_unknown_key_is_refused_with_the_nearest_or_all(block, key, hint):
     with pytest.raises(ValueError, match=f'^`{key}` is not a setting; {hint}'):
@@ -216,7 +218,7 @@ SHORTEST = [  # a setting, and its shortest form
     (dict(type='bald', score='entropy', mc=20), dict(type='bald', score='entropy', mc=20)),
     (dict(type='contextual_diversity', distance='euclidean', score='random'),
      dict(type='contextual_diversity', distance='euclidean')),
-    (dict(type='coreset', embed='gradient', size=400, distance='euclidean'),
+    (dict(type='coreset', embed='gradient', flip=False, distance='euclidean'),
      dict(type='coreset', embed='gradient')),
     (dict(type='tiny:brightest', power=2., select='tiny:last_ones'),
      dict(type='tiny:brightest', power=2, select='tiny:last_ones'))]

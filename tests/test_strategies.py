@@ -232,7 +232,7 @@ def is_a_strategy(name: str) -> bool:
         return False
 
 
-STRATEGIES = [*filter(is_a_strategy, SCORES), *PRESETS]
+STRATEGIES = [*dict.fromkeys((*filter(is_a_strategy, SCORES), *PRESETS))]
 
 
 def test_every_public_function_of_a_kind_is_in_its_registry():
@@ -260,11 +260,11 @@ def test_what_is_offered_is_asked_for_by_some_function():
 @pytest.mark.parametrize('name', {*FUNCTIONS} - {'random', 'topk'})  # which nobody has to be named for
 def test_every_function_says_where_it_comes_from(name):
     text = ' '.join(FUNCTIONS[name].__doc__.split())
-    assert re.search(r'\((?:[^()]*\b(?:19|20)\d\d|CRC-AL|ClaSP-PE)[^()]*\)', text)
+    assert re.search(r'\((?:[^()]*\b(?:19|20)\d\d|CRC-AL|ClaSP-PE|after nnActive)[^()]*\)', text)
 
 
 def test_every_function_is_part_of_a_strategy():
-    records = [resolve_strategy(name).record for name in STRATEGIES]
+    records = [resolve_strategy(name).record for name in [*STRATEGIES, dict(type='random', foreground=.33)]]
     assert [{record[part] for record in records} - {None} for part in ('score', 'embed', 'select')] == [
         {*SCORES}, {*EMBEDDINGS}, {*SELECTORS}]
 
@@ -322,8 +322,8 @@ def test_score_and_select_replace_the_strategys():
 
 @pytest.mark.parametrize('setting, part, options', [
     (dict(type='pixelpick', percent=10), 'select', dict(percent=10)), (dict(type='ripu', k=4), 'score', dict(k=4)),
-    ('contextual_diversity', 'select', dict(distance='kl')),
-    (dict(type='coreset', embed='gradient', size=9), 'embed', dict(size=9)),
+    ('contextual_diversity', 'select', dict(distance='kl', first='highest')),
+    (dict(type='random', foreground=.5), 'select', dict(foreground=.5, background=0)),
     (dict(type='clasp_pe', betas=[1, 2]), 'select', dict(share=.66, background=0, betas=[1, 2]))])
 def test_an_option_is_handed_to_the_function_that_takes_it(setting, part, options):
     assert getattr(resolve_strategy(setting), part).keywords == options
@@ -376,7 +376,7 @@ def test_a_run_records_its_strategy_with_all_options(make_cfg, train):
     cfg = make_cfg(dict(strategy=dict(type='powerbald', mc=3, beta=2, alpha=.05)), changes={
         **tiny.NO_VAL, 'train_cfg.max_iters': 1})
     _, rounds = train(cfg)
-    options = dict(shortlist=None, calibration=0., alpha=.05, reduce='mean')
+    options = dict(shortlist=None, calibration=0., alpha=.05, reduce='mean', flip=False, features_from='decode_head')
     assert [entry['strategy'] for entry in rounds] == [
         dict(options, type='random', score='random', embed=None, select='topk', mc=1),
         dict(options, type='powerbald', score='bald', embed=None, select='power', beta=2, mc=3)]
