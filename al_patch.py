@@ -1048,11 +1048,13 @@ class Query:
                        '`al.budget` allows: ' + ' and '.join(f'`al.{key}` = {value}' for key, value in
                                                              self.capped_by.items()) + ' leave no more')
         (low, high, n), scores = self.collector.range, chosen.score
-        what = f'{len(images)} of {len(self.open)} images' + ', as there is no model yet' * (not state.rounds)
+        what = f'{len(images)} of {len(self.open)} images'
         if state.counts_pixels:
             what = f'{len(chosen.id)} of {n} candidates ({chosen.pixels.sum()} pixels) in {what}'
         if self.strategy.score is not random_scores:
             what += f', scores {scores.min():.4g} to {scores.max():.4g} (all: {low:.4g} to {high:.4g})'
+        if not state.rounds and state.strategy.needs_model:
+            what += ', plainly at random: there is no model yet'
         state.logger.info(f'Query {len(state.rounds)}: {self.strategy.name} asks for {what}')
         return {self.names[i]: ids if state.counts_pixels else None
                 for i, ids in zip(images, np.split(chosen.id, starts[1:]))}
@@ -1089,7 +1091,7 @@ class Collector:
         self.floor, self.seen, self.range = -math.inf, {}, [math.inf, -math.inf, 0]
         self.equals = collections.Counter()
 
-    def add(self, name: str, candidates: Candidates, known: Candidates, number: int) -> None:
+    def add(self, name: str, candidates: Candidates, known: Candidates, number: int = 0) -> None:
         """An image's candidates, what is labelled of it where the selector wants to know, and the number of its
         units."""
         scores = candidates.score
@@ -1278,6 +1280,7 @@ class Network:
         self.mc, self.flips = (strategy.mc, 1 + strategy.flip) if strategy else (1, 1)
         self.wanted = [name for name in STATISTICS if name == 'probs_NCHW' or strategy and strategy.asks_for(name)]
         self.features_from = strategy.features_from if strategy and strategy.embeds_features else None
+        self.windows = None
         self.dropouts = dropouts_of(self.model) if self.mc > 1 else []
         self.fixed = dict.fromkeys(fixed_parts(self.model, set(self.dropouts))) if self.dropouts else ()
 

@@ -117,7 +117,8 @@ def test_a_budget_per_image_is_spent_in_each(select, in_pixels):
 
 def as_ranks(monkeypatch, share: list) -> None:
     """Let every collector gather what all of them have, in another order."""
-    gathered = [(Candidates.join(each.parts), Candidates.join(each.known), each.range) for each in share]
+    gathered = [(Candidates.join(each.parts), Candidates.join(each.known), each.range, each.number, each.split)
+                for each in share]
     monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: gathered[::-1])
 
 
@@ -152,7 +153,7 @@ def candidates_with_vectors(images: int, rows: int) -> list:
         n, rng = rows if i % 4 else 0, np.random.default_rng(i)
         vectors, probs = (torch.from_numpy(rng.normal(size=(rows + 5, 4))).softmax(1).float().numpy() for _ in range(2))
         everything = Candidates(np.full(rows + 5, i, np.int32), np.arange(rows + 5), rng.random(rows + 5),
-                                np.full(rows + 5, 3, np.int32), rng.random(rows + 5), vectors, probs)
+                                np.full(rows + 5, 3, np.int32), rng.random(rows + 5), vectors, probs, probs)
         parts.append((everything.rows(slice(n)), everything.rows(slice(n, None))))
     return parts
 
@@ -160,7 +161,7 @@ def candidates_with_vectors(images: int, rows: int) -> list:
 def collected_with_vectors(parts: list, select) -> Collector:
     collector = Collector(select, lambda name: 30, seed=(0, 'test'), progress=.5)
     for i, (candidates, known) in enumerate(parts):
-        collector.add(f'image {i}', candidates, known)
+        collector.add(f'image {i}', candidates, known, 65)
     return collector
 
 
@@ -176,7 +177,7 @@ def test_the_choice_of_every_selector_does_not_depend_on_the_number_of_processes
     for each in share:
         got = each.result()
         assert np.array_equal(got.image, expected.image) and np.array_equal(got.id, expected.id)
-        assert np.array_equal(got.score, expected.score) and got.vector is None is got.probs
+        assert np.array_equal(got.score, expected.score) and got.vector is got.probs is got.predicted is None
     assert len(expected.id) == 30 and len(set(zip(expected.image, expected.id))) == 30
 
 
@@ -299,7 +300,7 @@ def candidates_of(planted):
         optim_wrapper = ConfigDict(type='AmpOptimWrapper' if amp else 'OptimWrapper')
         this = Query(state, types.SimpleNamespace(model=runner.model, cfg=ConfigDict(optim_wrapper=optim_wrapper)))
         with torch.no_grad():
-            [(candidates, known)] = [this.candidates(name, seen) for name, seen in this.look()]
+            [(candidates, known, _)] = [this.candidates(name, seen) for name, seen in this.look()]
         assert not len(known.id)
         return candidates
 
@@ -320,6 +321,11 @@ def test_a_vector_is_that_of_its_place(candidates_of, way, place):
     assert way not in ('plain', 'flipped') or rows.vector[row] == pytest.approx(BRIGHT, abs=.01)
 
 
+def with_classes(scores_N, budget, generator, probs_NC, predicted_NC):
+    """A selector that asks for all that a candidate has of classes."""
+    return topk(scores_N, budget, generator)
+
+
 @pytest.mark.parametrize('unit', [dict(type='region', size=[5, 7]), dict(type='superpixel', n_segments=20), 'pixel',
                                   window(2)], ids=lambda unit: unit if isinstance(unit, str) else unit['type'])
 @pytest.mark.parametrize('way', WAYS)
@@ -328,19 +334,21 @@ def test_scores_and_classes_are_those_of_the_images_own_pixels(candidates_of, pl
     kept = []
     monkeypatch.setattr(Query, '__init__', lambda self, state, trainer, init=Query.__init__: (
         kept.append((state, trainer)), init(self, state, trainer))[1])
-    rows = candidates_of(unit, dict(type='classbal', score='entropy'), **WAYS[way])
+    rows = candidates_of(unit, dict(type='entropy', select='test_query:with_classes'), **WAYS[way])
     [(state, trainer)] = kept
     with torch.no_grad():
         [sample] = trainer.model.test_step(mmengine.dataset.pseudo_collate([state.pool['x']]))
     probs_CHW = sample.seg_logits.data.float().softmax(0).double().numpy()
     score_HW, units = -(probs_CHW * np.log(probs_CHW)).sum(0), state.units('x')
     assert score_HW.shape == (32, 48) and len(rows.id)
-    for i, (id, score, probs) in enumerate(zip(rows.id, rows.score, rows.probs)):
+    predicted_CHW = np.eye(3)[probs_CHW.argmax(0)].transpose(2, 0, 1)
+    for i, (id, score, probs, predicted) in enumerate(zip(rows.id, rows.score, rows.probs, rows.predicted)):
         if i % 7 == 0 or i < 20:
             mask = units.mask(np.array([id]))
             own = score_HW[divmod(id, 48)] if units.is_dense else score_HW[mask].mean()
             assert score == pytest.approx(own, abs=1e-5)
             assert probs == pytest.approx(probs_CHW[:, mask].mean(1), abs=1e-5)
+            assert predicted == pytest.approx(predicted_CHW[:, mask].mean(1), abs=1e-5)
 
 
 def test_the_key_full_res_is_refused_in_a_line():
@@ -493,9 +501,9 @@ def test_a_random_subset_of_the_pool_offers_all_candidates_and_the_rest_only_wha
         make_cfg, train, monkeypatch, unit, initial):
     offered, add = {}, Collector.add
 
-    def note(self, name, candidates, known):
+    def note(self, name, candidates, known, number):
         offered.setdefault(self.seed[2], {})[name] = len(candidates.id), len(known.id)
-        return add(self, name, candidates, known)
+        return add(self, name, candidates, known, number)
 
     monkeypatch.setattr(Collector, 'add', note)
     cfg = make_cfg(dict(unit=unit, initial=initial, budget=3, pool_size=3, strategy='coreset'), changes={

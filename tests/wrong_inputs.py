@@ -933,8 +933,8 @@ def add_config() -> None:
     # what a model cannot do
     add('config', 'MC dropout without dropout', '`al.strategy.mc`', 'dropout', al=dict(strategy='bald'),
         more="model['decode_head'].update(dropout_ratio=0)\n")
-    add('config', 'features with slide inference', re.compile("test_cfg"), 'slide', al=dict(strategy='coreset'),
-        more="model['test_cfg'] = dict(mode='slide', crop_size=(16, 16), stride=(16, 16))\n")
+    add('config', 'features from nowhere', '`al.strategy.features_from`', 'neck', 'backbone',
+        al=dict(strategy=dict(type='coreset', features_from='neck')))
     add('config', 'a loss that looks at neighbours, regions', 'BoundaryLoss', 'al.unit', al=REGION,
         more="model['decode_head'].update(loss_decode=dict(type='BoundaryLoss'))\n")
     # what a resumed run cannot change

@@ -2,9 +2,10 @@
 
     python tests/benchmarks/model_sweep.py [FAMILY ...] [-o sweep.jsonl]     # all families: about half an hour
 
-Each family runs in a process of its own: entropy at the image and at the region unit, features (CoreSet), two passes of
-MC dropout, and one training step on partly labelled images. Results go to a file of JSON lines as they come; what is in
-it is not run again. MaskFormer and Mask2Former need mmdet, ConvNeXt and PoolFormer need mmpretrain.
+Each family runs in a process of its own: entropy at the image and at the region unit; features (CoreSet; of the decode
+head's last layer, else of the backbone) in whole and in slide inference; two passes of MC dropout; and one training
+step on partly labelled images. Results go to a file of JSON lines as they come; what is in it is not run again.
+MaskFormer and Mask2Former need mmdet, ConvNeXt and PoolFormer need mmpretrain.
 """
 import argparse
 import glob
@@ -112,16 +113,18 @@ def sweep(family: str) -> dict:
 
     Trainer.model = model
     views = dict(image=[al_patch.as_it_is], region=[al_patch.without_padding, al_patch.to_image])
+    slide = dict(mode='slide', crop_size=(SIZE, SIZE * 3 // 4), stride=(SIZE // 4, SIZE // 5))
 
     def query(strategy, unit: str, **test_cfg):
         strategy, model.test_cfg = al_patch.resolve_strategy(strategy), ConfigDict(cfg.model.test_cfg, **test_cfg)
         al_report.check_model(types.SimpleNamespace(model=model, strategy=strategy))
         units = al_patch.Whole() if unit == 'image' else al_patch.Segments(al_patch.grid((SIZE, SIZE), (32, 32)))
         with torch.no_grad():
-            for seen in al_patch.Network(Trainer, strategy).see(batch(False), [0, 1], views[unit]):
-                probs_CHW, shape = seen.means[0]['probs_NCHW'][0], seen.means[-1]['probs_NCHW'].shape
-                torch.testing.assert_close(probs_CHW.sum(0), torch.ones_like(probs_CHW[0]))
-                assert unit == 'image' or shape[2:] == (SIZE, SIZE)
+            for seen in al_patch.Network(Trainer, strategy).see(
+                    batch(False), [0, 1], views[unit] if strategy.needs_probs else []):
+                for probs_CHW in (mean['probs_NCHW'][0] for mean in seen.means):
+                    torch.testing.assert_close(probs_CHW.sum(0), torch.ones_like(probs_CHW[0]))
+                assert unit == 'image' or not seen.means or seen.means[-1]['probs_NCHW'].shape[2:] == (SIZE, SIZE)
                 if strategy.score is not al_patch.random_scores:
                     means = seen.means[-1]
                     assert torch.isfinite(al_patch.call_offering(strategy.score, means['probs_NCHW'], **means)).all()
@@ -129,6 +132,14 @@ def sweep(family: str) -> dict:
                     share = units.weights(np.arange(units.number), seen.features.shape[1:], 'cpu')
                     vectors = al_patch.call_offering(strategy.embed, features_KHW=seen.features, weights_NP=share)
                     assert torch.isfinite(vectors).all() and len(vectors) == units.number
+
+    def features(**test_cfg) -> str:
+        for place in ('decode_head', 'backbone'):
+            found = attempt(lambda place=place: [
+                query(dict(type='coreset', features_from=place), unit, **test_cfg) for unit in views])
+            if found == 'yes':
+                return place
+        return found
 
     def train():
         al_report.check_losses(model)
@@ -152,7 +163,7 @@ def sweep(family: str) -> dict:
             return {key: values[i] for key, values in batch(True).items()}
 
     result.update(image=attempt(lambda: query('entropy', 'image')), region=attempt(lambda: query('entropy', 'region')),
-                  features=attempt(lambda: [query('coreset', unit, mode='whole') for unit in views]),
+                  features=features(mode='whole'), slide=features(**slide),
                   mc=attempt(lambda: query(dict(type='bald', mc=2), 'image')), sparse=attempt(train))
     return result
 
@@ -185,7 +196,7 @@ def main() -> None:
         with open(args.output, 'a') as file:
             file.write(json.dumps(row) + '\n')
         print(row, flush=True)
-    columns = ('image', 'region', 'features', 'mc', 'sparse')
+    columns = ('image', 'region', 'features', 'slide', 'mc', 'sparse')
     print('| family | config |' + ''.join(f' {c} |' for c in columns))
     for row in done:
         cells = [row['family'], row.get('config', ''), *(row.get(column, row.get('build')) for column in columns)]
