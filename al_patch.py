@@ -430,6 +430,10 @@ def parse_settings(block: dict) -> ConfigDict:
     al.oracle = dict(check_settings(given, settings_of(ORACLES[name]), 'al.oracle'), type=name)
     unit, strategy = resolve_unit(al.unit), resolve_strategy(al.strategy)
     al.unit, al.strategy = unit.setting, strategy.setting
+    for key in ('max_per_image', 'max_images'):
+        if al[key] and (al.per_image or not unit.kind.counts_pixels):
+            raise ValueError(f'`al.{key}` should be None for whole images, and where `al.per_image` is True, but got '
+                             f'{al[key]}')
     unit.kind.check(al, strategy)
     return al
 
@@ -3378,7 +3382,7 @@ def composed_score(setting: dict) -> Callable:
     check_settings(dict(score=setting), dict(score=(None, TypeName)), 'al.strategy')
     name, options = split_setting(setting)
     if name not in COMBINED:
-        function = function_named(AL_SCORES.module_dict, name, where)
+        function = function_named({**AL_SCORES.module_dict, **COMBINED}, name, where)
         return functools.partial(function, **check_settings(options, settings_of(function, 1), where))
     combine = COMBINED[name]
     options = check_settings(options, settings_of(combine, 1), where)

@@ -1,5 +1,6 @@
 """Groups of images: caps hold inside every selector, and a round that they leave less asks for less."""
 import math
+import os
 import os.path as osp
 
 import mmengine
@@ -140,6 +141,63 @@ def test_each_random_batch_keeps_to_the_caps():
     best = max(batches, key=lambda rows: float(scores[rows].mean()))
     found = SELECTORS['stochastic_batches'](scores, 7, generator(0), draws_N, batches=9, caps=caps.again())
     assert sorted(found.tolist()) == sorted(best)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def bright_units(state) -> dict:
+    """Image -> its units' scores, in the highest order, by the very maps of the query."""
+    this, found = al_patch.Query(state, state.runner), {}
+    for name, seen in this.look():
+        rows = this.candidates(name, seen)[0]
+        found[name] = sorted(rows.score.tolist(), reverse=True)
+    return found
+
+
+@pytest.mark.parametrize('unit', [dict(type='region', size=[8, 8]), 'pixel', dict(type='superpixel', n_segments=24)],
+                         ids=str)
+@pytest.mark.parametrize('strategy', ['entropy', 'pixelpick', 'classbal', 'coreset', 'stochastic_batches'])
+def test_a_query_opens_so_many_images_and_takes_so_many_units_of_each(make_cfg, train, unit, strategy):
+    """A choice may be less than the budget where no more can be opened."""
+    _, rounds = train(make_cfg(dict(unit=unit, strategy=strategy, initial=10, budget=9, rounds=2, max_images=4,
+                                    max_per_image=3), changes={**tiny.NO_VAL, 'train_cfg.max_iters': 1}))
+    for entry in rounds[1:]:
+        units = [n for n, _ in entry['asked'].values()]
+        assert len(units) <= 4 and max(units) <= 3 and sum(units) == 9
+
+
+def test_images_are_opened_by_their_best_units(make_state):
+    """Of 12 images the 5 whose best unit scores highest; then the best units in these."""
+    state = make_state(dict(unit=dict(type='region', size=[8, 8]), strategy='entropy', initial=1, budget=20,
+                            max_images=5), changes=tiny.NO_VAL)
+    al_patch.add_round(state, al_patch.query(state, None))
+    os.makedirs(state.folder(), exist_ok=True)
+    torch.save(state.runner.model.state_dict(), osp.join(state.folder(), 'untrained.pth'))
+    state.entry.update(checkpoints=dict(last='untrained.pth'))
+    scores = bright_units(state)
+    opened = sorted(scores, key=lambda name: -scores[name][0])[:5]
+    floor = sorted((score for name in opened for score in scores[name]), reverse=True)[19]
+    asked = al_patch.query(state, state.runner)
+    assert {*asked} <= {*opened} and sum(map(len, asked.values())) == 20
+    assert {name: len(ids) for name, ids in asked.items()} == {
+        name: n for name in opened if (n := sum(score >= floor for score in scores[name]))}
+
+
+def test_what_caps_on_images_leave_is_said(make_cfg, train):
+    cfg = make_cfg(dict(unit=dict(type='region', size=[8, 8]), initial=5, budget=9, rounds=1, max_images=2,
+                        max_per_image=3), changes=tiny.NO_VAL)
+    train(cfg)
+    assert 'asks for 6 units of the 9 that `al.budget` allows: `al.max_per_image` = 3 and `al.max_images` = 2 leave ' \
+        'no more' in tiny.log_of(cfg.work_dir)
+
+
+@pytest.mark.parametrize('key', ['max_per_image', 'max_images'])
+@pytest.mark.parametrize('more', [dict(unit='image'), dict(unit='pixel', per_image=True)], ids=str)
+def test_caps_on_images_mean_nothing_for_whole_images_or_in_each(key, more):
+    with pytest.raises(ValueError, match=f'`al.{key}` should be None for whole images, and where `al.per_image`'):
+        al_patch.parse_settings({key: 3, **more})
 
 
 # --- names -----------------------------------------------------------------------------------------------------------

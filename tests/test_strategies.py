@@ -305,6 +305,60 @@ def test_a_row_of_the_readme_says_what_the_strategy_is(name):
     assert own <= set(shown) and ('mc' in shown) == (record['mc'] > 1)
 
 
+# --- scores of scores ------------------------------------------------------------------------------------------------
+
+
+def composed(*of, kind='product', **more):
+    return resolve_strategy(dict(type='entropy', score=dict(type=kind, of=[*of], **more)))
+
+
+def test_a_product_and_a_sum_of_scores():
+    p = torch.randn(2, 4, 9, 7, generator=generator(0)).softmax(1)
+    ripu, entropy = al_patch.ripu(p, k=2), al_patch.entropy(p)
+    torch.testing.assert_close(composed('entropy', dict(type='ripu', k=2)).score(p), ripu * entropy)
+    torch.testing.assert_close(composed('entropy', dict(type='ripu', k=2), weights=[.5, 2]).score(p),
+                               entropy.sqrt() * ripu**2)
+    torch.testing.assert_close(composed('entropy', 'margin', kind='sum').score(p), entropy + al_patch.margin(p))
+    inner = dict(type='sum', of=['entropy', 'tiny:brightest'], weights=[1, -.5])
+    torch.testing.assert_close(composed('margin', inner).score(p), al_patch.margin(p) * (entropy - p[:, -1] / 2))
+    torch.testing.assert_close(resolve_strategy(dict(type='entropy', score=dict(type='ripu', k=2))).score(p), ripu)
+
+
+def test_a_composed_score_asks_for_what_its_parts_ask_for():
+    strategy = composed('bald', 'variation_ratio')
+    assert strategy.mc == 20 and strategy.asks_for('entropies_NHW') and strategy.asks_for('votes_NCHW')
+    p = torch.randn(1, 4, 3, 3, generator=generator(0)).softmax(1)
+    given = dict(entropies_NHW=al_patch.entropy(p) / 2, votes_NCHW=p, squares_NCHW=None)
+    found = al_patch.call_offering(strategy.score, p, **given)
+    torch.testing.assert_close(found, al_patch.entropy(p) / 2 * (1 - p.amax(1)))
+
+
+@pytest.mark.parametrize('score, text', [
+    (dict(type='product'), '`al.strategy.score.of` should be given'),
+    (dict(type='product', of=[]), '`al.strategy.score.of` should be a list of scores'),
+    (dict(type='product', of=['entropi']), '`al.strategy.score` should be one of random, '),
+    (dict(type='sum', of=['entropy'], weights=[1, 2]), '`al.strategy.score.weights` should have one for each of the 1'),
+    (dict(type='sum', of=['entropy', 'random']), "`al.strategy.score.of` should be scores of what a model sees"),
+    (dict(type='sum', of=[dict(type='ripu', kk=2)]), '`al.strategy.score.kk` is not a setting; did you mean'),
+    (dict(of=['entropy']), "`al.strategy.score` should be a name, dict"), ({}, '`al.strategy.score` should be a name')])
+def test_a_wrong_composition_is_refused(score, text):
+    with pytest.raises(ValueError, match=text):
+        resolve_strategy(dict(type='entropy', score=score))
+
+
+@pytest.mark.parametrize('unit', ['image', dict(type='region', window=1)], ids=str)
+def test_a_run_with_a_composed_score(make_cfg, train, unit):
+    """It is recorded as it is written, and a run goes on with it."""
+    score = dict(type='product', of=['entropy', dict(type='ripu', k=2)])
+    cfg = make_cfg(dict(unit=unit, strategy=dict(type='entropy', score=score), initial=4, budget=3, rounds=1), changes={
+        **tiny.NO_VAL, 'train_cfg.max_iters': 1})
+    _, rounds = train(cfg)
+    assert rounds[1]['strategy']['score'] == score
+    content = read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE))
+    assert content['settings']['strategy'] == dict(type='entropy', score=score)
+    assert resolve_strategy(content['settings']['strategy']).record == rounds[1]['strategy']
+
+
 # --- parts and options of one's choice -------------------------------------------------------------------------------
 
 
