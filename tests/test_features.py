@@ -285,3 +285,35 @@ def test_what_compares_passes_may_compare_an_image_and_its_mirror(make_cfg, trai
     _, rounds = train(make_cfg(dict(strategy=dict(type='bald', mc=1, flip=True), rounds=1), changes={
         **tiny.NO_VAL, 'train_cfg.max_iters': 1}))
     assert rounds[1]['strategy']['flip'] and len(rounds) == 2
+
+
+# --- heads without a last layer `conv_seg` ---------------------------------------------------------------------------
+
+VIT = dict(type='VisionTransformer', img_size=tiny.SHAPE, patch_size=8, embed_dims=16, num_layers=2, num_heads=2,
+           out_indices=(1, ), final_norm=True)
+SEGMENTER = dict(type='SegmenterMaskTransformerHead', in_channels=16, channels=16, embed_dims=16, num_classes=3,
+                 num_layers=1, num_heads=2, dropout_ratio=0., loss_decode=dict(type='CrossEntropyLoss'))
+KNET = dict(
+    type='IterativeDecodeHead', num_stages=1, kernel_update_head=[dict(
+        type='KernelUpdateHead', num_classes=3, num_ffn_fcs=2, num_heads=2, num_mask_fcs=1, feedforward_channels=16,
+        in_channels=8, out_channels=8, dropout=0., conv_kernel_size=1, ffn_act_cfg=dict(type='ReLU', inplace=True),
+        with_ffn=True, feat_transform_cfg=dict(conv_cfg=dict(type='Conv2d'), act_cfg=None), kernel_updator_cfg=dict(
+            type='KernelUpdator', in_channels=8, feat_channels=8, out_channels=8, act_cfg=dict(
+                type='ReLU', inplace=True), norm_cfg=dict(type='LN')))],
+    kernel_generate_head=dict(type='FCNHead', in_channels=8, channels=8, num_convs=1, concat_input=False, num_classes=3,
+                              norm_cfg=dict(type='BN'), loss_decode=dict(type='CrossEntropyLoss')))
+
+
+@pytest.mark.parametrize('unit', ['image', dict(type='region', size=[8, 8])], ids=['image', 'region'])
+@pytest.mark.parametrize('backbone, head', [(VIT, SEGMENTER), (dict(type='TinyBackbone'), KNET)],
+                         ids=['segmenter', 'knet'])
+def test_heads_without_a_last_layer_have_vectors_from_the_backbone(make_cfg, train, backbone, head, unit):
+    def changes() -> dict:
+        return {**tiny.NO_VAL, 'train_cfg.max_iters': 1, 'model.backbone': dict(_delete_=True, **backbone),
+                'model.decode_head': dict(_delete_=True, **head)}
+
+    with pytest.raises(ValueError, match="`al.strategy.features_from` should be .* 'backbone', but got 'decode_head'"):
+        train(make_cfg(dict(unit=unit, strategy='coreset'), changes=changes()))
+    strategy = dict(type='real', features_from='backbone', clusters=3)
+    _, rounds = train(make_cfg(dict(unit=unit, strategy=strategy, initial=4, budget=4, rounds=1), changes=changes()))
+    assert sum(units[0] if units else 1 for units in rounds[1]['asked'].values()) == 4
