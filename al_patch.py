@@ -1221,7 +1221,7 @@ def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor
     for name, seen in watched(state, 'calibration', looks, len(names)):
         probs_CHW, label_HW = seen.means[0]['probs_NCHW'][0], state.load_label(name).astype(np.int64)
         label_HW = torch.from_numpy(np.where(state.mask(name), label_HW, -1))
-        rate, shown = torch.ones(len(probs_CHW), 1001, dtype=torch.float64), torch.zeros(len(probs_CHW))
+        rate, shown = torch.ones(len(probs_CHW), 1001, dtype=torch.float64), torch.zeros(len(probs_CHW)).double()
         for c in label_HW.unique().tolist():
             if 0 <= c < len(probs_CHW):
                 bins = (probs_CHW[c].cpu()[label_HW == c] * 1000).long()
