@@ -896,6 +896,7 @@ class Query:
     Attributes:
         names: Of all images that it looks at.
         open: Those of them from which it may choose; of the others only what is labelled counts.
+        capped_by: The settings that cap it.
     """
 
     def __init__(self, state: State, trainer: Runner | None):
@@ -1085,6 +1086,8 @@ class Collector:
         device: Where the selector computes.
         caps: What makes ``Caps`` of the images of candidates, if there are any; ``is_capped``: whether they left less
             than the budget.
+        number: Of all units, labelled ones included.
+        split: Where vectors are outer products of two factors: the length of the first.
     """
 
     def __init__(self, select: Callable, budget: Callable, per_image: bool = False, in_pixels: bool = False,
