@@ -116,7 +116,8 @@ class Block:
     budget: Budget = 0.05            # asked for per round: int (units) | fraction | list, one entry a round
     per_image: Flag = False          # spend the budget in every image by itself, not over the whole pool
     rounds: Count = 5                # queries; training runs rounds + 1 times (a budget list sets it, too)
-    weights: Start = 'scratch'       # what a round starts from: scratch (= the config's own) | last | best
+    weights: Start = 'scratch'       # what a round starts from: scratch (= the config's own) | last | best | continue
+                                     # (= all of where the last one ended; max_iters is then the whole run's)
     query_with: Which = 'last'       # checkpoint that scores the pool: last | best
     pool: MaybePath = None           # which training data sets are the pool, e.g. 'dataset.datasets.1'; default: all
     group: MaybeExpression = None    # video, patient, tile of an image: a regular expression on its name, or function
@@ -136,7 +137,7 @@ Flag = rule('True or False', lambda v: isinstance(v, bool))
 MaybePath = or_none(rule('a path in `train_dataloader`', lambda v: isinstance(v, str)))
 MaybeExpression = or_none(rule("a regular expression or 'package.module:function'", lambda v: isinstance(v, str)))
 MaybeFunction = or_none(rule("'package.module:function'", lambda v: isinstance(v, str) and ':' in v))
-Start = one_of('scratch', 'last', 'best')
+Start = one_of('scratch', 'last', 'best', 'continue')
 Which = one_of('last', 'best')
 MaybeAmount = or_none(rule('a positive int, or a fraction in (0, 1]', lambda v: is_amount(v)))
 Budget = rule('a positive int, a fraction in (0, 1], or a list of these with one entry a round',
@@ -270,6 +271,11 @@ def check_config(runner: Runner) -> None:
         if not isinstance(value := runner.cfg.get(key), dict):
             raise ValueError(f'active learning builds a new runner every round, so the config needs `{key}` as a dict, '
                              f'but got {type(value).__name__}')
+    for hook in checkpoint_hooks(runner) if runner.cfg.al.get('weights') == 'continue' else ():
+        if not (hook.save_optimizer and hook.save_param_scheduler):
+            raise ValueError('`default_hooks.checkpoint` should have save_optimizer=True and save_param_scheduler=True '
+                             f"with `al.weights='continue'`, but got {hook.save_optimizer} and "
+                             f'{hook.save_param_scheduler}')
 
 
 def initial_images(state: State) -> dict[str, None]:
@@ -487,7 +493,8 @@ def build_round(state: State) -> Runner:
     """A fresh runner for the state's round, of the caller's class; the caller's own takes over its model."""
     log_round(state)
     trainer = type(state.runner).from_cfg(round_config(state))
-    for hook in [RoundHook(seed_of(state.seed, 'train', state.round)), *state.companions]:
+    seed = seed_of(state.seed, 'train', 0 if state.end else state.round)  # rounds that go on are one training
+    for hook in [RoundHook(seed, state.begin, state.end), *state.companions]:
         trainer.register_hook(hook)
     state.runner.model = trainer.model
     if state.phase == 'query' and hasattr(state.model, 'init_weights'):  # a checkpoint may hold only what is trained
@@ -521,19 +528,55 @@ def round_config(state: State) -> Config:
     seed = cfg.get('randomness', {}).get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': state.seed if seed is None else seed}
     cfg.train_dataloader.al = what_is_labelled(state)
+    goes_on = state.al.weights == 'continue' and state.phase == 'train'
     if k > 0 and state.phase == 'train' and state.al.weights != 'scratch':
-        cfg.load_from = state.checkpoint(k - 1, state.al.weights)
+        cfg.load_from = state.checkpoint(k - 1, 'last' if goes_on else state.al.weights)
     halfway = resumable_checkpoint(cfg.work_dir) if state.is_resumed and state.phase == 'train' else None
-    cfg.resume = halfway is not None
+    state.begin = iteration_of(cfg.load_from) if goes_on and k else 0
+    state.end = end_of(state, k, state.begin) if goes_on else None
+    if goes_on:
+        cfg.train_cfg.max_iters = state.runner.cfg.train_cfg.max_iters  # schedules end with it, the round by its hook
+        cfg.train_dataloader.al.begin = iteration_of(halfway) if halfway else state.begin
+    cfg.resume = halfway is not None or state.begin > 0
     cfg.load_from = halfway or cfg.get('load_from')
     return cfg
+
+
+def iteration_of(path: str) -> int:
+    """The iteration at which a checkpoint was saved."""
+    with reading(path):
+        return torch.load(path, map_location='cpu')['meta']['iter']
+
+
+def end_of(state: State, k: int, begin: int) -> int:
+    """The iteration at which a round ends that goes on from ``begin``: after as many as its overrides say, or its share
+    of what those of others leave; and where no gradients are left that ``accumulative_counts`` has yet to use.
+
+    Raises:
+        ValueError: It comes to nothing, or to more than the run has.
+    """
+    own, run = [], state.runner.cfg
+    for i in range(k, state.al.rounds + 1):
+        cfg = copy.deepcopy(run)
+        cfg.train_cfg.max_iters = None
+        cfg.merge_from_dict((state.al.overrides or {}).get(str(i), {}))
+        own.append(cfg.train_cfg.max_iters)
+    total = run.train_cfg.max_iters
+    end = begin + (own[0] or (total - begin - sum(filter(None, own))) // own.count(None))
+    if k < state.al.rounds:
+        end -= end % run.optim_wrapper.get('accumulative_counts', 1)
+    if not begin < end <= total:
+        raise ValueError(f"`train_cfg.max_iters` should do for all {state.al.rounds + 1} trainings with `al.weights="
+                         f"'continue'`, but got {total}, of which round {k} would have those from {begin} to {end}: "
+                         'set it higher, or have fewer `al.rounds` or iterations in `al.overrides`')
+    return end
 
 
 def what_is_labelled(state: State) -> dict:
     """The key ``al`` of a training dataloader, by which it keeps what the newest round has: see
     ``build_labelled_dataloader``."""
     return dict(state=osp.join(state.work_dir, STATE_FILE), round=state.round, ignore_index=state.pool.ignore_index,
-                pool=state.pool.paths)
+                pool=state.pool.paths, **(dict(begin=0) if state.al.weights == 'continue' else {}))
 
 
 def train_round(state: State, trainer: Runner) -> None:
@@ -566,21 +609,24 @@ class RoundHook(Hook):
 
     Args:
         seed: The round's.
+        begin, end: The iterations of a round that goes on where the last one ended.
     """
     priority = 'VERY_LOW'
 
-    def __init__(self, seed: int):
-        self.seed, self.metrics, self.validated_at = seed, {}, -1
+    def __init__(self, seed: int, begin: int = 0, end: int | None = None):
+        self.seed, self.begin, self.end, self.metrics, self.validated_at = seed, begin, end, {}, -1
 
     def before_train(self, runner: Runner) -> None:
         """Validate again what was resumed from: mmengine saves before it validates, and a run that is stopped in
         between would have lost the metrics and the best checkpoint."""
         loop = runner.train_loop
+        if self.end:
+            loop._max_iters = self.end
         if runner.val_loop is None or not isinstance(loop, (EpochBasedTrainLoop, IterBasedTrainLoop)):
             return
         by_epoch = isinstance(loop, EpochBasedTrainLoop)
         at, end = (loop.epoch, loop.max_epochs) if by_epoch else (loop.iter, loop.max_iters)
-        if at > 0 and at >= loop.val_begin and (at % loop.val_interval == 0 or at == end):
+        if at > self.begin and at >= loop.val_begin and (at % loop.val_interval == 0 or at == end):
             runner.val_loop.run()
 
     def before_val_epoch(self, runner: Runner) -> None:
@@ -593,12 +639,16 @@ class RoundHook(Hook):
         seed = seed_of(self.seed, runner.rank, 'epoch', runner.epoch)
         python_random.seed(seed)
         np.random.seed(seed % 2**32)
-        batches = getattr(runner.train_loop, 'dataloader_iterator', None)
+        loop, batches = runner.train_loop, getattr(runner.train_loop, 'dataloader_iterator', None)
+        if self.end:  # the sampler begins here: what mmengine asks for only to skip it is nothing
+            loop.dataloader._iterator = batches._iterator  # where `close_round` looks for workers
+            batches._iterator = itertools.chain(itertools.repeat(None, loop.iter), batches._iterator)
         if hasattr(batches, 'skip_iter'):  # the maintained fork's would spare the pipelines, and so their random draws
             batches.skip_iter = lambda skipped: collections.deque(itertools.islice(batches, skipped), maxlen=0)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
-        torch.manual_seed(seed_of(self.seed, runner.rank, 'iter', runner.iter))
+        seed = seed_of(self.seed, runner.rank, 'iter', runner.iter)
+        seed_draws(seed) if self.end else torch.manual_seed(seed)
 
     def after_train(self, runner: Runner) -> None:
         """Save the last weights, which mmengine does not where EarlyStoppingHook ends a round between checkpoints."""
@@ -614,9 +664,13 @@ class RoundHook(Hook):
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """And find what lies beside a checkpoint beside it, though its work_dir was moved or copied: CheckpointHook
-        deletes the best when a better one comes."""
+        deletes the best when a better one comes. A round that goes on from the last one's has none of that yet."""
         if runner._resume:
             found = checkpoint['message_hub']['runtime_info']
+            if checkpoint['meta']['iter'] == self.begin:
+                for key in [key for key in found if key.startswith('best_') or key in ('last_ckpt', 'keep_ckpt_ids')]:
+                    del found[key]
+                return
             found.update({key: osp.join(runner.work_dir, osp.basename(path)) for key, path in found.items()
                           if '_ckpt' in key and isinstance(path, str)})
             for hook, counted in zip(self.early_stopping(runner), checkpoint.get('early_stopping', ())):
@@ -714,7 +768,8 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     Args:
         build: Stock ``Runner.build_dataloader``.
         dataloader: A dataloader's config with ``al=dict(state=path of al_state.json, round=k, ignore_index=255,
-            pool=paths of the data sets in it that are filtered)``; all others stay as they are.
+            pool=paths of the data sets in it that are filtered)``; all others stay as they are. With ``begin=`` an
+            iteration, see ``begin_at``.
     """
     dataloader = copy.copy(dataloader)
     where, kept = dataloader.pop('al'), []
@@ -749,7 +804,28 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     if not len(loader) and not isinstance(loader.sampler, InfiniteSampler):
         raise ValueError(f'`train_dataloader.batch_size` should be at most the {len(loader.dataset)} labelled images, '
                          f'or drop_last=False, but got {loader.batch_size}: there is no batch to train with')
+    if 'begin' in where:
+        begin_at(loader, where['begin'], seed_of(state.seed, get_dist_info()[0], 'items'))
     return loader
+
+
+def begin_at(loader: torch.utils.data.DataLoader, iteration: int, seed: int) -> None:
+    """Let a dataloader begin at an iteration, and what an item draws depend on its place in the sampler's order alone.
+
+    Raises:
+        ValueError: The sampler is none in which a place can be found.
+    """
+    if type(loader.sampler) is not InfiniteSampler:
+        raise ValueError("`train_dataloader.sampler` should be an InfiniteSampler, in whose order `al.weights="
+                         f"'continue'` goes on, but got {type(loader.sampler).__name__}")
+    first = iteration * loader.batch_size
+    loader.sampler.indices = enumerate(itertools.islice(loader.sampler.indices, first, None), first)
+    loader.dataset.__getitems__ = functools.partial(load_batch, loader.dataset, seed)  # which torch asks for, if it can
+
+
+def load_batch(dataset: Dataset, seed: int, places: list[tuple]) -> list:
+    """A batch by the places of its items in the sampler's order, and their indices."""
+    return [seed_draws(seed_of(seed, place)) or dataset[index] for place, index in places]
 
 
 def keep_labelled(dataset: BaseDataset, have: dict, ignore_index: int) -> None:
@@ -1755,6 +1831,7 @@ class State:
             that asked, ``spent`` by then, and after training ``metrics``, ``checkpoints`` and times; see
             ``ROUND_FIELDS``.
         config: Digests of the config that trained last; ``digest``: of the round's, ``changed``: its keys that differ.
+        begin, end: The iterations of the round, if it goes on where the last one ended.
         phase: What the newest round waits for: its labels (``label``), ``train`` or ``query``.
         is_resumed: Whether the newest round was begun by an earlier start of the run.
         companions: Hooks that go along in every round.
@@ -3733,6 +3810,13 @@ def generator(*parts) -> torch.Generator:
 def seed_of(*parts) -> int:
     """A seed for one named purpose, so that no draw depends on how many were made before it."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:6], 'big')
+
+
+def seed_draws(seed: int) -> None:
+    """Seed what pipelines and models draw from."""
+    python_random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def uniform(seed: int, numbers_N: np.ndarray) -> np.ndarray:

@@ -140,9 +140,9 @@ def hook() -> mmengine.hooks.Hook:
 
         def before_al_run(self, state: al_patch.State) -> None:
             self.is_sparse, self.state = state.counts_pixels, state
-            for check in (check_rounds, check_amounts, check_groups, check_overrides, check_schedule, check_best,
-                          check_model, check_pool, check_masks, check_validation, check_no_label, check_disk,
-                          check_wrappers, rehearse):
+            for check in (check_rounds, check_amounts, check_groups, check_overrides, check_schedule,
+                          check_continue, check_best, check_model, check_pool, check_masks, check_validation,
+                          check_no_label, check_disk, check_wrappers, rehearse):
                 check(state)
 
         def before_al_train(self, state: al_patch.State, trainer) -> None:
@@ -502,6 +502,35 @@ def check_schedule(state: al_patch.State) -> None:
                              f'folder, but got {hook.out_dir!r}; choose another --work-dir, or make it a link')
 
 
+def check_continue(state: al_patch.State) -> None:
+    """
+    Raises:
+        ValueError: No round can go on where the last one ended, or an override would not count there.
+        RuntimeError: Nor with this torch.
+    """
+    begin, loop = 0, mmengine.runner.IterBasedTrainLoop
+    if state.al.weights != 'continue':
+        return
+    for k, override in {None: {}, **(state.al.overrides or {})}.items():
+        cfg, where = copy.deepcopy(state.runner.cfg), '' if k is None else f'`al.overrides[{k}]`: '
+        cfg.merge_from_dict(override)
+        kind = cfg.train_cfg.get('type', loop)
+        kind = mmengine.registry.LOOPS.get(kind) if isinstance(kind, str) else kind
+        if 'max_iters' not in cfg.train_cfg or not issubclass(kind, loop):
+            raise ValueError(f"{where}`train_cfg` should be of an IterBasedTrainLoop with `al.weights='continue'`, but "
+                             f'got {cfg.train_cfg.to_dict()}')
+        for key in override:
+            if key.split('.')[0] in ('optim_wrapper', 'param_scheduler'):
+                raise ValueError(f"{where}`{key}` should be left out with `al.weights='continue'`, by which a round "
+                                 'goes on with optimizer and schedules of the last one')
+    for k in range(state.al.rounds + 1):
+        begin = al_patch.end_of(state, k, begin)
+    probe = type('', (list, ), dict(__getitems__=lambda self, indices: ['asked']))([0])
+    if next(iter(torch.utils.data.DataLoader(probe, collate_fn=list))) != ['asked']:
+        raise RuntimeError("`al.weights='continue'` needs a DataLoader that calls Dataset.__getitems__ (torch >= 2.0), "
+                           f'but got torch {torch.__version__}: update it, or choose other `al.weights`')
+
+
 def images_by(state: al_patch.State, k: int) -> int:
     """How many images can be labelled when round ``k`` begins."""
     total, began = len(state.pool), max(0, state.round)
@@ -754,6 +783,7 @@ def check_disk(state: al_patch.State) -> None:
     al, cfg, copies, free = state.al, state.runner.cfg, 0, [shutil.disk_usage(state.work_dir).free]
     for hook in al_patch.checkpoint_hooks(state.runner):
         saved = cfg.train_cfg.get('max_epochs' if hook.by_epoch else 'max_iters', 1) // hook.interval
+        saved = saved // (al.rounds + 1) + 1 if al.weights == 'continue' else saved
         saved = max(1, min(saved, hook.max_keep_ckpts % 2**31))  # -1 of both: the last, and all
         copies += saved * (1 + hook.save_optimizer * (1 + ('Adam' in str(cfg.optim_wrapper))))
         copies += len(hook.save_best or ())

@@ -3,14 +3,14 @@
     python tests/kill.py --kills 1000 --jobs 2 --results kills.jsonl
     python tests/kill.py --kills 20 --units region --processes 2 --labels human --keep some/folder
 
-Every run is `al_train.main()` with real options: three trainings and two queries on a tiny data set, for each unit,
-with one process and with two, with simulated labels and with those of an annotator, whom this script plays: between two
-starts he puts label maps of what is asked for into the round's inbox, sometimes half of them first. The processes are
-forked from this one, which has imported mmseg before, so that a start takes no seconds; they share one process group,
-which is killed as a whole. Half of the kills fall at random instants, the other half at a file that is opened to be
-written, renamed or removed: the n-th of them, then or within three milliseconds. After one kill in five the run's
-folder is moved, or copied, and the run goes on in the new place: the old one must not come back, and the original must
-stay as it was, to the byte.
+Every run is `al_train.main()` with real options: three trainings and two queries on a tiny data set, for each unit (and
+for `continued`, whole images whose training goes on), with one process and with two, with simulated labels and with
+those of an annotator, whom this script plays: between two starts he puts label maps of what is asked for into the
+round's inbox, sometimes half of them first. The processes are forked from this one, which has imported mmseg before, so
+that a start takes no seconds; they share one process group, which is killed as a whole. Half of the kills fall at
+random instants, the other half at a file that is opened to be written, renamed or removed: the n-th of them, then or
+within three milliseconds. After one kill in five the run's folder is moved, or copied, and the run goes on in the new
+place: the old one must not come back, and the original must stay as it was, to the byte.
 
 A run is right if, beside logs, reports and seconds, every file holds what it holds in the run that nothing stopped, and
 no other file is left. Its line in the file of results is written when it ends: what a long measurement has found is
@@ -64,9 +64,10 @@ UNITS = dict(
     region=dict(unit=dict(type='region', size=[8, 8]), initial=12, budget=9, query_with='best'),
     window=dict(unit=dict(type='region', window=2), initial=9, budget=6, weights='best'),
     superpixel=dict(unit=dict(type='superpixel', n_segments=12, compactness=100.), initial=9, budget=6),
-    pixel=dict(unit='pixel', strategy='pixelpick', per_image=True, initial=4, budget=3, weights='last'))
+    pixel=dict(unit='pixel', strategy='pixelpick', per_image=True, initial=4, budget=3, weights='last'),
+    continued=dict(initial=3, budget=2, query_with='best', weights='continue'))
 MORE = '''
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=6, val_interval=2)
+train_cfg = dict(type='IterBasedTrainLoop', max_iters={iters}, val_interval=2)
 default_hooks['checkpoint'].update(max_keep_ckpts=1)
 optim_wrapper['optimizer'].update(lr=.4)  # so high that the best checkpoint is often not the last
 train_dataloader.update(num_workers={workers}, persistent_workers={workers} > 0)
@@ -237,7 +238,8 @@ class Project:
         self.truth, root = (osp.join(folder, 'data', kind) for kind in ('simulated', cell.labels))
         al = dict(UNITS[cell.unit], rounds=2, oracle=cell.labels)
         with open(self.config, 'w') as file:
-            text = tiny.config_text(root, sync=True) + MORE.format(workers=workers)
+            text = tiny.config_text(root, sync=True) + MORE.format(
+                workers=workers, iters=18 if al.get('weights') == 'continue' else 6)  # of the run, or of each round
             file.write(f'{text}al = {al!r}\n')
         cfg = Config.fromfile(self.config)
         init_default_scope(cfg.default_scope)
