@@ -17,7 +17,7 @@ WRONG = dict(  # key -> what it should be: what it is
     initial={f'{AMOUNT}, a list of image names, or the path of a split file': [0, -1, 1.5, 0., True, '', [], [1]]},
     budget={f'{AMOUNT}, or a list of these with one entry a round': [0, '5', [], [1, 0], None]},
     per_image={'True or False': [1, None], 'False for whole images': [True]},
-    rounds={'an int >= 0': [-1, 2., True]}, weights={"'scratch', 'last' or 'best'": ['first']},
+    rounds={'an int >= 0': [-1, 2., True]}, weights={"'scratch', 'last', 'best' or 'continue'": ['first']},
     query_with={"'last' or 'best'": ['scratch']}, pool_size={r'None or a positive int, or a fraction': [0, 1.01]},
     oracle={"'simulated' or 'human'": ['machine']},
     overrides={'None or a dict from a round': [{'one': {}}, {'02': {}}, {1: 4000}, [1]]},
