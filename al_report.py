@@ -918,7 +918,8 @@ def rehearse_checkpoint(state: al_patch.State) -> str | None:
 
     with rehearsing('a checkpoint, saved and loaded again,'):
         begin()
-        before, again, saved = probabilities(), probabilities(), copy.deepcopy(model.state_dict())
+        before, again, saved = probabilities(), probabilities(), copy.copy(model.state_dict())
+        saved.update({key: value.detach().clone() for key, value in saved.items() if torch.is_tensor(value)})
         for key, value in everything.items():
             if value.is_floating_point() and key in saved:
                 value.data.normal_()
