@@ -2841,10 +2841,10 @@ def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, ve
         return math.prod((part**2).sum(1, keepdim=True) for part in parts)
 
     product = functools.partial(outer_product, split=split) if split else torch.matmul
-    parts = vectors_ND.tensor_split([split], 1) if split else [vectors_ND]
+    parts = vectors_ND.double().tensor_split([split], 1) if split else [vectors_ND]
     largest = norms_of(parts).argmax()
     parts = parts if split else [vectors_ND - vectors_ND.mean(0)]  # small norms lose less to rounding
-    norms_N1, ones_N1 = norms_of(parts), torch.ones_like(vectors_ND[:, :1])
+    norms_N1, ones_N1 = norms_of(parts), torch.ones_like(parts[0][:, :1])
     rows_NE = torch.cat([*parts, norms_N1, ones_N1], 1)
     columns_NE = torch.cat([-2 * parts[0], *parts[1:], ones_N1, norms_N1], 1)  # products are squared distances
     left_N, rate_N = -draws_N.log().to(rows_NE), torch.full_like(rows_NE[:, 0], 1e30)
@@ -3199,12 +3199,11 @@ def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
     Distances only fall, so old ones are upper bounds: as long as the farthest of an up-to-date few lies above the
     bounds of all others, it is the farthest of all, and the others can wait for a matrix product.
     """
-    offset = vectors_ND.mean(0) if distance == 'euclidean' else 0  # small norms lose less to rounding
-    points = bilinear_form(vectors_ND - offset, distance)
+    points = bilinear_form(vectors_ND, vectors_ND, distance)
     nearest_N = torch.full((len(vectors_ND), ), math.inf, device=vectors_ND.device)
     picks, few, by_score = [], min(len(vectors_ND), 1024), first == 'highest' or not len(labelled_LD)
     if len(labelled_LD):
-        approach(nearest_N, points, bilinear_form(labelled_LD - offset, distance))
+        approach(nearest_N, points, bilinear_form(labelled_LD, vectors_ND, distance))
     while len(picks) < budget:
         values, active = nearest_N.topk(min(few + 1, len(nearest_N)))
         bound, active = float(values[-1]) if few < len(nearest_N) else -math.inf, active[:few].sort().values
@@ -3232,18 +3231,25 @@ def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
     return torch.tensor(picks)
 
 
-def bilinear_form(vectors_ND: torch.Tensor, distance: str) -> tuple:
+def bilinear_form(vectors_ND: torch.Tensor, among_ND: torch.Tensor, distance: str) -> tuple:
     """Left and right factors, norms and classes by which all distances are ``norms_i + norms_j - left_i . right_j``, by
     the number of common classes: squared Euclidean, or for class matrices (N, C * C) the symmetric Kullback-Leibler
     divergence of the rows of classes that both have, averaged over these, as the authors of Contextual Diversity
-    compute it; 0 where none is common."""
+    compute it; 0 where none is common. Distances from the mean of some vectors lose less to rounding."""
     if distance == 'euclidean':
+        vectors_ND = vectors_ND - among_ND.mean(0)
         return vectors_ND * math.sqrt(2), vectors_ND * math.sqrt(2), (vectors_ND**2).sum(1), None
-    rows_NCC = vectors_ND.unflatten(1, (math.isqrt(vectors_ND.shape[1]), -1))
-    has_NC1 = (rows_NCC > 0).all(2, keepdim=True)
-    rows_NCC = torch.where(has_NC1, rows_NCC, 0)
-    logs_NCC, has_NC = torch.where(has_NC1, rows_NCC, 1).log() / 2, has_NC1[..., 0].to(vectors_ND)
+
+    def rows_and_logs(vectors_ND: torch.Tensor) -> tuple:
+        rows_NCC = vectors_ND.unflatten(1, (math.isqrt(vectors_ND.shape[1]), -1))
+        has_NC1 = (rows_NCC > 0).all(2, keepdim=True)
+        return has_NC1, torch.where(has_NC1, rows_NCC, 0), torch.where(has_NC1, rows_NCC, 1).log() / 2
+
+    (have_NC1, *among), (has_NC1, *own) = map(rows_and_logs, (among_ND, vectors_ND))
+    rows_NCC, logs_NCC = ((each - all_NCC.sum(0) / have_NC1.sum(0).clamp_min(1)) * has_NC1
+                          for each, all_NCC in zip(own, among))
     own_NC, rows_ND, logs_ND = (rows_NCC * logs_NCC).sum(2), rows_NCC.flatten(1), logs_NCC.flatten(1)
+    has_NC = has_NC1[..., 0].to(vectors_ND)
     return (torch.cat([rows_ND, logs_ND, -own_NC, -has_NC], 1), torch.cat([logs_ND, rows_ND, has_NC, own_NC], 1),
             torch.zeros_like(has_NC[:, 0]), has_NC)
 

@@ -353,7 +353,8 @@ def test_class_matrices_apart_by_hand():
     one = at([[.5, .25, .25], [.2, .4, .4], [0, 0, 0]]).flatten()
     two = at([[.25, .5, .25], [.2, .4, .4], [.1, .1, .8]]).flatten()
     three = at([[0, 0, 0], [0, 0, 0], [.3, .3, .4]]).flatten()
-    points = al_patch.bilinear_form(torch.stack([one, two, three]), 'kl')
+    some = torch.stack([one, two, three])
+    points = al_patch.bilinear_form(some, some, 'kl')
     found = al_patch.apart(points[0], points[3], points) + points[2][:, None]
     third = (.2 * log(3) + .2 * log(3) + .4 * log(2)) / 2  # of two and three
     assert found.tolist() == [pytest.approx(each, abs=1e-5) for each in (
