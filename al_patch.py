@@ -271,7 +271,12 @@ def check_config(runner: Runner) -> None:
         if not isinstance(value := runner.cfg.get(key), dict):
             raise ValueError(f'active learning builds a new runner every round, so the config needs `{key}` as a dict, '
                              f'but got {type(value).__name__}')
-    for hook in checkpoint_hooks(runner) if runner.cfg.al.get('weights') == 'continue' else ():
+    if runner.cfg.al.get('weights') != 'continue':
+        return
+    if 'max_iters' not in runner.cfg.train_cfg:
+        raise ValueError("`train_cfg` should be of an IterBasedTrainLoop with `al.weights='continue'`, but got "
+                         f'{runner.cfg.train_cfg.to_dict()}')
+    for hook in checkpoint_hooks(runner):
         if not (hook.save_optimizer and hook.save_param_scheduler):
             raise ValueError('`default_hooks.checkpoint` should have save_optimizer=True and save_param_scheduler=True '
                              f"with `al.weights='continue'`, but got {hook.save_optimizer} and "

@@ -481,6 +481,16 @@ def test_drawn_scores_are_no_warning_and_no_figures_in_the_log(make_cfg, train):
     assert told == [('0', '20 of 288 candidates (1280 pixels)'), ('1', '2 of 268 candidates (128 pixels)')]
 
 
+@pytest.mark.parametrize('strategy', [dict(type='random', foreground=.33), 'entropy', 'random'], ids=str)
+def test_without_a_model_the_log_says_that_the_choice_is_plainly_random(make_cfg, train, strategy):
+    cfg = make_cfg(dict(strategy=strategy, unit=dict(type='region', size=[8, 8]), initial=20, budget=6), changes={
+        **tiny.NO_VAL, 'train_cfg.max_iters': 1})
+    _, rounds = train(cfg)
+    lines = re.findall(r'INFO - (Query .*)\n', tiny.log_of(cfg.work_dir))
+    assert ['plainly at random: there is no model yet' in line for line in lines] == [strategy != 'random', False]
+    assert rounds[1]['strategy'].get('foreground') == (.33 if strategy in [dict(type='random', foreground=.33)] else None)
+
+
 @pytest.mark.parametrize('unit, initial', [('image', 4), (dict(type='region', size=[8, 8]), 20)],
                          ids=['image', 'region'])
 @pytest.mark.parametrize('embed, warns', [('tiny:one_vector', True), ('features', False)])
