@@ -488,7 +488,7 @@ def test_without_a_model_the_log_says_that_the_choice_is_plainly_random(make_cfg
     _, rounds = train(cfg)
     lines = re.findall(r'INFO - (Query .*)\n', tiny.log_of(cfg.work_dir))
     assert ['plainly at random: there is no model yet' in line for line in lines] == [strategy != 'random', False]
-    assert rounds[1]['strategy'].get('foreground') == (.33 if strategy in [dict(type='random', foreground=.33)] else None)
+    assert ('foreground' in rounds[1]['strategy']) == isinstance(strategy, dict)
 
 
 @pytest.mark.parametrize('unit, initial', [('image', 4), (dict(type='region', size=[8, 8]), 20)],
