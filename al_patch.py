@@ -1500,12 +1500,14 @@ class Windows:
 
     def __init__(self, model: torch.nn.Module, place: str, are_all: bool):
         self.model, self.place, self.are_all = model, place, are_all
-        self.module, self.caught, self.sum, self.weight = feature_module(model, place), [], None, None
+        self.module, self.caught, self.starts = feature_module(model, place), [], iter(())
+        self.sum = self.weight = None
 
     @contextlib.contextmanager
     def open(self, inputs):
         """Catch features while ``inference`` runs on these inputs."""
         look, inputs_NCHW = getattr(self.model, 'encode_decode', None), leaves_of(inputs)[0]
+        self.starts = window_starts(self.model.test_cfg, inputs_NCHW.shape[2:])
 
         def keep(module, args, output=None) -> None:
             if not self.caught:  # a head may call its last layer more than once
@@ -1533,18 +1535,20 @@ class Windows:
             yield
 
     def add(self, window_NCHW: torch.Tensor, inputs_NCHW: torch.Tensor) -> None:
-        """What was caught in a window of the inputs, which is a view of them."""
+        """What was caught in a window of the inputs, of which the next one is looked at."""
         if not self.caught:
             raise ValueError(no_features(self.model, self.place))
         part_NKHW = feature_map(self.model, self.place, self.caught.pop(), window_NCHW.shape[2:]).float()
         if window_NCHW.shape == inputs_NCHW.shape:
             self.sum, self.weight = part_NKHW, 1
             return
-        start = window_NCHW.storage_offset() - inputs_NCHW.storage_offset()
-        starts = divmod(start, inputs_NCHW.stride(2))
-        starts = starts[0], starts[1] // inputs_NCHW.stride(3)
+        y, x = next(self.starts, (0, 0))
+        h, w = window_NCHW.shape[2:]
+        if not torch.equal(window_NCHW, inputs_NCHW[..., y:y + h, x:x + w]):
+            raise ValueError(f"`model.test_cfg.mode` should be 'whole' for features of a {type(self.model).__name__}, "
+                             "whose windows are not those of mmseg's slide inference, or not in that order")
         shares = [cell_shares(*each).to(part_NKHW) for each in zip(
-            inputs_NCHW.shape[2:], starts, window_NCHW.shape[2:], part_NKHW.shape[2:])]
+            inputs_NCHW.shape[2:], (y, x), (h, w), part_NKHW.shape[2:])]
         if self.sum is None:
             self.sum, self.weight = part_NKHW.new_zeros(*part_NKHW.shape[:2], *map(len, shares)), 0
         self.sum += shares[0] @ part_NKHW @ shares[1].T
@@ -1553,6 +1557,14 @@ class Windows:
     def mean(self) -> torch.Tensor:
         """(N, K, h, w)"""
         return self.sum / self.weight
+
+
+def window_starts(test_cfg: dict, shape: tuple) -> Iterator[tuple[int, int]]:
+    """Where the windows of mmseg's slide inference begin, in its order: the last of a row or column is shifted back."""
+    if test_cfg.get('mode') == 'slide':
+        yield from itertools.product(*(
+            [max(0, min(i * stride, size - crop)) for i in range(max(0, size - crop + stride - 1) // stride + 1)]
+            for size, crop, stride in zip(shape, test_cfg['crop_size'], test_cfg['stride'])))
 
 
 class SeenEnough(Exception):

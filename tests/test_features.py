@@ -1,5 +1,6 @@
 """Features from any place of a model, in whole and in slide inference, and a pass that ends where they are."""
 import os.path as osp
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from mmengine.config import ConfigDict
 from mmengine.model import BaseModule
 from mmengine.runner import Runner
+from mmseg.models.segmentors import EncoderDecoder
 from mmseg.registry import MODELS
 
 import al_patch
@@ -102,6 +104,29 @@ def test_at_a_stride_cells_of_windows_are_shared_out_by_area(make_cfg):
     with torch.no_grad(), windows.open(inputs):
         net.model.inference(inputs, [dict(sample.metainfo) for sample in data['data_samples']])
     assert windows.mean().numpy() == pytest.approx(whole.detach().numpy(), rel=1e-4, abs=1e-3)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(*[st.integers(1, 40)] * 6)
+def test_windows_are_those_of_mmsegs_slide_inference(h, w, crop_h, crop_w, stride_h, stride_w):
+    """As its own loop hands them to `encode_decode`."""
+    test_cfg, inputs, seen = ConfigDict(mode='slide', crop_size=(crop_h, crop_w), stride=(
+        min(stride_h, crop_h), min(stride_w, crop_w))), torch.arange(h * w).view(1, 1, h, w).float(), []
+
+    def look(window, metas):
+        seen.append(divmod(int(window.min()), w))
+        return torch.zeros(1, 1, *window.shape[2:])
+
+    model = types.SimpleNamespace(test_cfg=test_cfg, encode_decode=look, out_channels=1)
+    EncoderDecoder.slide_inference(model, inputs, [{}])
+    assert [*al_patch.window_starts(test_cfg, (h, w))] == seen
+
+
+def test_windows_of_another_kind_are_refused(make_cfg):
+    net, data = network(make_cfg, dict(type='coreset', features_from='backbone'), **slide((20, 24), (8, 11)))
+    net.model.inference = lambda inputs, metas: net.model.encode_decode(inputs[..., 3:23, 2:26], metas)
+    with pytest.raises(ValueError, match="`model.test_cfg.mode` should be 'whole' for features of a EncoderDecoder"):
+        [*net.see(data, [0, 1], [])]
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
