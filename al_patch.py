@@ -49,7 +49,6 @@ import tempfile
 import time
 import traceback
 import types
-import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Annotated, Any, Callable, Iterator, NamedTuple
@@ -58,7 +57,6 @@ import cv2
 import mmcv.utils.ext_loader
 import mmengine.runner.checkpoint
 import numpy as np
-import scipy.cluster.vq
 import scipy.ndimage
 import scipy.sparse
 import torch
@@ -1110,12 +1108,13 @@ class Query:
                 self.collector.split, vectors_ND = vectors_ND[0].shape[1], torch.cat(vectors_ND, 1)
             vectors = vectors_ND.float().cpu().numpy()
         if strategy.needs_classes and len(ids):
-            probs_CHW = seen.means[-1]['probs_NCHW'][0]
-            weights_NP = units.weights(ids, probs_CHW.shape[1:], probs_CHW.device)
+            probs_NCHW = seen.means[-1]['probs_NCHW']
             if strategy.asks_for('probs_NC'):
-                probs = pool_map(probs_CHW, weights_NP).cpu().numpy()
+                weights_NP = units.weights(ids, probs_NCHW.shape[2:], probs_NCHW.device)
+                probs = pool_map(probs_NCHW[0], weights_NP).cpu().numpy()
             if strategy.asks_for_predicted:
-                predicted = pool_map(predicted_as(probs_CHW).float(), weights_NP).cpu().numpy()
+                class_HW = predicted_classes(probs_NCHW)[0].cpu().numpy()
+                predicted = units.histograms(ids, class_HW, probs_NCHW.shape[1])
         image = np.full(len(ids), self.position[name], np.int32)
         rows = Candidates(image, ids, values, pixels, draw(ids), vectors, probs, predicted)
         free = len(found[0][0])
@@ -2656,13 +2655,30 @@ class Areas:
     def weights(self, ids: np.ndarray, cells: tuple, device) -> torch.Tensor:
         """Sparse (N, P), P = h w, rows sum to 1."""
         rows_HW = self.rows(ids)
-        (y, x), (h, w) = np.nonzero(rows_HW >= 0), rows_HW.shape
-        rows, columns = rows_HW[y, x].astype(int), y * cells[0] // h * cells[1] + x * cells[1] // w
+        inside = np.flatnonzero(rows_HW >= 0)
+        rows, columns = (each.reshape(-1)[inside].astype(np.int32) for each in (rows_HW, cell_numbers(
+            rows_HW.shape, tuple(cells))))
         share = scipy.sparse.coo_matrix((np.ones(len(rows), np.float32), (rows, columns)),
                                         (len(ids), cells[0] * cells[1])).tocsr().tocoo()
         share.data /= np.bincount(rows, minlength=len(ids))[share.row]
         weights = torch.sparse_coo_tensor(np.stack([share.row, share.col]), share.data, share.shape)
         return weights._coalesced_(True).to(device)  # it is; torch < 2.1 cannot be told above
+
+
+    def histograms(self, ids: np.ndarray, class_HW: np.ndarray, classes: int) -> np.ndarray:
+        """The share of each class in each. (N, C) float32"""
+        rows_N, class_N = self.rows(ids).reshape(-1), class_HW.reshape(-1)
+        inside = np.flatnonzero(rows_N >= 0)
+        counts = np.bincount(rows_N[inside].astype(np.int64) * classes + class_N[inside], minlength=len(ids) * classes)
+        counts = counts.reshape(-1, classes)
+        return (counts / counts.sum(1, keepdims=True)).astype(np.float32)
+
+
+@functools.lru_cache(8)
+def cell_numbers(shape: tuple, cells: tuple) -> np.ndarray:
+    """The number of the cell of a coarser map that each pixel lies in. (H, W) int32"""
+    rows, columns = (np.arange(n) * k // n for n, k in zip(shape, cells))
+    return (rows[:, None] * cells[1] + columns).astype(np.int32)
 
 
 class Segments(Areas):
@@ -2713,6 +2729,9 @@ class Whole(Areas):
 
     def weights(self, ids: np.ndarray, cells: tuple, device) -> None:
         return None
+
+    def histograms(self, ids: np.ndarray, class_HW: np.ndarray, classes: int) -> np.ndarray:
+        return (np.bincount(class_HW.reshape(-1), minlength=classes) / class_HW.size).astype(np.float32)[None]
 
 
 class Peaks(Areas):
@@ -2818,11 +2837,8 @@ def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.
     """Representative pseudo-errors (REAL; Chen et al., ECML-PKDD 2023). In each k-means cluster, those whose predicted
     class is not the cluster's majority class m are pseudo-errors; the cluster gets budget in proportion to their sum of
     1 - p_m, and takes random ones of them, or where they do not suffice its highest 1 - p_m. (K,) indices"""
-    start = kmeanspp(scores_N, min(clusters, len(vectors_ND)), generator, vectors_ND, draws_N).numpy()
-    vectors = vectors_ND.double().cpu().numpy()
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # a cluster that falls empty keeps its centre, and gets no budget
-        _, cluster_N = scipy.cluster.vq.kmeans2(vectors, vectors[start], minit='matrix', iter=100)
+    start = kmeanspp(scores_N, min(clusters, len(vectors_ND)), generator, vectors_ND, draws_N)
+    cluster_N = kmeans(vectors_ND, start).cpu().numpy()
     pred_N, probs = probs_NC.argmax(1).cpu().numpy(), probs_NC.double().cpu().numpy()
     votes_JC = np.zeros((len(start), probs.shape[1]), int)
     np.add.at(votes_JC, (cluster_N, pred_N), 1)
@@ -2840,6 +2856,24 @@ def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.
     left = np.setdiff1d(np.arange(len(doubt_N)), picks)
     rest = allowed(left[np.argsort(-doubt_N[left], kind='stable')], budget - len(picks), caps)
     return torch.tensor([*picks, *rest.tolist()])
+
+
+def kmeans(vectors_ND: torch.Tensor, start_K: torch.Tensor) -> torch.Tensor:
+    """Clusters by k-means from the vectors of some rows (Lloyd, 1982), until none changes, or 100 times. One that falls
+    empty keeps its centre. (N,)"""
+    vectors_ND = vectors_ND - vectors_ND.mean(0)
+    centres_KD, before_N = vectors_ND[start_K], None
+    for _ in range(100):
+        cluster_N, sums_KD = [], 0
+        for part_ND in vectors_ND.split(4096):
+            cluster_N.append(torch.addmm((centres_KD**2).sum(1), part_ND, centres_KD.T, alpha=-2).argmin(1))
+            sums_KD = sums_KD + torch.zeros_like(centres_KD).index_add_(0, cluster_N[-1], part_ND)
+        cluster_N = torch.cat(cluster_N)
+        if before_N is not None and torch.equal(cluster_N, before_N):
+            break
+        sizes_K1 = cluster_N.bincount(minlength=len(start_K))[:, None]
+        before_N, centres_KD = cluster_N, torch.where(sizes_K1 > 0, sums_KD / sizes_K1.clamp_min(1), centres_KD)
+    return cluster_N
 
 
 def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
@@ -2946,15 +2980,25 @@ def least_confidence(probs_NCHW: torch.Tensor) -> torch.Tensor:
 def margin(probs_NCHW: torch.Tensor) -> torch.Tensor:
     """1 - (p1 - p2): one less the margin between the two most probable classes (Scheffer et al., 2001), so that the
     smallest margin scores highest. (N, H, W) in [0, 1]"""
-    top2 = probs_NCHW.topk(2, dim=1).values
-    return 1 - (top2[:, 0] - top2[:, 1])
+    first_NHW, second_NHW = two_highest(probs_NCHW)
+    return 1 - (first_NHW - second_NHW)
 
 
 def probability_ratio(probs_NCHW: torch.Tensor) -> torch.Tensor:
     """p2 / p1 of the two most probable classes (best versus second best; Joshi et al., CVPR 2009). (N, H, W) in [0, 1]
     """
-    top2 = probs_NCHW.topk(2, dim=1).values
-    return top2[:, 1] / top2[:, 0]
+    first_NHW, second_NHW = two_highest(probs_NCHW)
+    return second_NHW / first_NHW
+
+
+def two_highest(maps_NCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two highest probabilities, class by class: no sort. (N, H, W) each"""
+    first, *others = maps_NCHW.unbind(1)
+    first, second = first.clone(), torch.full_like(first, -math.inf)
+    for map_NHW in others:
+        torch.maximum(second, torch.minimum(first, map_NHW), out=second)
+        torch.maximum(first, map_NHW, out=first)
+    return first, second
 
 
 def variation_ratio(probs_NCHW: torch.Tensor, votes_NCHW: torch.Tensor) -> torch.Tensor:
@@ -3002,17 +3046,17 @@ def ripu(probs_NCHW: torch.Tensor, k: Natural = 1) -> torch.Tensor:
     predicted classes in the (2k+1)^2 window / ln C, times the mean entropy in it / ln C. (N, H, W) in [0, 1]"""
     c = probs_NCHW.shape[1]
     maps = []
-    for probs_CHW, entropy_HW in zip(probs_NCHW, entropy(probs_NCHW)):
+    for class_HW, entropy_HW in zip(predicted_classes(probs_NCHW), entropy(probs_NCHW)):
         mean = box_sum(entropy_HW, k) / window_pixels(entropy_HW.shape, k, entropy_HW.device)
-        maps.append(impurity(probs_CHW.argmax(0), c, k) * mean / math.log(c)**2)
+        maps.append(impurity(class_HW, c, k) * mean / math.log(c)**2)
     return torch.stack(maps)
 
 
 def ripu_pixel(probs_NCHW: torch.Tensor, k: Natural = 32) -> torch.Tensor:
     """RIPU's PA (Xie et al., CVPR 2022): a pixel's entropy times the entropy of the histogram of predicted classes in
     the (2k+1)^2 window around it, both in nats. (N, H, W)"""
-    return torch.stack([impurity(probs_CHW.argmax(0), len(probs_CHW), k) * entropy_HW
-                        for probs_CHW, entropy_HW in zip(probs_NCHW, entropy(probs_NCHW))])
+    return torch.stack([impurity(class_HW, probs_NCHW.shape[1], k) * entropy_HW
+                        for class_HW, entropy_HW in zip(predicted_classes(probs_NCHW), entropy(probs_NCHW))])
 
 
 def impurity(pred_HW: torch.Tensor, classes: int, k: int) -> torch.Tensor:
@@ -3049,7 +3093,7 @@ def mean_gradient(probs_CHW: torch.Tensor, features_KHW: torch.Tensor, weights_N
     """Gradient of the predicted label's cross entropy with respect to the weights of the last layer, (p - onehot(argmax
     p)) h^T with penultimate features h (BADGE; Ash et al., ICLR 2020): its mean over a candidate's pixels. (N, C * K),
     or the two factors where a candidate is one pixel"""
-    gradient_CHW = probs_CHW - predicted_as(probs_CHW).float()
+    gradient_CHW = probs_CHW - predicted_as(probs_CHW[None])[0].float()
     if in_one_cell:
         return pool_map(gradient_CHW, weights_NP), pool_map(features_KHW, weights_NP)
     return class_matrix(gradient_CHW, features_KHW, weights_NP).flatten(1)
@@ -3058,18 +3102,38 @@ def mean_gradient(probs_CHW: torch.Tensor, features_KHW: torch.Tensor, weights_N
 def class_confusion(probs_CHW: torch.Tensor, weights_NP: torch.Tensor | None = None) -> torch.Tensor:
     """For each class the mean softmax of the pixels that are predicted so, weighted by their entropy (Contextual
     Diversity; Agarwal et al., ECCV 2020); zeros for a class that is not predicted. (N, C * C)"""
-    matrix_NCC = class_matrix(predicted_as(probs_CHW) * entropy(probs_CHW[None]), probs_CHW, weights_NP)
+    matrix_NCC = class_matrix(predicted_as(probs_CHW[None])[0] * entropy(probs_CHW[None]), probs_CHW, weights_NP)
     return (matrix_NCC / matrix_NCC.sum(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)).flatten(1)
 
 
-def predicted_as(probs_CHW: torch.Tensor) -> torch.Tensor:
-    """Where each class is the most probable. (C, H, W) booleans"""
-    return probs_CHW.argmax(0) == torch.arange(len(probs_CHW), device=probs_CHW.device)[:, None, None]
+def predicted_classes(maps_NCHW: torch.Tensor) -> torch.Tensor:
+    """The most probable classes, the first of equals; on the CPU class by class. (N, H, W) uint8, int16 above 255"""
+    kind = torch.uint8 if maps_NCHW.shape[1] < 256 else torch.int16
+    if maps_NCHW.device.type != 'cpu':
+        return maps_NCHW.argmax(1).to(kind)
+    best, *others = maps_NCHW.unbind(1)
+    best, class_NHW = best.clone(), torch.zeros_like(best, dtype=kind)
+    for c, map_NHW in enumerate(others, 1):
+        class_NHW.masked_fill_(map_NHW > best, c)
+        torch.maximum(best, map_NHW, out=best)
+    return class_NHW
+
+
+def predicted_as(maps_NCHW: torch.Tensor) -> torch.Tensor:
+    """Where each class is the most probable. (N, C, H, W) booleans"""
+    class_NHW = predicted_classes(maps_NCHW)
+    numbers_C = torch.arange(maps_NCHW.shape[1], dtype=class_NHW.dtype, device=class_NHW.device)
+    return class_NHW[:, None] == numbers_C[:, None, None]
 
 
 def entropy(probs_NCHW: torch.Tensor) -> torch.Tensor:
     """-sum p ln p over the classes, in nats (Shannon, 1948). (N, H, W) in [0, ln C]"""
-    return torch.special.entr(probs_NCHW).sum(1)
+    if probs_NCHW.device.type != 'cpu':
+        return torch.special.entr(probs_NCHW).sum(1)
+    total, tiny = 0, torch.finfo(probs_NCHW.dtype).tiny
+    for p_NHW in probs_NCHW.unbind(1):  # half the time of `entr`, whose logarithms go one by one
+        total = p_NHW.clamp_min(tiny).log_().mul_(p_NHW).add_(total)
+    return total.neg_()
 
 
 def class_cooccurrence(probs_CHW: torch.Tensor, thresholds_C: torch.Tensor,
@@ -3624,7 +3688,7 @@ def random_scores(draws_N: np.ndarray) -> np.ndarray:
 STATISTICS = dict(  # of a pass; their mean over the passes is kept, and never each of them
     probs_NCHW=lambda probs_NCHW: probs_NCHW,
     entropies_NHW=entropy,
-    votes_NCHW=lambda probs_NCHW: F.one_hot(probs_NCHW.argmax(1), probs_NCHW.shape[1]).movedim(3, 1).float(),
+    votes_NCHW=lambda probs_NCHW: predicted_as(probs_NCHW).float(),
     squares_NCHW=lambda probs_NCHW: probs_NCHW**2)
 AL_SCORES, AL_EMBEDDINGS, AL_SELECTORS, AL_STRATEGIES = [
     Functions(name, scope='mmseg', locations=['al_patch'])

@@ -160,8 +160,8 @@ class Stop(Hook):
             raise InterruptedError
 
 
-@pytest.mark.parametrize('workers', [0, 2])
-@pytest.mark.parametrize('at', [('round_0', 3), ('round_1', 5), ('round_1', 7), ('round_2', 8)])
+@pytest.mark.parametrize('at, workers', [
+    (('round_0', 3), 0), (('round_1', 5), 0), (('round_1', 7), 0), (('round_1', 7), 2), (('round_2', 8), 0)])
 def test_a_run_that_was_stopped_comes_to_the_same(go, monkeypatch, at, workers):
     """Before the first checkpoint of a round, and halfway."""
     HOOKS.register_module('Stop', module=Stop, force=True)

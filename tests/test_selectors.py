@@ -448,6 +448,31 @@ def test_of_copies_kmeanspp_takes_each_once_and_the_rest_at_random():
     assert len(set(draws(kmeanspp, 60, torch.zeros(6), 6, vectors_ND=torch.ones(6, 2)))) > 40
 
 
+# --- k-means ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('n, d, clusters', [(60, 2, 5), (900, 6, 20), (20_000, 16, 9), (8, 3, 8), (50, 1, 1)])
+def test_kmeans_is_lloyds(n, d, clusters):
+    """In double precision, pass by pass; far from the origin."""
+    some = uniform(n, d) + 3 * uniform(7, d, seed=1)[(7 * uniform(n, seed=2)).long()]
+    points, start = (some + 40).float(), torch.arange(n)[uniform(n, seed=3).argsort()[:clusters]]
+    x, before = points.double().numpy(), None
+    centres = x[start.numpy()]
+    for _ in range(100):
+        cluster = ((x[:, None] - centres)**2).sum(2).argmin(1)
+        if before is not None and (cluster == before).all():
+            break
+        before = cluster
+        centres = np.array([x[cluster == j].mean(0) if (cluster == j).any() else centres[j] for j in range(clusters)])
+    same = (al_patch.kmeans(points, start).numpy() == cluster).mean()
+    assert same == 1 or n > 1000 and same > .99  # 91 times, in which what rounding does to one moves others
+
+
+def test_an_empty_cluster_keeps_its_centre():
+    points = torch.tensor([[0.], [0.], [1.], [9.]])
+    assert al_patch.kmeans(points, torch.tensor([0, 1, 3])).tolist() == [1, 1, 0, 2]  # the first of equals, at first
+
+
 # --- REAL ------------------------------------------------------------------------------------------------------------
 
 
@@ -458,7 +483,7 @@ def clustered(monkeypatch):
     def choose(cluster_N: list, probs_NC: torch.Tensor, budget: int, seed=0, clusters=None) -> list:
         n, draws_N = len(cluster_N), uniform(len(cluster_N), seed=seed)
         clusters_N = np.array(cluster_N)[draws_N.argsort().numpy()]
-        monkeypatch.setattr('scipy.cluster.vq.kmeans2', lambda *args, **kwargs: (None, clusters_N))
+        monkeypatch.setattr(al_patch, 'kmeans', lambda vectors_ND, start_K: torch.as_tensor(clusters_N))
         clusters = max(cluster_N) + 1 if clusters is None else clusters
         return chosen(representative_errors, torch.zeros(n), budget, draws_N, vectors_ND=vectors(n, 3),
                       probs_NC=probs_NC, clusters=clusters)
