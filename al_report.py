@@ -103,6 +103,7 @@ def hook() -> mmengine.hooks.Hook:
             check_finite(runner)  # of one that was killed before it could say so
             self.shown, dataset = set(), runner.train_dataloader.dataset
             for leaf in leaves_under(dataset):
+                check_item(leaf)
                 check_steps(leaf, is_alone=leaf is dataset)
                 check_hidden(leaf)
             state, self.state = self.state, None
@@ -1066,6 +1067,35 @@ def leaves_under(dataset) -> Iterator:
         yield from leaves_under(part)
     if not parts and hasattr(dataset, 'get_data_info') and hasattr(dataset, 'pipeline') and len(dataset):
         yield dataset
+
+
+def check_item(dataset) -> None:
+    """Ask a data set whose way to an item is its own for one: does it go through what filters and hides?
+
+    Raises:
+        ValueError: It does not, so that it would train on what nobody has labelled.
+    """
+    stock, pipeline, asked = mmengine.dataset.BaseDataset, dataset.pipeline, []
+    if not isinstance(pipeline, al_patch.SparseLabels) or all(
+            getattr(type(dataset), name, None) is getattr(stock, name) for name in ('__getitem__', 'prepare_data')):
+        return
+
+    class Watched(mmengine.dataset.Compose):
+        def __call__(self, results: dict) -> dict | None:
+            asked.append(al_patch.image_path(results))
+            return pipeline(copy.deepcopy(results))
+
+    watched = Watched([])
+    vars(watched).update(vars(pipeline))
+    labelled = {al_patch.image_path(dataset.get_data_info(i)) for i in range(len(dataset))}
+    with al_patch.undisturbed(), al_patch.attribute(dataset, 'pipeline', watched), rehearsing(
+            f'the first item of {type(dataset).__name__}'):
+        dataset[0]
+    strangers = [path for path in asked if path not in labelled]
+    if strangers or not asked:
+        raise ValueError(f'{type(dataset).__name__}.__getitem__ should load images of its `data_list` through its '
+                         '`pipeline`, as BaseDataset does: what is labelled is chosen and hidden there, but it '
+                         f'{"loads " + strangers[0] if strangers else "does not ask the pipeline"}')
 
 
 def check_steps(dataset, is_alone: bool) -> None:

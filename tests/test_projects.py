@@ -153,6 +153,28 @@ class Pairs(BaseSegDataset):
 
 
 @functools.partial(register, DATASETS)
+class OwnItems(BaseSegDataset):
+    """Loads items in a way of its own: past its pipeline, past the filter of its images, or past neither."""
+    METAINFO = dict(classes=('dark', 'grey', 'bright'))
+
+    def __init__(self, past=None, **kwargs):
+        self.past = past
+        super().__init__(**kwargs)
+
+    def full_init(self):
+        super().full_init()
+        self.every = getattr(self, 'every', None) or [self.get_data_info(i) for i in range(len(self))][::-1]
+
+    def __getitem__(self, i):
+        if self.past == 'pipeline':
+            results = self.get_data_info(i)
+            for step in self.pipeline.transforms:
+                results = step(results)
+            return results
+        return self.pipeline(self.every[i] if self.past == 'filter' else self.get_data_info(i))
+
+
+@functools.partial(register, DATASETS)
 class KeepsBack:
     """Hands on all but each fourth image."""
 
@@ -980,3 +1002,22 @@ def test_an_image_is_known_by_its_first_path():
                        (dict(img_path=None, rgb_path='x'), 'x'), (dict(sample_idx=3), '3')]:
         assert al_patch.image_path(info) == path
     assert issubclass(Pairs, BaseDataset)
+
+
+# --- items -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('unit, past, text', [
+    ('image', 'pipeline', 'does not ask the pipeline'), ('image', 'filter', r'loads .*/b/11\.png'),
+    (dict(type='region', size=[8, 8]), 'pipeline', 'does not ask the pipeline'),
+    ('image', None, None), (dict(type='region', size=[8, 8]), None, None)], ids=str)
+def test_a_way_to_items_goes_through_filter_and_pipeline_or_is_refused(make_cfg, train, unit, past, text):
+    cfg = make_cfg(dict(unit=unit, initial=['a/00', 'a/01'] if unit == 'image' else 3, budget=1, rounds=1), changes={
+        'train_dataloader.dataset.type': 'OwnItems', 'train_dataloader.dataset.past': past, **tiny.NO_VAL,
+        'train_cfg.max_iters': 1})
+    if text is None:
+        assert len(train(cfg)[1]) == 2
+        return
+    with pytest.raises(ValueError, match=f'OwnItems.__getitem__ should load images .* {text}'):
+        train(cfg)
+    assert 'Iter(train)' not in tiny.log_of(cfg.work_dir)
