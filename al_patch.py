@@ -519,7 +519,7 @@ def round_config(state: State) -> Config:
     overrides, work_dir and weights. It is dumped to that work_dir like any other."""
     k, cfg = state.round, copy.deepcopy(state.runner.cfg)
     cfg.pop('al')
-    cfg.merge_from_dict((state.al.overrides or {}).get(str(k), {}))
+    cfg.merge_from_dict(override_of(state, k))
     state.digest = config_digest(cfg)
     state.changed = [key for key, digest in state.digest.items() if state.config and state.config.get(key) != digest]
     if state.changed:
@@ -545,6 +545,12 @@ def round_config(state: State) -> Config:
     return cfg
 
 
+def override_of(state: State, k: int) -> dict:
+    """A round's overrides, with the tuples of the config, which are lists in the settings."""
+    given = state.runner.cfg.al.get('overrides') or {}
+    return given.get(str(k), given.get(k, {}))
+
+
 def iteration_of(path: str) -> int:
     """The iteration at which a checkpoint was saved."""
     with reading(path):
@@ -562,7 +568,7 @@ def end_of(state: State, k: int, begin: int) -> int:
     for i in range(k, state.al.rounds + 1):
         cfg = copy.deepcopy(run)
         cfg.train_cfg.max_iters = None
-        cfg.merge_from_dict((state.al.overrides or {}).get(str(i), {}))
+        cfg.merge_from_dict(override_of(state, i))
         own.append(cfg.train_cfg.max_iters)
     total = run.train_cfg.max_iters
     end = begin + (own[0] or (total - begin - sum(filter(None, own))) // own.count(None))

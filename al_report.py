@@ -512,7 +512,8 @@ def check_continue(state: al_patch.State) -> None:
     begin, loop = 0, mmengine.runner.IterBasedTrainLoop
     if state.al.weights != 'continue':
         return
-    for k, override in {None: {}, **(state.al.overrides or {})}.items():
+    for k in (None, *(state.al.overrides or ())):
+        override = {} if k is None else al_patch.override_of(state, int(k))
         cfg, where = copy.deepcopy(state.runner.cfg), '' if k is None else f'`al.overrides[{k}]`: '
         cfg.merge_from_dict(override)
         kind = cfg.train_cfg.get('type', loop)
@@ -1036,8 +1037,8 @@ def rounds_to_come(state: al_patch.State, **loader) -> Iterator[tuple]:
     Args:
         loader: Keys for its ``train_dataloader``; without any it has no images.
     """
-    distinct = {json.dumps(override, sort_keys=True): (k, override) for k, override in (
-        state.al.overrides or {}).items() if override and int(k) > state.round}
+    distinct = {json.dumps(override, sort_keys=True): (k, al_patch.override_of(state, int(k)))
+                for k, override in (state.al.overrides or {}).items() if override and int(k) > state.round}
     for k, override in distinct.values():
         cfg = copy.deepcopy(state.runner.cfg)
         cfg.pop('al')

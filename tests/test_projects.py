@@ -1021,3 +1021,18 @@ def test_a_way_to_items_goes_through_filter_and_pipeline_or_is_refused(make_cfg,
     with pytest.raises(ValueError, match=f'OwnItems.__getitem__ should load images .* {text}'):
         train(cfg)
     assert 'Iter(train)' not in tiny.log_of(cfg.work_dir)
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('key', [1, '1'])
+def test_a_tuple_of_an_override_stays_a_tuple(make_cfg, train, key):
+    """RandomCrop takes no list; the state file has no word for tuples, and a run goes on with them all the same."""
+    steps = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='RandomCrop', crop_size=(16, 24)),
+             dict(type='PackSegInputs')]
+    al = dict(rounds=1, overrides={key: {'train_dataloader.dataset.pipeline': steps}})
+    cfg = make_cfg(al, changes={**tiny.NO_VAL, 'train_cfg.max_iters': 1})
+    assert len(train(cfg)[1]) == 2
+    cfg.resume, cfg.al.rounds = True, 2
+    assert len(train(cfg)[1]) == 3
