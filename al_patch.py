@@ -1101,7 +1101,7 @@ class Query:
         values = random_scores(draw(np.arange(units.number))) if map_HW is None else units.values(
             map_HW.float(), strategy.reduce)
         taken, limit = state.mask(name) if state.counts_pixels else name in state.labelled(), self.limit(name, units)
-        found = [units.candidates(values, taken, draw, limit, self.collector.floor)]
+        found = [units.candidates(values, taken, draw, limit, self.collector.floor, self.collector.floor_draw)]
         if strategy.asks_for_labelled:
             found.append(units.known(values, taken, draw, limit))
         ids, values, pixels = map(np.concatenate, zip(*found))
@@ -1164,7 +1164,7 @@ class Collector:
         progress: Of the queries, for the selector.
 
     Attributes:
-        floor: What scores lower cannot be chosen any more.
+        floor: What scores lower cannot be chosen any more, nor what scores as low and draws more than ``floor_draw``.
         seen: Name of an image -> the highest score in it.
         equals: Score -> how many candidates have it, of the images of which it is the middle one. What most have is in
             the middle.
@@ -1181,7 +1181,7 @@ class Collector:
         self.select, self.budget, self.per_image, self.in_pixels = select, budget, per_image, in_pixels
         self.seed, self.progress, self.device, self.caps, self.is_capped = seed, progress, 'cpu', None, False
         self.parts, self.known, self.rows, self.kept, self.number, self.split = [], [], 0, 0, 0, None
-        self.floor, self.seen, self.range = -math.inf, {}, [math.inf, -math.inf, 0]
+        self.floor, self.floor_draw, self.seen, self.range = -math.inf, math.inf, {}, [math.inf, -math.inf, 0]
         self.equals = collections.Counter()
 
     def add(self, name: str, candidates: Candidates, known: Candidates, number: int = 0) -> None:
@@ -1205,6 +1205,7 @@ class Collector:
             self.parts = [self.choose(Candidates.join(self.parts), self.budget(None))]
             if len(self.parts[0].id) < self.rows:
                 self.floor = self.parts[0].score.min()
+                self.floor_draw = self.parts[0].draw[self.parts[0].score == self.floor].max()
             self.rows = self.kept = len(self.parts[0].id)
 
     def choose(self, candidates: Candidates, budget: int, known: Candidates | None = None, *seed) -> Candidates:
@@ -2554,7 +2555,8 @@ def image_name(dataset: BaseDataset, info: dict) -> str:
 # The units of one image answer the same questions, whatever they are:
 #
 # - values(scores_HW, reduce): a score for each of `number`, from a map
-# - candidates(values, taken, draw, limit, floor): what can be asked for; ids in ascending order, scores, pixels
+# - candidates(values, taken, draw, limit, floor, floor_draw): what can be asked for; ids in ascending order, scores,
+#   pixels
 # - known(values, taken, draw, limit): the same of what is labelled
 # - mask(ids): the pixels of some of them, (H, W)
 # - weights(ids, cells): how much of each lies in each cell of a coarser map
@@ -2706,7 +2708,7 @@ class Segments(Areas):
         return np.bincount(flat, scores) / np.maximum(self.pixels, 1) if reduce == 'mean' else \
             scipy.ndimage.maximum(scores, flat, np.arange(self.number))
 
-    def candidates(self, values, taken, draw, limit=None, floor=-math.inf) -> tuple:
+    def candidates(self, values, taken, draw, limit=None, floor=-math.inf, floor_draw=math.inf) -> tuple:
         is_open = np.bincount(self.labels[taken], minlength=self.number) == 0
         ids = np.flatnonzero(is_open & (self.pixels > 0))
         return ids, np.asarray(values[ids], np.float64), self.pixels[ids].astype(np.int32)
@@ -2729,7 +2731,7 @@ class Whole(Areas):
     def values(self, scores_HW, reduce) -> np.ndarray:
         return np.array([float(reduce_map(scores_HW, reduce))])
 
-    def candidates(self, values, taken, draw, limit=None, floor=-math.inf) -> tuple:
+    def candidates(self, values, taken, draw, limit=None, floor=-math.inf, floor_draw=math.inf) -> tuple:
         n = int(not taken)
         return np.zeros(n, np.int64), values[:n], np.ones(n, np.int32)
 
@@ -2755,9 +2757,9 @@ class Peaks(Areas):
             raise ValueError(f"`al.unit` should be 'image', 'region' or 'superpixel' for the embedding "
                              f"{strategy.embed.__name__}, which is a pixel's softmax over again, but got 'pixel'")
 
-    def candidates(self, values, taken, draw, limit=None, floor=-math.inf) -> tuple:
+    def candidates(self, values, taken, draw, limit=None, floor=-math.inf, floor_draw=math.inf) -> tuple:
         scores_HW, blocked_HW = values.reshape(self.shape), dilate(taken, self.gap - self.radius)
-        ids = np.sort(peaks(scores_HW, self.gap, blocked_HW, draw, limit, floor))
+        ids = np.sort(peaks(scores_HW, self.gap, blocked_HW, draw, limit, floor, floor_draw))
         pixels = window_pixels(self.shape, self.radius).numpy().reshape(-1)[ids]
         return ids, values[ids].astype(np.float64), pixels.astype(np.int32)
 
@@ -2783,15 +2785,19 @@ def dilate(map_HW: np.ndarray, radius: int) -> np.ndarray:
 
 
 def peaks(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, draw: Callable, limit: int | None = None,
-          floor: float = -math.inf) -> np.ndarray:
+          floor: float = -math.inf, floor_draw: float = math.inf) -> np.ndarray:
     """Greedy peaks: again and again the highest free pixel, which blocks all within a square of radius ``gap``; ties go
     to the smallest draw.
 
     Returns:
-        (K,) flat indices: those not below ``floor``, or the first ``limit`` of them; with a gap, best first.
+        (K,) flat indices: those not below ``floor``, nor on it with a draw above ``floor_draw``, or the first ``limit``
+        of them; with a gap, best first. (What is lower blocks nothing that is not.)
     """
     scores_HW = np.where(blocked_HW | (scores_HW < floor), -np.inf, scores_HW)
     scores_N, picks = scores_HW.reshape(-1), []
+    if floor_draw < math.inf:
+        ties = np.flatnonzero(scores_N == floor)
+        scores_N[ties[draw(ties) > floor_draw]] = -np.inf
     limit = scores_N.size if limit is None else limit
     if gap == 0:
         return highest(scores_N, limit, draw)

@@ -39,7 +39,8 @@ def collected(parts: list, budget: int, in_pixels=False, per_image=False, select
     """A collector that is given what it may still choose, as units do."""
     collector = Collector(select, lambda name: budget, per_image, in_pixels, (0, 'test'))
     for part in parts:
-        collector.add(f'image {part.image[0]}', part.rows(part.score >= collector.floor), part.rows(slice(0)))
+        is_over = (part.score > collector.floor) | (part.score == collector.floor) & (part.draw <= collector.floor_draw)
+        collector.add(f'image {part.image[0]}', part.rows(is_over), part.rows(slice(0)))
     return collector
 
 

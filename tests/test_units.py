@@ -69,12 +69,16 @@ def in_reading_order(ids: np.ndarray) -> np.ndarray:
     return (ids + 1) / 1e9
 
 
-def greedy(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, draw, limit, floor: float) -> list:
+def greedy(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, draw, limit, floor: float, floor_draw=math.inf
+           ) -> list:
     """The whole map's highest, with the smallest draw, again and again."""
     left, picks = np.where(blocked_HW, -np.inf, scores_HW.astype(float)), []
     draws = draw(np.arange(left.size)).tolist()
     while (limit is None or len(picks) < limit) and left.max() >= floor and left.max() > -np.inf:
-        picks.append(min(np.flatnonzero(left == left.max()).tolist(), key=lambda i: draws[i]))
+        best = min(np.flatnonzero(left == left.max()).tolist(), key=lambda i: draws[i])
+        if left.max() == floor and draws[best] > floor_draw:
+            break
+        picks.append(best)
         y, x = divmod(picks[-1], left.shape[1])
         left[max(0, y - gap):y + gap + 1, max(0, x - gap):x + gap + 1] = -np.inf
     return picks
@@ -83,12 +87,12 @@ def greedy(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, draw, limit,
 @settings(max_examples=400, deadline=None, derandomize=True)
 @given(st.integers(1, 13), st.integers(1, 13), st.sampled_from([1, 2, 5, 1000]), st.integers(0, 4),
        st.integers(0, 2**31), st.sampled_from([0, .1, .6, 1]), st.none() | st.integers(1, 40),
-       st.sampled_from([-math.inf, 0, 1, 2, 500, 1001]))
-def test_peaks_are_the_greedy_ones(h, w, values, gap, seed, blocked, limit, floor):
+       st.sampled_from([-math.inf, 0, 1, 2, 500, 1001]), st.sampled_from([math.inf, .1, .5]))
+def test_peaks_are_the_greedy_ones(h, w, values, gap, seed, blocked, limit, floor, floor_draw):
     rng = np.random.default_rng(seed)
     scores = rng.integers(0, values + 1, (h, w)).astype(np.float32)  # with ties
     blocked_HW = rng.random((h, w)) < blocked
-    before, args = scores.copy(), (scores, gap, blocked_HW, functools.partial(uniform, seed), limit, floor)
+    before, args = scores.copy(), (scores, gap, blocked_HW, functools.partial(uniform, seed), limit, floor, floor_draw)
     got, expected = peaks(*args).tolist(), greedy(*args)
     assert got == expected if gap else sorted(got) == sorted(expected)
     assert np.array_equal(scores, before)
