@@ -1284,7 +1284,7 @@ class Candidates(NamedTuple):
         return Candidates(*(np.concatenate(column) if column else None for column in columns))
 
     def shuffled(self) -> Candidates:
-        return self.rows(self.draw.argsort(kind='stable'))
+        return self.rows(self.draw.argsort())
 
     def sorted(self) -> Candidates:
         return self.rows(np.lexsort((self.id, self.image)))
@@ -2759,7 +2759,9 @@ class Peaks(Areas):
 
     def candidates(self, values, taken, draw, limit=None, floor=-math.inf, floor_draw=math.inf) -> tuple:
         scores_HW, blocked_HW = values.reshape(self.shape), dilate(taken, self.gap - self.radius)
-        ids = np.sort(peaks(scores_HW, self.gap, blocked_HW, draw, limit, floor, floor_draw))
+        is_peak_N = np.zeros(self.number, bool)
+        is_peak_N[peaks(scores_HW, self.gap, blocked_HW, draw, limit, floor, floor_draw)] = True
+        ids = np.flatnonzero(is_peak_N)  # sooner than a sort
         pixels = window_pixels(self.shape, self.radius).numpy().reshape(-1)[ids]
         return ids, values[ids].astype(np.float64), pixels.astype(np.int32)
 
