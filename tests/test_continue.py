@@ -138,7 +138,8 @@ def test_no_batch_is_loaded_to_be_skipped(go, monkeypatch, workers, tmp_path):
             print(osp.basename(self.data_prefix['img_path']), len(self), file=opened)
         return load(self, index)
 
-    for check in ('rehearse_rounds', 'check_first_losses', 'check_item', 'check_steps', 'check_void', 'check_last_batch'):
+    for check in ('rehearse_rounds', 'check_first_losses', 'check_item', 'check_steps', 'check_void',
+                  'check_last_batch'):
         monkeypatch.setattr(al_report, check, lambda *args, **kwargs: None)  # they load images, too
     monkeypatch.setattr(BaseSegDataset, '__getitem__', note)
     go('run', changes={'train_dataloader.num_workers': workers})
