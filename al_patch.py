@@ -1038,6 +1038,7 @@ class Query:
         """
         budget, shortlist = self.budget(name), self.strategy.shortlist
         if self.strategy.select is topk and not shortlist:
+            budget = math.ceil(budget / units.least) if self.collector.in_pixels else budget
             return min(budget, self.capped_by.get('max_per_image', budget))
         share = budget * (1 if self.state.al.per_image else self.free.get(name, 0) / max(1, self.total))
         share = math.ceil(share / (units.size if self.collector.in_pixels else 1))
@@ -1201,7 +1202,7 @@ class Collector:
             candidates = self.choose(candidates, self.budget(name), known, name)
         self.parts.append(candidates)
         self.rows += len(candidates.id)
-        if not (self.per_image or self.caps) and self.select is topk and self.rows > 2 * self.kept + 2**16:
+        if not (self.per_image or self.caps) and self.select is topk and self.rows > 2 * self.kept + 2**13:
             self.parts = [self.choose(Candidates.join(self.parts), self.budget(None))]
             if len(self.parts[0].id) < self.rows:
                 self.floor = self.parts[0].score.min()
@@ -2580,14 +2581,15 @@ def regions(size: Pair = (32, 32), window: MaybeNatural = None) -> tuple:
     """Cells (h, w) of a fixed grid; or windows of (2 window + 1)^2 pixels anywhere, of which none overlaps another."""
     if window:
         return Peaks, lambda state, name: Peaks(state.pool.sizes[name], window, 2 * window)
-    return Segments, lambda state, name: Segments(grid(state.pool.sizes[name], tuple(size)))
+    return Segments, lambda state, name: grid(state.pool.sizes[name], tuple(size))
 
 
 @functools.lru_cache(8)
-def grid(shape: tuple, size: tuple) -> np.ndarray:
-    """The cells of a grid, numbered in reading order; those at the right and lower border may be smaller. (H, W)"""
+def grid(shape: tuple, size: tuple) -> Segments:
+    """The cells of a grid, numbered in reading order; those at the right and lower border may be smaller."""
     (h, w), (cell_h, cell_w) = shape, size
-    return (np.arange(h)[:, None] // cell_h * math.ceil(w / cell_w) + np.arange(w) // cell_w).astype(np.int32)
+    labels_HW = np.arange(h)[:, None] // cell_h * math.ceil(w / cell_w) + np.arange(w) // cell_w
+    return Segments(labels_HW.astype(np.int32))
 
 
 class Unit(NamedTuple):
@@ -2662,16 +2664,13 @@ class Areas:
 
     def weights(self, ids: np.ndarray, cells: tuple, device) -> torch.Tensor:
         """Sparse (N, P), P = h w, rows sum to 1."""
-        rows_HW = self.rows(ids)
-        inside = np.flatnonzero(rows_HW >= 0)
-        rows, columns = (each.reshape(-1)[inside].astype(np.int32) for each in (rows_HW, cell_numbers(
-            rows_HW.shape, tuple(cells))))
-        share = scipy.sparse.coo_matrix((np.ones(len(rows), np.float32), (rows, columns)),
-                                        (len(ids), cells[0] * cells[1])).tocsr().tocoo()
-        share.data /= np.bincount(rows, minlength=len(ids))[share.row]
-        weights = torch.sparse_coo_tensor(np.stack([share.row, share.col]), share.data, share.shape)
+        share = self.shares(ids, tuple(cells)).tocoo()
+        weights = torch.sparse_coo_tensor(np.stack([share.row, share.col]), share.data, share.shape,
+                                          check_invariants=False)
         return weights._coalesced_(True).to(device)  # it is; torch < 2.1 cannot be told above
 
+    def shares(self, ids: np.ndarray, cells: tuple) -> scipy.sparse.csr_matrix:
+        return cell_shares_of(self.rows(ids), len(ids), cells)
 
     def histograms(self, ids: np.ndarray, class_HW: np.ndarray, classes: int) -> np.ndarray:
         """The share of each class in each. (N, C) float32"""
@@ -2680,6 +2679,16 @@ class Areas:
         counts = np.bincount(rows_N[inside].astype(np.int64) * classes + class_N[inside], minlength=len(ids) * classes)
         counts = counts.reshape(-1, classes)
         return (counts / counts.sum(1, keepdims=True)).astype(np.float32)
+
+
+def cell_shares_of(rows_HW: np.ndarray, n: int, cells: tuple) -> scipy.sparse.csr_matrix:
+    """How much of each of N areas lies in each cell of a coarser map. (N, P) float32"""
+    inside = np.flatnonzero(rows_HW >= 0)
+    rows, columns = (each.reshape(-1)[inside].astype(np.int32) for each in (rows_HW, cell_numbers(
+        rows_HW.shape, cells)))
+    share = scipy.sparse.coo_matrix((np.ones(len(rows), np.float32), (rows, columns)), (n, math.prod(cells))).tocsr()
+    share.data /= np.repeat(np.bincount(rows, minlength=n), np.diff(share.indptr))
+    return share
 
 
 @functools.lru_cache(8)
@@ -2691,11 +2700,11 @@ def cell_numbers(shape: tuple, cells: tuple) -> np.ndarray:
 
 class Segments(Areas):
     """Numbered areas, (H, W): cells of a grid, superpixels. A score is the ``mean`` or ``max`` of its pixels."""
-    counts_pixels, is_dense, size = True, False, 1
+    counts_pixels, is_dense, size, least = True, False, 1, 1
 
     def __init__(self, labels_HW: np.ndarray):
         self.labels, self.pixels = labels_HW, np.bincount(labels_HW.reshape(-1))
-        self.number = len(self.pixels)
+        self.number, self.kept = len(self.pixels), {}
 
     @staticmethod
     def check(al: dict, strategy: Strategy) -> None:
@@ -2713,6 +2722,11 @@ class Segments(Areas):
         ids = np.flatnonzero(is_open & (self.pixels > 0))
         return ids, np.asarray(values[ids], np.float64), self.pixels[ids].astype(np.int32)
 
+    def shares(self, ids: np.ndarray, cells: tuple) -> scipy.sparse.csr_matrix:
+        if cells not in self.kept:  # a grid's serve all images
+            self.kept[cells] = cell_shares_of(self.labels, self.number, cells)
+        return self.kept[cells][ids]
+
     def rows(self, ids: np.ndarray) -> np.ndarray:
         row_of = np.full(self.number, -1)
         row_of[ids] = np.arange(len(ids))
@@ -2721,7 +2735,7 @@ class Segments(Areas):
 
 class Whole(Areas):
     """The whole image, scored at the logits' resolution."""
-    counts_pixels, is_dense, size, number = False, False, 1, 1
+    counts_pixels, is_dense, size, least, number = False, False, 1, 1, 1
 
     @staticmethod
     def check(al: dict, strategy: Strategy) -> None:
@@ -2750,6 +2764,7 @@ class Peaks(Areas):
     def __init__(self, shape: tuple, radius: int, gap: int):
         self.shape, self.radius, self.gap = shape, radius, gap
         self.number, self.size = math.prod(shape), (2 * radius + 1)**2
+        self.least = math.prod(min(n, radius + 1) for n in shape)  # at a corner
 
     @staticmethod
     def check(al: dict, strategy: Strategy) -> None:

@@ -36,7 +36,7 @@ def blobs(shape: tuple) -> np.ndarray:
 
 CORNERS = np.array([0, 17, 40, 100, 12 * 18, 13 * 18 - 1])
 UNITS = dict(  # units, ids (not in order: the labelled ones come after the free ones)
-    grid=(Segments(grid(SHAPE, (4, 5))), np.array([0, 3, 15, 5, 14])),
+    grid=(grid(SHAPE, (4, 5)), np.array([0, 3, 15, 5, 14])),
     blobs=(Segments(blobs(SHAPE)), np.array([1, 13, 6, 0])),
     window=(Peaks(SHAPE, 1, 2), CORNERS), large_window=(Peaks(SHAPE, 7, 14), CORNERS[[5, 0]]),
     pixel=(Peaks(SHAPE, 0, 0), CORNERS))
@@ -95,7 +95,7 @@ def test_a_constant_map_is_constant_in_every_unit(h, w, cell_h, cell_w, radius, 
     windows, scores = Peaks((h, w), radius, 2 * radius), np.random.default_rng(seed).random(h * w)
     ids = windows.candidates(scores, np.zeros((h, w), bool), functools.partial(al_patch.uniform, seed), 5)[0]
     for weights in (windows.weights(ids, (cell_h, cell_w), 'cpu'),
-                    Segments(grid((h, w), (4, 5))).weights(np.array([0]), (cell_h, cell_w), 'cpu')):
+                    grid((h, w), (4, 5)).weights(np.array([0]), (cell_h, cell_w), 'cpu')):
         assert pool_map(torch.full((2, cell_h, cell_w), 3.), weights).numpy() == pytest.approx(3)
 
 

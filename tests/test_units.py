@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import al_patch
 from al_patch import Peaks, Pool, Segments, Whole, dilate, grid, peaks, resolve_unit, uniform
 
-CELLS = grid((3, 7), (2, 3))
+CELLS = grid((3, 7), (2, 3)).labels
 
 
 def units_of(setting, shape=(3, 7)):
@@ -32,8 +32,8 @@ def window(radius: int) -> dict:
 
 def test_the_cells_of_a_grid():
     assert CELLS.tolist() == [[0, 0, 0, 1, 1, 1, 2], [0, 0, 0, 1, 1, 1, 2], [3, 3, 3, 4, 4, 4, 5]]
-    assert np.unique(grid((4, 6), (2, 3))).tolist() == [0, 1, 2, 3]  # nothing left at the border
-    assert not grid((4, 6), (32, 32)).any()
+    assert np.unique(grid((4, 6), (2, 3)).labels).tolist() == [0, 1, 2, 3]  # nothing left at the border
+    assert not grid((4, 6), (32, 32)).labels.any()
 
 
 @pytest.mark.parametrize('setting, kind', [

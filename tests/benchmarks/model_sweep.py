@@ -118,7 +118,7 @@ def sweep(family: str) -> dict:
     def query(strategy, unit: str, **test_cfg):
         strategy, model.test_cfg = al_patch.resolve_strategy(strategy), ConfigDict(cfg.model.test_cfg, **test_cfg)
         al_report.check_model(types.SimpleNamespace(model=model, strategy=strategy))
-        units = al_patch.Whole() if unit == 'image' else al_patch.Segments(al_patch.grid((SIZE, SIZE), (32, 32)))
+        units = al_patch.Whole() if unit == 'image' else al_patch.grid((SIZE, SIZE), (32, 32))
         with torch.no_grad():
             for seen in al_patch.Network(Trainer, strategy).see(
                     batch(False), [0, 1], views[unit] if strategy.needs_probs else []):

@@ -33,7 +33,7 @@ def main() -> None:
     table = PrettyTable(['unit', 'images', 'seconds', 'chosen', '% of pixels',
                          *(f'MiB at {p} %' for p in range(0, 101, 25))])
     budget, nothing = round(args.budget * n * h * w), al_patch.Candidates.join([])
-    for name, units in {'region': al_patch.Segments(al_patch.grid((h, w), (32, 32))),
+    for name, units in {'region': al_patch.grid((h, w), (32, 32)),
                         'windows of 9': al_patch.Peaks((h, w), radius=4, gap=8),
                         'pixel': al_patch.Peaks((h, w), radius=0, gap=0)}.items():
         collector = al_patch.Collector(al_patch.topk, lambda name: budget, in_pixels=True)
