@@ -1009,6 +1009,7 @@ class Query:
                 'max_per_image', 'max_images', 'max_per_group'))
             self.collector.caps = functools.partial(Caps, np.unique(groups, return_inverse=True)[1], np.array(frames),
                                                     units, images, group, self.capped_by.get('frame_distance', 0))
+        self.collector.folder, self.collector.draw = state.work_dir, lambda i, ids: self.draw_of(self.names[i])(ids)
         state.collector = self.collector
         if self.strategy.needs_model:
             self.collector.device = next(state.model.parameters()).device
@@ -1021,6 +1022,10 @@ class Query:
                 if name in free:
                     free[name] -= units[1] if units else free[name]
         return free
+
+    def draw_of(self, name: str) -> Callable:
+        """The random number of each of an image's units."""
+        return functools.partial(uniform, seed_of(self.state.seed, 'draw', len(self.state.rounds), name))
 
     def budget(self, name: str | None = None) -> int:
         """What may be spent: over all images or, with ``al.per_image``, in one."""
@@ -1098,10 +1103,12 @@ class Query:
             raise ValueError(f'the score of image {name!r} is not finite: the model, or `al.strategy`, gives no finite '
                              'numbers; if it is the model, train its round again by: python al_label.py rewind '
                              f'{shlex.quote(state.work_dir)} {state.round} --train')
-        draw = functools.partial(uniform, seed_of(state.seed, 'draw', len(state.rounds), name))
+        draw = self.draw_of(name)
         values = random_scores(draw(np.arange(units.number))) if map_HW is None else units.values(
             map_HW.float(), strategy.reduce)
         taken, limit = state.mask(name) if state.counts_pixels else name in state.labelled(), self.limit(name, units)
+        is_lean = self.collector.keeps_best and units.is_dense and units.size == 1
+        values = values.astype(np.float32) if is_lean else values
         found = [units.candidates(values, taken, draw, limit, self.collector.floor, self.collector.floor_draw)]
         if strategy.asks_for_labelled:
             found.append(units.known(values, taken, draw, limit))
@@ -1122,9 +1129,9 @@ class Query:
             if strategy.asks_for_predicted:
                 class_HW = predicted_classes(probs_NCHW)[0].cpu().numpy()
                 predicted = units.histograms(ids, class_HW, probs_NCHW.shape[1])
-        image = np.full(len(ids), self.position[name], np.int32)
-        rows = Candidates(image, ids, values, pixels, draw(ids), vectors, probs, predicted)
-        free = len(found[0][0])
+        image, free = np.int32(self.position[name]), len(found[0][0])
+        rows = Candidates(image, ids.astype(np.int32), values, np.int32(1), None) if is_lean else Candidates(
+            np.full(len(ids), image), ids, values, pixels, draw(ids), vectors, probs, predicted)
         return rows.rows(slice(free if name in self.open else 0)), rows.rows(slice(free, None)), units.number
 
     def asked(self) -> dict[str, np.ndarray | None]:
@@ -1134,7 +1141,7 @@ class Query:
         state.scores = dict(collections.ChainMap(*all_gather_object(seen)))
         if not len(chosen.id):
             return {}
-        images, starts = np.unique(chosen.image, return_index=True)
+        images = chosen.by_image()
         if self.collector.is_capped:
             state.warn(f'Query {len(state.rounds)} asks for {len(chosen.id)} units of the {self.amount} that '
                        '`al.budget` allows: ' + ' and '.join(f'`al.{key}` = {value}' for key, value in
@@ -1147,9 +1154,10 @@ class Query:
             what += f', scores {scores.min():.4g} to {scores.max():.4g} (all: {low:.4g} to {high:.4g})'
         if not state.rounds and state.strategy.needs_model:
             what += ', plainly at random: there is no model yet'
+        if self.collector.blocks > 1:
+            what += f', in {self.collector.blocks} random blocks of the candidates, each with its share of the budget'
         state.logger.info(f'Query {len(state.rounds)}: {self.strategy.name} asks for {what}')
-        return {self.names[i]: ids if state.counts_pixels else None
-                for i, ids in zip(images, np.split(chosen.id, starts[1:]))}
+        return {self.names[part.image]: part.id.astype(np.int64) if state.counts_pixels else None for part in images}
 
 
 class Collector:
@@ -1174,6 +1182,10 @@ class Collector:
         caps: What makes ``Caps`` of the images of candidates, if there are any; ``is_capped``: whether they left less
             than the budget.
         number: Of all units, labelled ones included.
+        keeps_best: Whether the choice is the highest of all: no more of them are kept, and ranks send no more.
+        draw: What makes the draws of an image's units, by its position, where candidates do not hold them.
+        folder: Where ranks leave what rank 0 chooses from, and vectors lie that fill more than ``IN_MEMORY``.
+        blocks: How many the choice is made in.
         split: Where vectors are outer products of two factors: the length of the first.
     """
 
@@ -1183,7 +1195,12 @@ class Collector:
         self.seed, self.progress, self.device, self.caps, self.is_capped = seed, progress, 'cpu', None, False
         self.parts, self.known, self.rows, self.kept, self.number, self.split = [], [], 0, 0, 0, None
         self.floor, self.floor_draw, self.seen, self.range = -math.inf, math.inf, {}, [math.inf, -math.inf, 0]
-        self.equals = collections.Counter()
+        self.equals, self.draw, self.folder, self.file, self.blocks = collections.Counter(), None, None, None, 1
+        self.first_vector, self.is_one_vector = None, True
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.select is topk and not (self.per_image or self.caps)
 
     def add(self, name: str, candidates: Candidates, known: Candidates, number: int = 0) -> None:
         """An image's candidates, what is labelled of it where the selector wants to know, and the number of its
@@ -1198,16 +1215,61 @@ class Collector:
         self.equals[middle] += np.count_nonzero(scores == middle)
         self.seen[name] = float(scores.max())
         self.range = [min(self.range[0], scores.min()), max(self.range[1], scores.max()), self.range[2] + len(scores)]
+        if candidates.vector is not None:
+            self.first_vector = candidates.vector[0] if self.first_vector is None else self.first_vector
+            self.is_one_vector &= bool((candidates.vector == self.first_vector).all())
         if self.per_image:
             candidates = self.choose(candidates, self.budget(name), known, name)
+        elif candidates.vector is not None and (self.rows + len(scores)) * candidates.vector[0].nbytes > IN_MEMORY:
+            candidates = candidates._replace(vector=self.on_disk(candidates.vector))
         self.parts.append(candidates)
         self.rows += len(candidates.id)
-        if not (self.per_image or self.caps) and self.select is topk and self.rows > 2 * self.kept + 2**13:
-            self.parts = [self.choose(Candidates.join(self.parts), self.budget(None))]
-            if len(self.parts[0].id) < self.rows:
-                self.floor = self.parts[0].score.min()
-                self.floor_draw = self.parts[0].draw[self.parts[0].score == self.floor].max()
-            self.rows = self.kept = len(self.parts[0].id)
+        if self.keeps_best and self.rows > 1.25 * self.kept + 2**13:
+            self.parts = self.highest(self.parts)
+            self.rows = self.kept = sum(len(part.id) for part in self.parts)
+
+    def on_disk(self, vectors_ND: np.ndarray) -> np.ndarray:
+        self.file = self.file or tempfile.TemporaryFile(dir=self.folder)
+        offset = self.file.seek(0, os.SEEK_END)
+        vectors_ND.tofile(self.file)
+        self.file.flush()
+        return np.memmap(self.file, vectors_ND.dtype, 'r', offset, vectors_ND.shape)
+
+    def highest(self, parts: list[Candidates]) -> list[Candidates]:
+        """What the budget buys of the highest; and what scores lower will not be asked for."""
+        budget = self.budget(None)
+        if parts[0].draw is not None:
+            n, parts = sum(len(part.id) for part in parts), [self.choose(Candidates.join(parts), budget)]
+            if len(parts[0].id) < n:
+                self.floor = parts[0].score.min()
+                self.floor_draw = parts[0].draw[parts[0].score == self.floor].max()
+            return parts
+        scores_N = np.concatenate([part.score for part in parts])
+        if budget >= len(scores_N):
+            return parts
+        scores_N.partition(len(scores_N) - budget)
+        self.floor = scores_N[-budget]
+        missing = budget - np.count_nonzero(scores_N[-budget:] > self.floor)
+        del scores_N
+        ties = [np.flatnonzero(part.score == self.floor) for part in parts]
+        draws = [self.draw(part.image, part.id[each].astype(np.int64)) for part, each in zip(parts, ties)]
+        self.floor_draw = np.partition(np.concatenate(draws), missing - 1)[missing - 1]
+        for i, (part, each, drawn) in enumerate(zip(parts, ties, draws)):
+            is_kept = part.score > self.floor
+            is_kept[each[drawn <= self.floor_draw]] = True
+            parts[i] = part.rows(is_kept)
+        return parts
+
+    def drop_lower(self) -> None:
+        """Drop what scores lower than the choice of all ranks can: each says at what scores its candidates come to a
+        1024th of the budget, two of them, and so on, and of the highest 1024 of these the choice is full."""
+        scores_N = np.concatenate([part.score for part in self.parts] or [[]])
+        order, steps = np.argsort(-scores_N), self.budget(None) * np.arange(1, 1025) / 1024
+        reached = np.searchsorted(np.cumsum(Candidates.join(self.parts).pixels[order]), steps) if self.in_pixels and \
+            self.parts and self.parts[0].draw is not None else np.ceil(steps).astype(int) - 1
+        sketch = np.append(scores_N[order], -math.inf)[np.minimum(reached, len(scores_N))]
+        floor = np.sort(np.concatenate(all_gather_object(sketch)))[-1024]
+        self.parts = [part.rows(part.score >= floor) for part in self.parts]
 
     def choose(self, candidates: Candidates, budget: int, known: Candidates | None = None, *seed) -> Candidates:
         """What the selector picks for the budget, from rows in the order of their draws, so that the first of equals is
@@ -1253,36 +1315,98 @@ class Collector:
 
     def result(self) -> Candidates:
         """The choice of all ranks together."""
-        parts, known, ranges, numbers, splits = zip(*all_gather_object((
-            Candidates.join(self.parts), Candidates.join(self.known), self.range, self.number, self.split)))
+        ranges, numbers, splits = zip(*all_gather_object((self.range, self.number, self.split)))
         lows, highs, rows = zip(*ranges)
         self.range, self.number, self.split = [min(lows), max(highs), sum(rows)], sum(numbers), max(
             split or 0 for split in splits)
-        candidates, known = map(Candidates.join, (parts, known))
-        # without its vectors, that no rank has use for any more
-        return on_rank_0(lambda: (candidates if self.per_image else self.choose(candidates, self.budget(None), known)
-                                  )._replace(vector=None, probs=None, predicted=None)).sorted()
+        if self.keeps_best and len(ranges) > 1:
+            self.drop_lower()
+        parts, known = (gathered_rows(each, osp.join(self.folder or '', name))
+                        for each, name in ((self.parts, 'candidates'), (self.known, 'known')))
+        self.parts, self.known = [], []
+        return on_rank_0(lambda: self.chosen(parts, known))
+
+    def chosen(self, parts: list[Candidates], known: list[Candidates]) -> Candidates:
+        """The choice from all of them, by images and ids, without vectors, that nobody has use for any more."""
+        if self.keeps_best and parts and parts[0].draw is None:
+            parts = [each for part in parts for each in part.by_image()]
+            return Candidates.join(self.highest(sorted(parts, key=lambda part: part.image)))
+        if not self.per_image:
+            parts = self.in_blocks(parts, known)
+        return Candidates.join([each._replace(vector=None, probs=None, predicted=None) for each in parts]).sorted()
+
+    def in_blocks(self, parts: list[Candidates], known: list[Candidates]) -> list[Candidates]:
+        """The choice from all; where comparing each pick with each candidate is out of reach, from blocks of at most
+        20,000 of them, drawn at random with what is labelled, each with its share of the budget. (Not under caps, which
+        hold for all blocks together.)"""
+        budget, n = self.budget(None), sum(len(part.id) for part in parts)
+        k = budget / np.median(np.concatenate([part.pixels for part in parts])) if self.in_pixels and n else budget
+        is_far = getattr(self.select, 'func', self.select) in PAIRWISE and n * min(n, k) > FEW_PAIRS and not self.caps
+        self.blocks = math.ceil(n / 19_000) if is_far else 1  # some are larger
+        picks, spent = [], 0
+        for j in range(self.blocks):
+            block, near = (Candidates.join([part.rows((part.draw * self.blocks).astype(int) == j) for part in each]
+                                           if is_far else each) for each in (parts, known))
+            picks.append(self.choose(block, budget * (j + 1) // self.blocks - spent, near, *[j] * is_far))
+            spent += picks[-1].pixels.sum() if self.in_pixels else len(picks[-1].id)
+        return picks
+
+
+IN_MEMORY = 2**30  # bytes of vectors
+FEW_PAIRS = 2**32  # of candidates and picks
+
+
+def gathered_rows(parts: list[Candidates], prefix: str) -> list[Candidates]:
+    """What all ranks have, on rank 0, by way of files: a message would be there several times, and on all ranks."""
+    rank, world_size = get_dist_info()
+    if world_size == 1:
+        return parts
+    path = f'{prefix}_{{}}{TEMPORARY}'
+
+    def leave(rank: int) -> None:
+        columns = Candidates.join(parts)._asdict()
+        with open(path.format(rank), 'wb') as file:
+            np.savez(file, **{key: column for key, column in columns.items() if column is not None})
+
+    on_all_ranks(lambda rank: rank and leave(rank), list(range(world_size)))
+    for other in () if rank else range(1, world_size):
+        with np.load(path.format(other)) as columns:
+            parts = [*parts, Candidates(**{'draw': None, **columns})]
+        os.remove(path.format(other))
+    return [] if rank else [part for part in parts if len(part.id)]
 
 
 class Candidates(NamedTuple):
-    """What can be asked for, one row each."""
+    """What can be asked for, one row each. Where single pixels are the highest of a whole pool, whose number is large,
+    ``image`` and ``pixels`` of a part are one number, ``score`` is float32, and nothing is kept that can be had
+    again."""
     image: np.ndarray  # (N,) int32: its position among those scored
     id: np.ndarray  # (N,) int64: number of a segment, or y * W + x of a pixel or of a window's centre
     score: np.ndarray  # (N,) float64
     pixels: np.ndarray  # (N,) int32: what it would add to the labelled pixels
-    draw: np.ndarray  # (N,) float64 in (0, 1): its own, by seed, round, name of the image and id alone
+    draw: np.ndarray | None  # (N,) float64 in (0, 1): its own, by seed, round, name of the image and id alone
     vector: np.ndarray | None = None  # (N, D) float32, if the strategy has an embedding
     probs: np.ndarray | None = None  # (N, C) float32, mean class probabilities, if the selector asks for them
     predicted: np.ndarray | None = None  # (N, C) float32, shares of its pixels predicted so, if it asks for them
 
     def rows(self, which) -> Candidates:
-        return Candidates(*(None if column is None else column[which] for column in self))
+        return Candidates(*(column[which] if np.ndim(column) else column for column in self))
 
     @staticmethod
     def join(parts: list) -> Candidates:
         empty = Candidates(*(np.empty(0, t) for t in (np.int32, np.int64, np.float64, np.int32, np.float64)))
-        columns = ([part for part in column if part is not None] for column in zip(empty, *parts))
+        columns = zip(*([part._replace(image=np.broadcast_to(part.image, len(part.id)), pixels=np.broadcast_to(
+            part.pixels, len(part.id))) for part in parts] or [empty]))
+        columns = ([part for part in column if part is not None] for column in columns)
         return Candidates(*(np.concatenate(column) if column else None for column in columns))
+
+    def by_image(self) -> list[Candidates]:
+        """The rows of each image, which lie together."""
+        if not np.ndim(self.image):
+            return [self]
+        images, starts = np.unique(self.image, return_index=True)
+        return [self.rows(slice(*ends))._replace(image=image) for image, *ends in zip(
+            images, starts, [*starts[1:], len(self.id)])]
 
     def shuffled(self) -> Candidates:
         return self.rows(self.draw.argsort())
@@ -3762,6 +3886,7 @@ def random_draw(foreground: Part = 0.) -> dict:
 
 
 COMBINED = dict(product=product_of, sum=sum_of)
+PAIRWISE = kcenter, kmeanspp, representative_errors, barycentre  # the work grows with picks x candidates
 PARTS = dict(score=(AL_SCORES, 1), embed=(AL_EMBEDDINGS, 0), select=(AL_SELECTORS, 3))  # arguments that always come
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -253,11 +253,11 @@ def warn_of_draws(state: al_patch.State) -> None:
     """Warn where a query's choice was more or less a draw; on all ranks, each with its share of the candidates."""
     collector, strategy = state.collector, state.strategy
     equals = sum(al_patch.all_gather_object(collector.equals), collections.Counter())
-    n, vectors_ND = collector.range[2], al_patch.Candidates.join(collector.parts).vector
+    n, are_one = collector.range[2], all(al_patch.all_gather_object(collector.is_one_vector))
     if n > 1 and max(equals.values(), default=0) > .9 * n and strategy.score is not al_patch.random_scores:
         state.warn(f'More than nine in ten scores of the {strategy.name} query are equal, and the choice among them is '
                    'a draw: has the model learned anything?')
-    if n > 1 and vectors_ND is not None and (vectors_ND == vectors_ND[0]).all():
+    if n > 1 and strategy.embed and are_one:
         state.warn(f'All vectors of the {strategy.name} query are equal, and the choice among them is a draw: has the '
                    'model learned anything?')
 
@@ -880,9 +880,7 @@ def rehearse_query(state: al_patch.State) -> str | None:
                 return None
             query.collector.add(name, *query.candidates(name, seen))
     with rehearsing('the choice of a query'):
-        collector, join = query.collector, al_patch.Candidates.join
-        chosen = join(collector.parts) if collector.per_image else collector.choose(
-            join(collector.parts), query.budget(None), join(collector.known))
+        chosen = query.collector.chosen(query.collector.parts, query.collector.known)
         for i in np.unique(chosen.image):
             few.mask_of(few.pool.names[i], chosen.id[chosen.image == i] if state.counts_pixels else None)
     return f'a query of {len(few.pool.names)} images'

@@ -1,5 +1,7 @@
 """The query: what is chosen of all candidates, in any number of processes, and where a planted uncertainty is found."""
+import copy
 import functools
+import itertools
 import math
 import os
 import os.path as osp
@@ -118,9 +120,20 @@ def test_a_budget_per_image_is_spent_in_each(select, in_pixels):
 
 def as_ranks(monkeypatch, share: list) -> None:
     """Let every collector gather what all of them have, in another order."""
-    gathered = [(Candidates.join(each.parts), Candidates.join(each.known), each.range, each.number, each.split)
-                for each in share]
-    monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: gathered[::-1])
+    facts, sketches = [(each.range, each.number, each.split) for each in share], []
+    monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: sketches.append(mine) or [mine])
+    for each in share:
+        if each.keeps_best:
+            copy.copy(each).drop_lower()
+    monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: (facts if len(mine) == 3 else sketches)[::-1])
+    sent = [copy.copy(each) for each in share]
+    for each in sent:
+        if each.keeps_best and len(sent) > 1:
+            each.drop_lower()
+    rows = [[Candidates.join(parts) for parts in column]
+            for column in zip(*((each.parts, each.known) for each in sent[::-1]))]
+    turns = itertools.cycle(rows)
+    monkeypatch.setattr(al_patch, 'gathered_rows', lambda parts, prefix: next(turns))
 
 
 @pytest.mark.parametrize('per_image', [False, True])
@@ -140,7 +153,7 @@ def test_the_choice_does_not_depend_on_who_saw_what(monkeypatch, select, in_pixe
 
 def test_an_empty_share_is_no_harm(monkeypatch):
     some, none = collected(some_candidates(2, 20), 5), collected([], 5)
-    expected = some.result()
+    expected = copy.copy(some).result()
     as_ranks(monkeypatch, [none, some])
     assert same(none.result(), expected) and len(expected.id) == 5
     as_ranks(monkeypatch, [none])
