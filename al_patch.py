@@ -3042,20 +3042,23 @@ def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, ve
     few rings before that of all others, it is the next, and the others can wait for a matrix product.
     """
     def norms_of(parts: list) -> torch.Tensor:
-        return math.prod((part**2).sum(1, keepdim=True) for part in parts)
+        return math.prod(map(squares, parts))[:, None]
+
+    def columns_of(rows_KE: torch.Tensor) -> torch.Tensor:
+        """Factors whose products with rows are squared distances."""
+        return torch.cat([-2 * rows_KE[:, :first], rows_KE[:, first:-2], rows_KE[:, [-1, -2]]], 1)
 
     product = functools.partial(outer_product, split=split) if split else torch.matmul
     parts = vectors_ND.double().tensor_split([split], 1) if split else [vectors_ND]
     largest = norms_of(parts).argmax()
     parts = parts if split else [vectors_ND - vectors_ND.mean(0)]  # small norms lose less to rounding
-    norms_N1, ones_N1 = norms_of(parts), torch.ones_like(parts[0][:, :1])
-    rows_NE = torch.cat([*parts, norms_N1, ones_N1], 1)
-    columns_NE = torch.cat([-2 * parts[0], *parts[1:], ones_N1, norms_N1], 1)  # products are squared distances
+    first, rows_NE = parts[0].shape[1], torch.cat([*parts, norms_of(parts), torch.ones_like(parts[0][:, :1])], 1)
+    del parts
     left_N, rate_N = -draws_N.log().to(rows_NE), torch.full_like(rows_NE[:, 0], 1e30)
     picks, block, waits = [], [int(largest)], [0.]
     few = min(len(vectors_ND), 1024)
     while True:
-        run_clocks(left_N, rate_N, rows_NE, columns_NE[block], waits, product)
+        run_clocks(left_N, rate_N, rows_NE, columns_of(rows_NE[block]), waits, product)
         picks += block
         left_N[picks] = math.inf
         if caps:
@@ -3077,7 +3080,8 @@ def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, ve
             if caps:
                 caps.take(block[-1:])
                 left[caps.closed(active)] = math.inf
-            rate = torch.minimum(rate, product(rows, columns_NE[block[-1]])).clamp_min_(1e-30)
+            column_E = columns_of(rows_NE[block[-1:]])[0]
+            rate = torch.minimum(rate, product(rows, column_E)).clamp_min_(1e-30)
         few = min(len(vectors_ND), few * 2 if len(block) < 16 else few)
 
 
@@ -3090,7 +3094,7 @@ def outer_product(one: torch.Tensor, other: torch.Tensor, split: int) -> torch.T
 def run_clocks(left_N: torch.Tensor, rate_N: torch.Tensor, rows_NE: torch.Tensor, columns_KE: torch.Tensor,
                waits: list, product: Callable) -> None:
     """Let all clocks run, in place, for one time after the other; after each of them a centre slows those near it."""
-    for left, rate, rows in zip(*(each.split(4096) for each in (left_N, rate_N, rows_NE))):
+    for left, rate, rows in zip(*(each.split(8192) for each in (left_N, rate_N, rows_NE))):
         for near, time_left in zip(product(columns_KE, rows.T), waits):
             left.sub_(rate, alpha=time_left)
             torch.minimum(rate, near, out=rate)
@@ -3358,7 +3362,8 @@ def softrank_draw(scores_N: torch.Tensor, budget: int, generator: torch.Generato
                   beta: Positive = 1., caps: Caps | None = None) -> torch.Tensor:
     """Top-k of -ln rank + Gumbel noise, where the highest score has rank 1: a draw without replacement in proportion to
     rank^-beta (Kirsch et al., TMLR 2023). (K,) indices"""
-    ranks_N = 1 + topk(scores_N, len(scores_N), generator).argsort().double()
+    ranks_N = torch.empty_like(draws_N)
+    ranks_N[topk(scores_N, len(scores_N), generator)] = torch.arange(1., len(scores_N) + 1).to(draws_N)
     return topk(gumbel(draws_N, beta) - ranks_N.log(), budget, generator, caps)
 
 
@@ -3471,8 +3476,8 @@ def bilinear_form(vectors_ND: torch.Tensor, among_ND: torch.Tensor, distance: st
     divergence of the rows of classes that both have, averaged over these, as the authors of Contextual Diversity
     compute it; 0 where none is common. Distances from the mean of some vectors lose less to rounding."""
     if distance == 'euclidean':
-        vectors_ND = vectors_ND - among_ND.mean(0)
-        return vectors_ND * math.sqrt(2), vectors_ND * math.sqrt(2), (vectors_ND**2).sum(1), None
+        vectors_ND = (vectors_ND - among_ND.mean(0)).mul_(math.sqrt(2))
+        return vectors_ND, vectors_ND, squares(vectors_ND) / 2, None
 
     def rows_and_logs(vectors_ND: torch.Tensor) -> tuple:
         rows_NCC = vectors_ND.unflatten(1, (math.isqrt(vectors_ND.shape[1]), -1))
@@ -3486,6 +3491,11 @@ def bilinear_form(vectors_ND: torch.Tensor, among_ND: torch.Tensor, distance: st
     has_NC = has_NC1[..., 0].to(vectors_ND)
     return (torch.cat([rows_ND, logs_ND, -own_NC, -has_NC], 1), torch.cat([logs_ND, rows_ND, has_NC, own_NC], 1),
             torch.zeros_like(has_NC[:, 0]), has_NC)
+
+
+def squares(vectors_ND: torch.Tensor) -> torch.Tensor:
+    """Squared norms, without another copy of the vectors. (N,)"""
+    return torch.einsum('nd,nd->n', vectors_ND, vectors_ND)
 
 
 def rows_of(points: tuple, rows) -> tuple:
