@@ -1178,7 +1178,7 @@ class Collector:
         equals: Score -> how many candidates have it, of the images of which it is the middle one. What most have is in
             the middle.
         range: Lowest and highest score, and number, of all candidates.
-        device: Where the selector computes.
+        device: Where the selector finds vectors. What is float64 stays on the CPU, as not every device has that.
         caps: What makes ``Caps`` of the images of candidates, if there are any; ``is_capped``: whether they left less
             than the budget.
         number: Of all units, labelled ones included.
@@ -1278,7 +1278,7 @@ class Collector:
         n, candidates = len(candidates.id), candidates.shuffled()
         scores_N = self.tensor(candidates.score)
         known = known.shuffled() if known and len(known.id) else candidates.rows(slice(0))
-        vectors_ND, labelled_LD = self.tensor(candidates.vector), self.tensor(known.vector)
+        vectors_ND, labelled_LD = (self.tensor(each.vector, self.device) for each in (candidates, known))
         split = self.split
         if split and 'split' not in parameters_of(self.select):
             split, vectors_ND, labelled_LD = None, *((v[:, :split, None] * v[:, None, split:]).flatten(1)
@@ -1310,8 +1310,8 @@ class Collector:
             k = math.ceil(k * budget / cost[-1]) + 1
         return candidates.rows(picks) if n else candidates
 
-    def tensor(self, column: np.ndarray | None) -> torch.Tensor | None:
-        return None if column is None else torch.from_numpy(column).to(self.device)
+    def tensor(self, column: np.ndarray | None, device='cpu') -> torch.Tensor | None:
+        return None if column is None else torch.from_numpy(column).to(device)
 
     def result(self) -> Candidates:
         """The choice of all ranks together."""
@@ -2992,7 +2992,7 @@ def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.
     1 - p_m, and takes random ones of them, or where they do not suffice its highest 1 - p_m. (K,) indices"""
     start = kmeanspp(scores_N, min(clusters, len(vectors_ND)), generator, vectors_ND, draws_N)
     cluster_N = kmeans(vectors_ND, start).cpu().numpy()
-    pred_N, probs = probs_NC.argmax(1).cpu().numpy(), probs_NC.double().cpu().numpy()
+    pred_N, probs = probs_NC.argmax(1).numpy(), probs_NC.double().numpy()
     votes_JC = np.zeros((len(start), probs.shape[1]), int)
     np.add.at(votes_JC, (cluster_N, pred_N), 1)
     majority_N = votes_JC.argmax(1)[cluster_N]
@@ -3049,7 +3049,7 @@ def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, ve
         return torch.cat([-2 * rows_KE[:, :first], rows_KE[:, first:-2], rows_KE[:, [-1, -2]]], 1)
 
     product = functools.partial(outer_product, split=split) if split else torch.matmul
-    parts = vectors_ND.double().tensor_split([split], 1) if split else [vectors_ND]
+    parts = in_float64(vectors_ND).tensor_split([split], 1) if split else [vectors_ND]
     largest = norms_of(parts).argmax()
     parts = parts if split else [vectors_ND - vectors_ND.mean(0)]  # small norms lose less to rounding
     first, rows_NE = parts[0].shape[1], torch.cat([*parts, norms_of(parts), torch.ones_like(parts[0][:, :1])], 1)
@@ -3113,7 +3113,8 @@ OFFERED = (
     'scores_HW',  # the score map, as `probs_CHW`
     'weights_NP',  # sparse shares of the P = H W cells in each of N candidates, or None where the whole map is one
     'in_one_cell',  # whether each candidate is a single pixel, and so lies in one cell
-    # a selector gets scores_N, budget and a seeded generator, and on demand
+    # a selector gets scores_N, budget and a seeded generator, and on demand; vectors are on the device of the model, all
+    # else on the CPU
     'generator',  # random numbers for one purpose; by position, so another candidate more changes them all
     'draws_N',  # each candidate's own random number in (0, 1), in ascending order; so the first few are a random few
     'vectors_ND',  # the embedding of the candidates
@@ -3191,11 +3192,18 @@ def conformal_risk(probs_NCHW: torch.Tensor, thresholds_C: torch.Tensor) -> torc
 def reduce_map(scores_HW: torch.Tensor, how: str | float = 'mean') -> torch.Tensor:
     """One number for a score map: its ``mean``, its ``max``, or the mean of its highest ``how`` percent of pixels."""
     if how == 'mean':
-        return scores_HW.mean(dtype=torch.float64)
+        return in_float64(scores_HW).mean()
     if how == 'max':
         return scores_HW.max()
     k = max(1, round(scores_HW.numel() * how / 100))
-    return scores_HW.flatten().topk(k).values.mean(dtype=torch.float64)
+    return in_float64(scores_HW.flatten().topk(k).values).mean()
+
+
+def in_float64(x: torch.Tensor) -> torch.Tensor:
+    """In double precision, on the CPU if the device has none, as Apple's."""
+    with contextlib.suppress(TypeError, RuntimeError):
+        return x.double()
+    return x.cpu().double()
 
 
 def ripu(probs_NCHW: torch.Tensor, k: Natural = 1) -> torch.Tensor:
@@ -3396,11 +3404,11 @@ def class_balanced_power(scores_N: torch.Tensor, budget: int, generator: torch.G
     geometrically over the queries, from the first of ``betas`` to the second, which one more query would have
     (ClaSP-PE, nnActive). (K,) indices"""
     beta = betas[0] * (betas[1] / betas[0])**progress
-    columns = [*vectors_ND.T.to(torch.float64), scores_N.double()]
+    columns = [*vectors_ND.cpu().double().T, scores_N.double()]
     order = torch.randperm(len(columns) - 1, generator=generator).tolist()
     order = [c for c in order if c != background]
     quota = [int(budget * share) // len(order) + (i < int(budget * share) % len(order)) for i in range(len(order))]
-    free_N, picks = torch.ones(len(scores_N), dtype=torch.bool, device=scores_N.device), []
+    free_N, picks = torch.ones(len(scores_N), dtype=torch.bool), []
     for c, k in zip([*order, -1], [*quota, budget - sum(quota)]):
         noisy_N = columns[c].clamp_min(0).log() + gumbel(draws_N, beta, c % len(columns))
         rows = free_N.nonzero()[:, 0]
@@ -3426,7 +3434,7 @@ def gumbel(draws_N: torch.Tensor, beta: float, stream: int = 0) -> torch.Tensor:
 
 def redraw(draws_N: torch.Tensor, stream: int) -> torch.Tensor:
     """Other random numbers of the same candidates, for each stream. (N,)"""
-    return torch.from_numpy(uniform(stream, draws_N.cpu().numpy())).to(draws_N.device)
+    return torch.from_numpy(uniform(stream, draws_N.numpy()))
 
 
 def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
@@ -3539,7 +3547,7 @@ def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, 
                 taken_N[caps.closed()] = True
             traversed.append(len(labelled_LD) + pick)
         i = traversed[step]
-        away_N = (vectors_ND - all_vectors[i]).norm(dim=1).double()
+        away_N = (vectors_ND - all_vectors[i]).norm(dim=1).cpu().double()
         pull_N = scores_N / (all_scores[i] + scores_N).clamp_min(1e-12)
         away_N = away_N**tau * pull_N.double()**(1 - tau)
         total_N, least_N = total_N + away_N, torch.minimum(least_N, away_N)
