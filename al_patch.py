@@ -3113,8 +3113,8 @@ OFFERED = (
     'scores_HW',  # the score map, as `probs_CHW`
     'weights_NP',  # sparse shares of the P = H W cells in each of N candidates, or None where the whole map is one
     'in_one_cell',  # whether each candidate is a single pixel, and so lies in one cell
-    # a selector gets scores_N, budget and a seeded generator, and on demand; vectors are on the device of the model, all
-    # else on the CPU
+    # a selector gets scores_N, budget and a seeded generator, and on demand the following: vectors where the model is,
+    # all else on the CPU
     'generator',  # random numbers for one purpose; by position, so another candidate more changes them all
     'draws_N',  # each candidate's own random number in (0, 1), in ascending order; so the first few are a random few
     'vectors_ND',  # the embedding of the candidates

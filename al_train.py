@@ -15,6 +15,7 @@ import sys
 import time
 import traceback
 
+import mmengine.device.utils
 import torch
 from mmengine.config import Config, DictAction
 from mmengine.registry import MODELS, RUNNERS
@@ -50,7 +51,8 @@ def wrong_option(message: str) -> None:
 
 
 def init_cpu_processes(cfg: Config) -> None:
-    """Let ``--launcher`` do without a GPU, where mmengine asks for one: gloo, CPU gradients, and BN for SyncBN."""
+    """Let ``--launcher`` do without a GPU, where mmengine asks for one: gloo, the CPU, and BN for SyncBN."""
+    mmengine.device.utils.DEVICE = 'cpu'
     import mmcv.cnn  # noqa: F401  (where SyncBN gets its name; after al_patch)
     seconds = cfg.get('env_cfg', {}).get('dist_cfg', {}).get('timeout')
     if seconds is not None and not (al_patch.is_number(seconds) and seconds > 0):
@@ -78,8 +80,12 @@ def build_runner(args: argparse.Namespace) -> Runner:
         if cfg.optim_wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
             raise ValueError(f'--amp needs optim_wrapper.type to be OptimWrapper, but got {cfg.optim_wrapper.type}')
         cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale=cfg.optim_wrapper.get('loss_scale', 'dynamic'))
-    if args.launcher == 'pytorch' and not torch.cuda.is_available():
-        init_cpu_processes(cfg)
+    device = mmengine.device.utils.DEVICE = os.environ.get('AL_DEVICE') or mmengine.device.get_device()
+    if args.launcher == 'pytorch' and device not in ('cuda', 'npu', 'mlu', 'musa'):  # mmengine has no group for others
+        if device == 'cpu' or os.environ['WORLD_SIZE'] != '1':
+            init_cpu_processes(cfg)
+        else:
+            cfg.launcher = 'none'
     return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 

@@ -14,7 +14,7 @@ printf -v AL_COMMAND '%q ' bash "$0" "$@" # what al_patch says to go on with
 export AL_COMMAND
 
 if [ "$GPUS" -eq 0 ]; then
-    CUDA_VISIBLE_DEVICES='' exec python "$HERE/al_train.py" "$CONFIG" "${@:3}"
+    CUDA_VISIBLE_DEVICES='' AL_DEVICE=cpu exec python "$HERE/al_train.py" "$CONFIG" "${@:3}"
 fi
 if [ "${NNODES:-1}" -eq 1 ] && [ -z "${PORT:-}" ]; then
     WHERE=(--standalone) # a free port

@@ -1,17 +1,18 @@
-"""Runs on the stand-in accelerator, as each kind of device, against the same runs on the CPU: every strategy at every unit.
+"""Runs on the stand-in accelerator, as each kind of device, against the same runs on the CPU: strategies at every unit.
 
     python tests/devices.py                                      # all of them, as cuda, npu and mps: half an hour
     python tests/devices.py --only region-badge pixel-entropy --kinds mps
     python tests/devices.py --crossing                           # what leaves the device in a query, of five strategies
 
-A run trains a tiny network on the device, scores the pool there and trains again. It fails if it ends in an error, if it
-asks for others than the run on the CPU does, or if fewer than a thousand operations ran on the device. A line a run; the
-exit code is 1 if any fails. A process for each kind does all its runs.
+A run trains a tiny network on the device, scores the pool there and trains again. It fails if it ends in an error, if
+it asks for others than the run on the CPU does, or if fewer than a thousand operations ran on the device. A line a run;
+the exit code is 1 if any fails. A process for each kind does all its runs.
 
-With ``--crossing`` the table has, for each unit, float32 maps of an image's size (H W) that a query brings to the host for
-an image, how often the host waits for the device, and what goes there, the image itself included.
+With ``--crossing`` the table has how many float32 maps of the image's size (H W) a query brings to the host for each
+image, how often the host waits for the device, and how many maps go there, the image itself included.
 """
 import argparse
+import gc
 import itertools
 import json
 import os
@@ -83,6 +84,7 @@ def work(kind: str, names: list, folder: str) -> None:
     """Do runs as one kind of device, and write what each came to: {name: {asked, operations, ...}}."""
     import standin
     import torch
+    runs = all_runs()  # which imports al_patch, before all of mmseg
     if kind != 'cpu':
         standin.install(kind)
     torch.set_num_threads(1)
@@ -108,9 +110,10 @@ def work(kind: str, names: list, folder: str) -> None:
             return (self.dropout(super().forward(x)[0]), )
 
     register_all_modules(init_default_scope=False)
+    gc.freeze()  # every data set of mmengine's collects garbage, which would otherwise visit all of torch each time
     mmengine.runner.runner.collect_env = dict  # slow, as is yapf
     mmengine.config.config.FormatCode = lambda text, **kwargs: (text, True)
-    attach, query, crossed, runs, found = al_patch.attach_companions, al_patch.query, {}, all_runs(), {}
+    attach, query, crossed, found = al_patch.attach_companions, al_patch.query, {}, {}
 
     def counted(state, trainer):
         before = standin.CROSSED.copy()
@@ -153,6 +156,8 @@ def run(kinds: list, names: list, folder: str) -> dict:
                 **os.environ, 'PYTHONPATH': HERE, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
         path = osp.join(folder, f'{kind}.json')
         found[kind] = json.load(open(path)) if osp.isfile(path) else {}
+        if len(found[kind]) < len(names):
+            print(open(osp.join(folder, f'{kind}.log')).read()[-2000:])
     return found
 
 
@@ -175,12 +180,12 @@ def fault_of(on_cpu: dict, there: dict) -> str:
 def crossing(found: dict) -> None:
     import tiny
     from prettytable import PrettyTable
-    table, pixels = PrettyTable(['run', 'maps to the host', 'waits', 'maps to the device']), 4 * tiny.SHAPE[0] * tiny.SHAPE[1]
+    bytes_of_map = 4 * tiny.SHAPE[0] * tiny.SHAPE[1]
+    table = PrettyTable(['run', 'maps to the host', 'waits', 'maps to the device'])
     for name, each in found.items():
         images = len(tiny.NAMES) - (4 if name.startswith('image') else 0)
-        bytes_and_times = {key: value / images for key, value in each['crossed'].items()}
-        table.add_row([name, *(f'{value:.2f}' for value in (bytes_and_times['to_host'] / pixels, bytes_and_times['waits'],
-                                                            bytes_and_times['to_device'] / pixels))])
+        host, waits, device = (each['crossed'].get(key, 0) / images for key in ('to_host', 'waits', 'to_device'))
+        table.add_row([name, *(f'{value:.2f}' for value in (host / bytes_of_map, waits, device / bytes_of_map))])
     print(table)
 
 
