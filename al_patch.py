@@ -1898,7 +1898,7 @@ def apply_dropout(layer: torch.nn.Module, generators: list, untouched: list, x: 
     if not isinstance(layer, torch.nn.Dropout):  # whole channels
         shape = shape[:2] + (1, ) * (x.ndim - 2)
     mask = torch.cat([torch.rand(shape, generator=each) for each in generators[:images]])
-    return x * ((mask >= layer.p) / (1 - layer.p)).to(x)
+    return x * ((mask >= layer.p).to(x.device) / (1 - layer.p)).to(x)  # a byte a number goes there
 
 
 def no_features(model: torch.nn.Module, place: str) -> str:
