@@ -3531,27 +3531,58 @@ def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, 
                labelled_LD: torch.Tensor, labelled_scores_L: torch.Tensor, tau: Part = 0.5,
                caps: Caps | None = None) -> torch.Tensor:
     """Greedy: the highest mean + least distance to what is labelled or chosen, where the distance from i to j is
-    |v_i - v_j|^tau (s_j / (s_i + s_j))^(1 - tau) (CRC-AL). (K,) indices"""
-    all_vectors, all_scores = torch.cat([labelled_LD, vectors_ND]), torch.cat([labelled_scores_L, scores_N]).double()
-    total_N, least_N = torch.zeros_like(scores_N, dtype=torch.float64), torch.full_like(scores_N, math.inf).double()
-    traversed, taken_N = list(range(len(labelled_LD))), torch.zeros_like(scores_N, dtype=torch.bool)
-    for step in range(len(traversed) + budget):
-        if step >= len(traversed):
-            if taken_N.all():
-                break
-            value_N = total_N / len(traversed) + least_N if traversed else scores_N
-            pick = int(torch.where(taken_N, -math.inf, value_N).argmax())
-            taken_N[pick] = True
+    |v_i - v_j|^tau (s_j / (s_i + s_j))^(1 - tau) (CRC-AL). (K,) indices
+
+    A pick adds no more to a mean than the farthest distance over their number: as long as the highest of an up-to-date
+    few lies above what all others can have come to, the others can wait for a matrix product.
+    """
+    points, known = ((each - vectors_ND.mean(0), score.to(each), squares(each - vectors_ND.mean(0)))
+                     for each, score in ((vectors_ND, scores_N), (labelled_LD, labelled_scores_L)))
+    farthest = (2 * float(torch.cat([points[2], known[2]]).max())**.5)**tau
+
+    def away(rows: tuple, centres: tuple) -> torch.Tensor:
+        (vectors_ND, scores_N, norms_N), (centres_KD, scores_K, norms_K) = rows, centres
+        pull_NK = scores_N[:, None] / (scores_K + scores_N[:, None]).clamp_min_(1e-12)
+        squared_NK = torch.addmm(norms_K, vectors_ND, centres_KD.T, alpha=-2).add_(norms_N[:, None])
+        return squared_NK.clamp_min_(0).sqrt_().pow_(tau).mul_(pull_NK.pow_(1 - tau))
+
+    def traverse(centres: tuple) -> None:
+        for rows in (slice(first, first + 2048) for first in range(0, len(scores_N), 2048)):
+            for block in range(0, len(centres[0]), 256):
+                away_NK = away(rows_of(points, rows), rows_of(centres, slice(block, block + 256)))
+                total_N[rows] += away_NK.sum(1).cpu()
+                least_N[rows] = torch.minimum(least_N[rows], away_NK.amin(1).cpu().double())
+
+    total_N, least_N = torch.zeros(len(scores_N)).double(), torch.full((len(scores_N), ), math.inf).double()
+    taken_N, picks, few = torch.zeros(len(scores_N), dtype=torch.bool), [], min(len(scores_N), 1024)
+    traverse(known)
+    while len(picks) < budget and not taken_N.all():
+        number, block = len(labelled_LD) + len(picks), []
+        value_N = (total_N / number + least_N if number else scores_N.double()).masked_fill(taken_N, -math.inf)
+        values, active = value_N.topk(min(few + 1, len(value_N)))
+        bound, active = float(values[-1]) if few < len(value_N) else -math.inf, active[:few].sort().values
+        total, least, taken = total_N[active], least_N[active], taken_N[active]
+        own, pick = rows_of(points, active), int(value_N.argmax())
+        while True:
+            block.append(pick)
+            taken[active == pick] = True
             if caps:
                 caps.take([pick])
-                taken_N[caps.closed()] = True
-            traversed.append(len(labelled_LD) + pick)
-        i = traversed[step]
-        away_N = (vectors_ND - all_vectors[i]).norm(dim=1).cpu().double()
-        pull_N = scores_N / (all_scores[i] + scores_N).clamp_min(1e-12)
-        away_N = away_N**tau * pull_N.double()**(1 - tau)
-        total_N, least_N = total_N + away_N, torch.minimum(least_N, away_N)
-    return torch.tensor(traversed[len(labelled_LD):]) - len(labelled_LD)
+                taken |= caps.closed(active)
+            away_N = away(own, rows_of(points, [pick]))[:, 0].cpu().double()
+            total, least = total + away_N, torch.minimum(least, away_N)
+            value = (total / (number + len(block)) + least).masked_fill(taken, -math.inf)
+            pick = int(active[value.argmax()])
+            if len(picks) + len(block) == budget or not number or not value.max() > bound + len(block) * farthest / (
+                    number + len(block)):
+                break
+        traverse(rows_of(points, block))
+        picks += block
+        taken_N[block] = True
+        if caps:
+            taken_N |= caps.closed()
+        few = min(len(scores_N), few * 2 if len(block) < 16 else few)
+    return torch.tensor(picks)
 
 
 def allowed(rows_K, budget: int, caps: Caps | None):
