@@ -87,6 +87,90 @@ def test_equal_scores_of_all_images_compete_by_their_draws_in_bounded_memory(in_
     assert same(collected(parts[::-1], 900, in_pixels).result(), chosen)  # in whatever order images come
 
 
+def lean(parts: list) -> list:
+    """As single pixels come that are the highest of a whole pool."""
+    return [part._replace(image=part.image[0], id=part.id.astype(np.int32), score=part.score.astype(np.float32),
+                          pixels=np.int32(1), draw=None) for part in parts]
+
+
+def collected_lean(parts: list, budget: int, everything: list) -> Collector:
+    """Of every part as much as the collector's floor lets pass."""
+    collector, draws = Collector(topk, lambda name: budget, in_pixels=True, seed=(0, 'test')), {
+        part.image[0]: dict(zip(part.id, part.draw)) for part in everything}
+    collector.draw = lambda i, ids: np.array([draws[i][each] for each in ids.tolist()])
+    for full, part in zip(parts, lean(parts)):
+        is_over = (part.score > collector.floor) | (part.score == collector.floor) & (
+            full.draw <= collector.floor_draw)
+        collector.add(f'image {part.image}', part.rows(is_over), full.rows(slice(0)))
+    return collector
+
+
+@pytest.mark.parametrize('ranks', [1, 3])
+@pytest.mark.parametrize('budget', [1, 50, 3000, 10**6])
+@pytest.mark.parametrize('values', [1, 6, 500])
+def test_single_pixels_are_kept_without_what_can_be_had_again(monkeypatch, values, budget, ranks):
+    parts = [part._replace(pixels=np.ones_like(part.pixels)) for part in some_candidates(9, 4_000, values)]
+    share = [collected_lean(parts[rank::ranks], budget, parts) for rank in range(ranks)]
+    assert ranks > 1 or budget > 3000 or share[0].rows < 1.25 * budget + 2**13 + 4000
+    if ranks > 1:
+        as_ranks(monkeypatch, share)
+    expected = best(parts, budget, True)
+    for each in share:
+        chosen = each.result()
+        assert chosen.draw is None and chosen.score.dtype == np.float32 and chosen.id.dtype == np.int32
+        for column in ('image', 'id', 'score', 'pixels'):
+            assert np.array_equal(getattr(chosen, column), getattr(expected, column))
+
+
+def test_ranks_send_little_more_than_the_budget(monkeypatch):
+    """Eight ranks, each of which could spend all of it."""
+    share = [collected(some_candidates(4, 25_000, 10**6, rank), 8192) for rank in range(8)]
+    sketches = []
+    monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: sketches.append(mine) or [mine])
+    for each in share:
+        copy.copy(each).drop_lower()
+    monkeypatch.setattr(al_patch, 'all_gather_object', lambda mine: sketches)
+    for each in share:
+        each.drop_lower()
+    assert 8192 <= sum(len(part.id) for each in share for part in each.parts) <= 8192 * (1 + 8 / 1024)
+
+
+def test_vectors_that_fill_memory_lie_on_disk(monkeypatch, tmp_path):
+    parts = candidates_with_vectors(9, 60)
+    expected = collected_with_vectors(parts, AL_SELECTORS.get('kcenter')).result()
+    monkeypatch.setattr(al_patch, 'IN_MEMORY', 100 * 4 * 4)
+    collector = Collector(AL_SELECTORS.get('kcenter'), lambda name: 30, seed=(0, 'test'), progress=.5)
+    collector.folder = str(tmp_path)
+    for i, (candidates, known) in enumerate(parts):
+        collector.add(f'image {i}', candidates, known, 65)
+    assert [isinstance(part.vector, np.memmap) for part in collector.parts] == [False] + [True] * 5
+    assert same(collector.result(), expected) and not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize('in_pixels', [False, True])
+@pytest.mark.parametrize('name', ['kcenter', 'kmeanspp', 'real', 'barycentre'])
+def test_where_pairs_are_out_of_reach_the_choice_is_made_in_blocks(monkeypatch, name, in_pixels):
+    rng = np.random.default_rng(0)
+    parts = [Candidates(np.full(4000, i, np.int32), np.arange(4000), rng.random(4000), np.full(4000, 3, np.int32),
+                        rng.random(4000), *(rng.random((4000, 3)).astype(np.float32) for _ in range(3)))
+             for i in range(10)]
+    monkeypatch.setattr(al_patch, 'FEW_PAIRS', 10**6)
+
+    def chosen(images: list) -> Candidates:
+        collector = Collector(AL_SELECTORS.get(name), lambda name: 301, in_pixels=in_pixels, seed=(0, 'test'))
+        for part in images:
+            collector.add('an image', part, part.rows(slice(0)))
+        rows = collector.result()
+        assert collector.blocks == 3  # 40,000 of at most 20,000
+        return rows
+
+    rows = chosen(parts)
+    assert (rows.pixels.sum() if in_pixels else len(rows.id)) in range(298, 302)
+    assert len({*zip(rows.image, rows.id)}) == len(rows.id) and same(chosen(parts[::-1]), rows)  # in whatever order
+    draws = np.concatenate([parts[i].draw[parts[i].id == j] for i, j in zip(rows.image, rows.id)])
+    assert np.bincount((3 * draws).astype(int)).tolist() == ([100 // 3] * 2 + [34] if in_pixels else [100, 100, 101])
+
+
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.integers(1, 5), st.integers(1, 30), st.integers(1, 600), st.booleans(), st.integers(0, 2**31))
 def test_the_budget_is_spent_exactly_as_far_as_there_are_units(images, rows, budget, in_pixels, seed):
