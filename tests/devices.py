@@ -111,7 +111,6 @@ def work(kind: str, names: list, folder: str) -> None:
             return (self.dropout(super().forward(x)[0]), )
 
     register_all_modules(init_default_scope=False)
-    gc.freeze()  # every data set of mmengine's collects garbage, which would otherwise visit all of torch each time
     mmengine.runner.runner.collect_env = dict  # slow, as is yapf
     mmengine.config.config.FormatCode = lambda text, **kwargs: (text, True)
     attach, query, crossed, found = al_patch.attach_companions, al_patch.query, {}, {}
@@ -148,19 +147,39 @@ def work(kind: str, names: list, folder: str) -> None:
             json.dump(found, file)
 
 
-def run(kinds: list, names: list, folder: str) -> dict:
-    """Do runs as each kind. Returns {kind: what `work` writes}."""
+def work_as_each(kinds: list, names: list, folder: str) -> None:
+    """Import what takes long once, and fork for each kind."""
     import tiny
     tiny.make_data(osp.join(folder, 'data'))
+    all_runs()  # which imports al_patch, before all of mmseg
+    import skimage.segmentation  # noqa: F401
+    from mmseg.utils import register_all_modules
+    register_all_modules(init_default_scope=False)
+    gc.freeze()  # every data set of mmengine's collects garbage, which would otherwise visit all of torch each time
+    for kind in kinds:
+        child = os.fork()
+        if not child:
+            log = os.open(osp.join(folder, f'{kind}.log'), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1), os.dup2(log, 2)
+            try:
+                work(kind, names, folder)
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+def run(kinds: list, names: list, folder: str) -> dict:
+    """Do runs as each kind. Returns {kind: what `work` writes}."""
+    code = f'import devices; devices.work_as_each({kinds!r}, {names!r}, {folder!r})'
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=folder, env={
+        **os.environ, 'PYTHONPATH': HERE, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
     found = {}
     for kind in kinds:
-        code = f'import devices; devices.work({kind!r}, {names!r}, {folder!r})'
-        with open(osp.join(folder, f'{kind}.log'), 'w') as log:
-            subprocess.run([sys.executable, '-W', 'ignore', '-c', code], cwd=folder, stdout=log, stderr=log, env={
-                **os.environ, 'PYTHONPATH': HERE, 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''})
         path = osp.join(folder, f'{kind}.json')
         found[kind] = json.load(open(path)) if osp.isfile(path) else {}
-        if len(found[kind]) < len(names):
+        if len(found[kind]) < len(names) and osp.isfile(osp.join(folder, f'{kind}.log')):
             print(open(osp.join(folder, f'{kind}.log')).read()[-2000:])
     return found
 
