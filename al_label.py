@@ -347,7 +347,11 @@ def unit_rows(state: State, name: str) -> np.ndarray:
     ids = state.entry.get('ids', {}).get(name) if name in state.entry['asked'] else []
     if ids is None:
         return np.where(state.asked_mask(name), 0, -1)
-    return state.units(name).rows(np.array(ids, int)).astype(int) if ids else np.full(state.pool.sizes[name], -1)
+    rows = np.full(state.pool.sizes[name], -1)
+    if ids:
+        positions, pixels = state.units(name).members(np.array(ids, int))
+        rows.reshape(-1)[pixels] = positions
+    return rows
 
 
 class Inbox:

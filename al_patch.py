@@ -1108,7 +1108,7 @@ class Query:
             map_HW.float(), strategy.reduce)
         taken, limit = state.mask(name) if state.counts_pixels else name in state.labelled(), self.limit(name, units)
         is_lean = self.collector.keeps_best and units.is_dense and units.size == 1
-        values = values.astype(np.float32) if is_lean else values
+        values = torch.as_tensor(values).float() if is_lean else values
         found = [units.candidates(values, taken, draw, limit, self.collector.floor, self.collector.floor_draw)]
         if strategy.asks_for_labelled:
             found.append(units.known(values, taken, draw, limit))
@@ -1127,8 +1127,7 @@ class Query:
                 weights_NP = units.weights(ids, probs_NCHW.shape[2:], probs_NCHW.device)
                 probs = pool_map(probs_NCHW[0], weights_NP).cpu().numpy()
             if strategy.asks_for_predicted:
-                class_HW = predicted_classes(probs_NCHW)[0].cpu().numpy()
-                predicted = units.histograms(ids, class_HW, probs_NCHW.shape[1])
+                predicted = units.histograms(ids, predicted_classes(probs_NCHW)[0], probs_NCHW.shape[1])
         image, free = np.int32(self.position[name]), len(found[0][0])
         rows = Candidates(image, ids.astype(np.int32), values, np.int32(1), None) if is_lean else Candidates(
             np.full(len(ids), image), ids, values, pixels, draw(ids), vectors, probs, predicted)
@@ -2774,17 +2773,17 @@ def slic(image: np.ndarray, n_segments: int, compactness: float) -> np.ndarray:
 
 
 class Areas:
-    """The units of an image. Of those that can be asked for together none overlaps another: ``rows(ids)`` is for each
-    pixel the position in ``ids`` of the one that it belongs to, or -1, (H, W)."""
-
-    def values(self, scores_HW, reduce) -> np.ndarray:
-        return scores_HW.cpu().numpy().reshape(-1)
+    """The units of an image of some ``shape``. Of those that can be asked for together none overlaps another:
+    ``members(ids)`` are all their pixels, each with the position in ``ids`` of the one that it belongs to, (M,) both.
+    Maps stay on the device: what is asked about them goes there."""
 
     def known(self, values, taken, draw, limit) -> tuple:
         return self.candidates(values, np.logical_not(taken), draw)
 
     def mask(self, ids: np.ndarray) -> np.ndarray:
-        return self.rows(ids) >= 0
+        mask = np.zeros(self.shape, bool)
+        mask.reshape(-1)[self.members(ids)[1]] = True
+        return mask
 
     def weights(self, ids: np.ndarray, cells: tuple, device) -> torch.Tensor:
         """Sparse (N, P), P = h w, rows sum to 1."""
@@ -2794,25 +2793,20 @@ class Areas:
         return weights._coalesced_(True).to(device)  # it is; torch < 2.1 cannot be told above
 
     def shares(self, ids: np.ndarray, cells: tuple) -> scipy.sparse.csr_matrix:
-        return cell_shares_of(self.rows(ids), len(ids), cells)
+        """How much of each lies in each cell of a coarser map. (N, P) float32"""
+        rows, pixels = self.members(ids)
+        columns, n = cell_numbers(self.shape, cells).reshape(-1)[pixels], len(ids)
+        share = scipy.sparse.coo_matrix((np.ones(len(rows), np.float32), (rows, columns)), (n, math.prod(cells)))
+        share = share.tocsr()
+        share.data /= np.repeat(np.bincount(rows, minlength=n), np.diff(share.indptr))
+        return share
 
-    def histograms(self, ids: np.ndarray, class_HW: np.ndarray, classes: int) -> np.ndarray:
+    def histograms(self, ids: np.ndarray, class_HW: torch.Tensor, classes: int) -> np.ndarray:
         """The share of each class in each. (N, C) float32"""
-        rows_N, class_N = self.rows(ids).reshape(-1), class_HW.reshape(-1)
-        inside = np.flatnonzero(rows_N >= 0)
-        counts = np.bincount(rows_N[inside].astype(np.int64) * classes + class_N[inside], minlength=len(ids) * classes)
+        rows, pixels = (torch.from_numpy(each).to(class_HW.device).long() for each in self.members(ids))
+        counts = (rows * classes + class_HW.flatten()[pixels]).bincount(minlength=len(ids) * classes).cpu().numpy()
         counts = counts.reshape(-1, classes)
         return (counts / counts.sum(1, keepdims=True)).astype(np.float32)
-
-
-def cell_shares_of(rows_HW: np.ndarray, n: int, cells: tuple) -> scipy.sparse.csr_matrix:
-    """How much of each of N areas lies in each cell of a coarser map. (N, P) float32"""
-    inside = np.flatnonzero(rows_HW >= 0)
-    rows, columns = (each.reshape(-1)[inside].astype(np.int32) for each in (rows_HW, cell_numbers(
-        rows_HW.shape, cells)))
-    share = scipy.sparse.coo_matrix((np.ones(len(rows), np.float32), (rows, columns)), (n, math.prod(cells))).tocsr()
-    share.data /= np.repeat(np.bincount(rows, minlength=n), np.diff(share.indptr))
-    return share
 
 
 @functools.lru_cache(8)
@@ -2827,7 +2821,7 @@ class Segments(Areas):
     counts_pixels, is_dense, size, least = True, False, 1, 1
 
     def __init__(self, labels_HW: np.ndarray):
-        self.labels, self.pixels = labels_HW, np.bincount(labels_HW.reshape(-1))
+        self.labels, self.pixels, self.shape = labels_HW, np.bincount(labels_HW.reshape(-1)), labels_HW.shape
         self.number, self.kept = len(self.pixels), {}
 
     @staticmethod
@@ -2837,9 +2831,19 @@ class Segments(Areas):
                              f'{strategy.reduce!r}')
 
     def values(self, scores_HW, reduce) -> np.ndarray:
-        scores, flat = super().values(scores_HW, reduce), self.labels.reshape(-1)
-        return np.bincount(flat, scores) / np.maximum(self.pixels, 1) if reduce == 'mean' else \
-            scipy.ndimage.maximum(scores, flat, np.arange(self.number))
+        scores_P, device = scores_HW.flatten(), scores_HW.device
+        if reduce == 'mean' and device.type == 'cpu':
+            return np.bincount(self.labels.reshape(-1), scores_P) / np.maximum(self.pixels, 1)
+        if device not in self.kept:
+            self.kept[device] = torch.from_numpy(self.labels).to(device).long().flatten()
+        if reduce == 'max':
+            empty_N = scores_P.new_full((self.number, ), -math.inf)
+            return empty_N.scatter_reduce_(0, self.kept[device], scores_P, 'amax').cpu().numpy()
+        # in fixed point: so no sum depends on the order of its terms, which a device does not keep
+        exponent = 40 - scores_P.abs().max().clamp_min(1e-30).log2().ceil()
+        sums_N = torch.zeros(self.number, dtype=torch.long, device=device).index_add_(
+            0, self.kept[device], (scores_P * exponent.exp2()).round().long())
+        return sums_N.cpu().numpy() / 2.**float(exponent) / np.maximum(self.pixels, 1)
 
     def candidates(self, values, taken, draw, limit=None, floor=-math.inf, floor_draw=math.inf) -> tuple:
         is_open = np.bincount(self.labels[taken], minlength=self.number) == 0
@@ -2848,13 +2852,15 @@ class Segments(Areas):
 
     def shares(self, ids: np.ndarray, cells: tuple) -> scipy.sparse.csr_matrix:
         if cells not in self.kept:  # a grid's serve all images
-            self.kept[cells] = cell_shares_of(self.labels, self.number, cells)
+            self.kept[cells] = super().shares(np.arange(self.number), cells)
         return self.kept[cells][ids]
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        row_of = np.full(self.number, -1)
+    def members(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        row_of = np.full(self.number, -1, np.int32)
         row_of[ids] = np.arange(len(ids))
-        return row_of[self.labels]
+        rows_P = row_of[self.labels.reshape(-1)]
+        inside = np.flatnonzero(rows_P >= 0)
+        return rows_P[inside], inside
 
 
 class Whole(Areas):
@@ -2876,8 +2882,9 @@ class Whole(Areas):
     def weights(self, ids: np.ndarray, cells: tuple, device) -> None:
         return None
 
-    def histograms(self, ids: np.ndarray, class_HW: np.ndarray, classes: int) -> np.ndarray:
-        return (np.bincount(class_HW.reshape(-1), minlength=classes) / class_HW.size).astype(np.float32)[None]
+    def histograms(self, ids: np.ndarray, class_HW: torch.Tensor, classes: int) -> np.ndarray:
+        counts = class_HW.flatten().long().bincount(minlength=classes).cpu().numpy()
+        return (counts / class_HW.numel()).astype(np.float32)[None]
 
 
 class Peaks(Areas):
@@ -2896,36 +2903,42 @@ class Peaks(Areas):
             raise ValueError(f"`al.unit` should be 'image', 'region' or 'superpixel' for the embedding "
                              f"{strategy.embed.__name__}, which is a pixel's softmax over again, but got 'pixel'")
 
+    def values(self, scores_HW, reduce) -> torch.Tensor:
+        return scores_HW.flatten()
+
     def candidates(self, values, taken, draw, limit=None, floor=-math.inf, floor_draw=math.inf) -> tuple:
-        scores_HW, blocked_HW = values.reshape(self.shape), dilate(taken, self.gap - self.radius)
-        is_peak_N = np.zeros(self.number, bool)
-        is_peak_N[peaks(scores_HW, self.gap, blocked_HW, draw, limit, floor, floor_draw)] = True
+        scores_N, is_peak_N = torch.as_tensor(values), np.zeros(self.number, bool)
+        is_peak_N[peaks(scores_N.view(self.shape), self.gap, dilate(taken, self.gap - self.radius), draw, limit,
+                        floor, floor_draw)] = True
         ids = np.flatnonzero(is_peak_N)  # sooner than a sort
         pixels = window_pixels(self.shape, self.radius).numpy().reshape(-1)[ids]
-        return ids, values[ids].astype(np.float64), pixels.astype(np.int32)
+        return ids, at(scores_N, ids), pixels.astype(np.int32)
 
     def known(self, values, taken, draw, limit) -> tuple:
         """A random few: every labelled pixel would be one."""
         drawn = Peaks(self.shape, self.radius, 2 * self.radius)
         ids, _, pixels = drawn.candidates(np.zeros(self.number), ~taken, draw, limit)
-        return ids, values[ids].astype(np.float64), pixels
+        return ids, at(torch.as_tensor(values), ids), pixels
 
-    def rows(self, ids: np.ndarray) -> np.ndarray:
-        rows = np.full(self.shape, -1, np.float32)
-        rows.reshape(-1)[ids] = np.arange(len(ids))
-        return dilate(rows, self.radius)
-
-
-def dilate(map_HW: np.ndarray, radius: int) -> np.ndarray:
-    """The highest value within a square of ``radius`` around each pixel of a float32 map or a mask."""
-    if not radius or not map_HW.any():
-        return map_HW
-    is_mask = map_HW.dtype == bool
-    wide = cv2.dilate(map_HW.view(np.uint8) if is_mask else map_HW, np.ones((2 * radius + 1,) * 2, np.uint8))
-    return wide.view(bool) if is_mask else wide
+    def members(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ys, xs = (each[:, None] + np.arange(-self.radius, self.radius + 1) for each in np.divmod(ids, self.shape[1]))
+        inside = ((ys >= 0) & (ys < self.shape[0]))[:, :, None] & ((xs >= 0) & (xs < self.shape[1]))[:, None]
+        return np.nonzero(inside)[0], (ys[:, :, None] * self.shape[1] + xs[:, None])[inside]
 
 
-def peaks(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, draw: Callable, limit: int | None = None,
+def at(scores_N: torch.Tensor, ids: np.ndarray) -> np.ndarray:
+    """Some of the numbers on a device, as float64."""
+    return scores_N[torch.from_numpy(ids).to(scores_N.device)].cpu().double().numpy()
+
+
+def dilate(mask_HW: np.ndarray, radius: int) -> np.ndarray:
+    """What lies within a square of ``radius`` around a pixel of a mask."""
+    if not radius or not mask_HW.any():
+        return mask_HW
+    return cv2.dilate(mask_HW.view(np.uint8), np.ones((2 * radius + 1,) * 2, np.uint8)).view(bool)
+
+
+def peaks(scores_HW: torch.Tensor, gap: int, blocked_HW: np.ndarray, draw: Callable, limit: int | None = None,
           floor: float = -math.inf, floor_draw: float = math.inf) -> np.ndarray:
     """Greedy peaks: again and again the highest free pixel, which blocks all within a square of radius ``gap``; ties go
     to the smallest draw.
@@ -2934,34 +2947,38 @@ def peaks(scores_HW: np.ndarray, gap: int, blocked_HW: np.ndarray, draw: Callabl
         (K,) flat indices: those not below ``floor``, nor on it with a draw above ``floor_draw``, or the first ``limit``
         of them; with a gap, best first. (What is lower blocks nothing that is not.)
     """
-    scores_HW = np.where(blocked_HW | (scores_HW < floor), -np.inf, scores_HW)
-    scores_N, picks = scores_HW.reshape(-1), []
+    blocked_HW = torch.from_numpy(blocked_HW).to(scores_HW.device)
+    scores_N = scores_HW.masked_fill(blocked_HW | (scores_HW < floor), -math.inf).flatten()
     if floor_draw < math.inf:
-        ties = np.flatnonzero(scores_N == floor)
-        scores_N[ties[draw(ties) > floor_draw]] = -np.inf
-    limit = scores_N.size if limit is None else limit
+        ties = (scores_N == floor).nonzero()[:, 0].cpu()
+        scores_N[ties[torch.from_numpy(draw(ties.numpy()) > floor_draw)].to(scores_N.device)] = -math.inf
+    limit, picks = scores_N.numel() if limit is None else limit, []
     if gap == 0:
         return highest(scores_N, limit, draw)
-    score_of = memoryview(scores_N)
     while len(picks) < limit and len(ids := highest(scores_N, 16 * limit, draw)):  # a few, as the rest may be blocked
-        for i in ids[np.lexsort((draw(ids), -scores_N[ids]))].tolist():
-            if score_of[i] > -math.inf and len(picks) < limit:
+        free_HW, picked_HW = np.zeros(scores_HW.shape, bool), np.zeros(scores_HW.shape, bool)
+        free_HW.reshape(-1)[ids] = True
+        is_free = memoryview(free_HW.reshape(-1))
+        for i in ids[np.lexsort((draw(ids), -at(scores_N, ids)))].tolist():
+            if is_free[i] and len(picks) < limit:
                 y, x = divmod(i, scores_HW.shape[1])
-                scores_HW[max(0, y - gap):y + gap + 1, max(0, x - gap):x + gap + 1] = -np.inf
+                free_HW[max(0, y - gap):y + gap + 1, max(0, x - gap):x + gap + 1] = False
                 picks.append(i)
+                picked_HW[y, x] = True
+        blocked_HW = torch.from_numpy(dilate(picked_HW, gap)).to(scores_N.device)
+        scores_N.masked_fill_(blocked_HW.flatten(), -math.inf)
     return np.array(picks, np.int64)
 
 
-def highest(scores_N: np.ndarray, budget: int, draw: Callable) -> np.ndarray:
+def highest(scores_N: torch.Tensor, budget: int, draw: Callable) -> np.ndarray:
     """The rows of the highest scores above -inf, in any order; of those that tie at the end, which alone have to draw,
     the ones with the smallest draws. (K,)"""
-    rows = np.flatnonzero(scores_N > -np.inf)
-    if budget < len(rows):
-        least = float(torch.from_numpy(scores_N).kthvalue(len(scores_N) - budget + 1).values)  # quick on a plateau, too
-        rows, ties = np.flatnonzero(scores_N > least), np.flatnonzero(scores_N == least)
-        missing = budget - len(rows)
-        rows = np.concatenate([rows, ties[np.argpartition(draw(ties), missing - 1)[:missing]]])
-    return rows
+    if budget >= int((scores_N > -math.inf).sum()):
+        return (scores_N > -math.inf).nonzero()[:, 0].cpu().numpy()
+    least = scores_N.kthvalue(len(scores_N) - budget + 1).values  # quick on a plateau, too
+    rows, ties = (which.nonzero()[:, 0].cpu().numpy() for which in (scores_N > least, scores_N == least))
+    missing = budget - len(rows)
+    return np.concatenate([rows, ties[np.argpartition(draw(ties), missing - 1)[:missing]]])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -64,15 +64,16 @@ def main() -> None:
         base, ripu = median_seconds(args.repeat, any_version, lambda k=k: al_patch.ripu(logits.softmax(1), k))
         table.add_row([k, f'{base:.3f}', f'{ripu:.3f}', f'{ripu / base:.2f}'])
     print(table)
-    scores_HW, windows = al_patch.ripu(logits.softmax(1))[0].numpy(), math.ceil(h * w * args.ratio / 9)
+    scores, windows = al_patch.ripu(logits.softmax(1))[0], math.ceil(h * w * args.ratio / 9)
+    scores_HW = scores.numpy()
     free = np.zeros((h, w), bool)
 
     def draw(ids: np.ndarray) -> np.ndarray:
         return (ids + 1) / 2**40  # of equals the first, as the naive loop has it
 
     naive, ours = median_seconds(args.repeat, lambda: naive_peaks(scores_HW, 2, windows),
-                                 lambda: al_patch.peaks(scores_HW, 2, free, draw, windows))
-    same = naive_peaks(scores_HW, 2, windows) == al_patch.peaks(scores_HW, 2, free, draw, windows).tolist()
+                                 lambda: al_patch.peaks(scores, 2, free, draw, windows))
+    same = naive_peaks(scores_HW, 2, windows) == al_patch.peaks(scores, 2, free, draw, windows).tolist()
     table = PrettyTable(['windows', 'naive s', 'ours s', '% of naive', 'same picks'])
     table.add_row([windows, f'{naive:.2f}', f'{ours:.4f}', f'{100 * ours / naive:.2f}', same])
     print(table)
