@@ -143,7 +143,7 @@ def hook() -> mmengine.hooks.Hook:
             self.is_sparse, self.state = state.counts_pixels, state
             for check in (check_rounds, check_amounts, check_groups, check_overrides, check_schedule,
                           check_continue, check_best, check_model, check_pool, check_masks, check_validation,
-                          check_no_label, check_disk, check_wrappers, rehearse):
+                          check_no_label, check_disk, check_wrappers, check_segments, rehearse, make_segments):
                 check(state)
 
         def before_al_train(self, state: al_patch.State, trainer) -> None:
@@ -800,6 +800,69 @@ def check_disk(state: al_patch.State) -> None:
             f'{state.work_dir} should have {need / 1e9:.2f} GB free for {left} rounds with {copies} times the weights '
             f'each, but has {free[0] / 1e9:.2f}: lower `default_hooks.checkpoint.max_keep_ckpts`, set '
             "`al.keep='needed'`, or choose another --work-dir")
+
+
+def check_segments(state: al_patch.State) -> None:
+    """Look at superpixels of the user's own, or make those that the rehearsal needs.
+
+    Raises:
+        ValueError: Some are missing, cannot be read, or are not of their image's size.
+    """
+    if state.al.unit.type == 'superpixel':
+        look_at_segments(state, state.pool.names if state.al.unit.folder else state.pool.names[:2])
+
+
+def make_segments(state: al_patch.State) -> None:
+    """Make the superpixels of all images that have none yet, or look at those that a stopped run has left, and name the
+    images that have too few of them.
+
+    Raises:
+        ValueError: Some cannot be made or read.
+    """
+    if state.al.unit.type != 'superpixel' or state.al.unit.folder:
+        return
+    begin, asked = time.time(), state.al.unit.n_segments
+    few = [name for name, number in look_at_segments(state, state.pool.names).items() if number < asked / 2]
+    state.logger.info(f'Superpixels of {len(state.pool)} images in {time.time() - begin:.1f} s')
+    if few:
+        state.logger.warning(f'{len(few)} images have less than half of the superpixels that `al.unit.n_segments` = '
+                             f'{asked} asks for: {", ".join(few)}')
+
+
+def look_at_segments(state: al_patch.State, names: list[str]) -> dict[str, int]:
+    """How many superpixels each image has. They are read, or made, by the workers of the test dataloader; every rank
+    does its share.
+
+    Raises:
+        ValueError: On every rank, if some cannot be.
+    """
+    rank, world_size = al_patch.get_dist_info()
+    mine, workers = names[rank::world_size], al_patch.scoring_loader(state.runner.cfg).get('num_workers', 0)
+    state.pool.sizes  # noqa: B018  (looked at here, once, and not in each worker)
+    numbers = torch.utils.data.DataLoader(Segmented(state), None, sampler=mine, num_workers=workers)
+    looks = al_patch.watched(state, 'superpixels', iter(numbers), len(mine))
+    found = {name: number for number, name in zip(looks, mine)}  # to the end of `looks`, where it logs
+
+    def number_of(name: str) -> int:
+        if isinstance(found[name], Exception):
+            raise found[name]
+        return found[name]
+
+    return al_patch.on_all_ranks(number_of, names)
+
+
+class Segmented:
+    """The number of segments of each image, by name, or the error that came of it. It stands in for the state, which
+    no worker needs."""
+
+    def __init__(self, state: al_patch.State):
+        self.pool, self.work_dir, self.of = state.pool, state.work_dir, state.unit.of
+
+    def __getitem__(self, name: str) -> int | Exception:
+        try:
+            return int(np.count_nonzero(self.of(self, name).pixels))
+        except Exception as error:
+            return error
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -574,6 +574,20 @@ def test_an_image_without_superpixels_is_named(make_cfg, train, monkeypatch):
         train(cfg)
 
 
+@pytest.mark.parametrize('strategy, initial', [('entropy', 3), ('random', 3), ('entropy', tiny.NAMES[:2])], ids=str)
+def test_segments_of_the_users_own_are_looked_at_before_anything_else(make_cfg, train, tmp_path, strategy, initial):
+    """All that are missing are named, and all of another size."""
+    folder, (a, b, c, *_, last) = str(tmp_path / 'own'), tiny.NAMES
+    for name in tiny.NAMES:
+        write_png(osp.join(folder, f'{name}.png'), np.zeros((31 if name in (b, last) else 32, 48), np.uint16))
+    for name in (a, c):
+        os.remove(osp.join(folder, f'{name}.png'))
+    cfg = make_cfg(dict(unit=dict(type='superpixel', folder=folder), strategy=strategy, initial=initial))
+    os.makedirs(cfg.work_dir)
+    refused(cfg, train, f'^{folder}/{a}.png cannot be used .there is no such file.; .*{b}.png cannot be used .*31, 48.*'
+                        f'{c}.png.*; .*{last}.png cannot be used ')
+
+
 @pytest.mark.parametrize('compactness', [0, -1.])
 def test_superpixels_need_compactness(compactness):
     with pytest.raises(ValueError, match='`al.unit.compactness` should be a number above 0, but got '):

@@ -18,6 +18,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 import al_patch
+import al_report
 import al_train
 from al_patch import Pool, State, add_round, on_rank_0, only_run, parse_settings, query, read_state
 
@@ -114,6 +115,27 @@ def test_the_state_is_written_by_rank_0_and_every_mask_by_one_rank(shares, proce
     assert set(number.values()) == {1} and len(number) == len(chosen) + 1
     states = [[path for path in paths if path.endswith('.json')] for paths in written]
     assert [len(paths) for paths in states] == [1] + [0] * (processes - 1)
+
+
+def segment(rank: int, processes: int, port: int, cfg: Config, out: str) -> None:
+    """The superpixels that a rank makes, left in a file, and what it knows of all."""
+    join(rank, processes, port, cfg)
+    cfg.experiment_name = f'segment_{rank}'
+    runner, replace, written = Runner.from_cfg(cfg), os.replace, []
+    state = State(dict(seed=0, config={}), cfg.work_dir, parse_settings(cfg.al), runner, Pool(cfg))
+    os.replace = lambda a, b: written.append(b) or replace(a, b)
+    seen = al_report.look_at_segments(state, state.pool.names)
+    os.replace = replace
+    with open(osp.join(out, f'{rank}.json'), 'w') as file:
+        json.dump([seen, written], file)
+
+
+def test_processes_share_the_superpixels(tmp_path, make_cfg):
+    cfg = make_cfg(dict(unit=dict(type='superpixel', n_segments=12)))
+    start(segment, 2, cfg, str(tmp_path))
+    (seen, mine), (again, others) = [json.load(open(tmp_path / f'{rank}.json')) for rank in range(2)]
+    assert seen == again and [*seen] == tiny.NAMES and min(seen.values()) >= 6
+    assert len({*mine, *others}) == len(mine) + len(others) == 12 and len(mine) == 6
 
 
 # --- what one waits for ----------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 import types
 
 import pytest
+import tiny
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +29,8 @@ WRONG_UNIT = dict(
     region=dict(size={r'a pair of ints \(h, w\)': [3, [3], [3, 0], [3, 4.], [1, 2, 3], None]},
                 window={'None or a positive int': [0, -1, 1.5, True, '1']}),
     superpixel=dict(n_segments={r'an int in \[1, 65535\]': [0, 2**16, 10., None, True]},
-                    compactness={'a number': ['10', None]}),
+                    compactness={'a number': ['10', None]},
+                    folder={'None or the path of a folder': [3, '', 'no_such_folder', [tiny.ROOT]]}),
     pixel=dict(radius={'an int >= 0': [-1, .5, None]}))
 WRONG_STRATEGY = dict(
     stochastic_batches=dict(batches={'a positive int': [0, 2.5, None]}),
@@ -192,7 +194,7 @@ def test_a_units_options():
     assert parse_settings(dict(unit=dict(type='region', window=1))).unit == dict(
         type='region', size=[32, 32], window=1)
     assert parse_settings(dict(unit=dict(type='superpixel', compactness=1))).unit == dict(
-        type='superpixel', n_segments=1024, compactness=1)
+        type='superpixel', n_segments=1024, compactness=1, folder=None)
     assert parse_settings(dict(unit='pixel')).unit == dict(type='pixel', radius=0)
 
 

@@ -1,6 +1,7 @@
 """Whole runs below image level, in one process: budgets, masks, what is void, the end of the pool, and resuming."""
 import math
 import os.path as osp
+import pathlib
 import shutil
 import types
 
@@ -216,3 +217,65 @@ def test_ripu_asks_where_its_windows_score_highest(make_cfg, train, monkeypatch)
         name: pixels for name, (_, pixels) in rounds[1]['asked'].items()}
     now = masks_until(cfg, 1)
     assert all((now[name] >= mask).all() for name, mask in expected.items())
+
+
+# --- superpixels -----------------------------------------------------------------------------------------------------
+
+
+def files_in(folder: str) -> dict:
+    """Path of each file below a folder -> its content."""
+    return {str(path): path.read_bytes() for path in pathlib.Path(folder).rglob('*') if path.is_file()}
+
+
+def test_superpixels_are_made_before_anything_is_trained_and_only_once(make_cfg, train, monkeypatch):
+    """By the test dataloader's workers. What a run leaves that is stopped meanwhile is not made again."""
+    al, slic = dict(unit=SUPERPIXEL, initial=8, budget=6), al_patch.slic
+    cfg = make_cfg(al, changes=SHORT)
+    _, expected = train(make_cfg(al, changes=SHORT, work_dir=cfg.work_dir + '_whole'))
+    whole = files_in(f'{cfg.work_dir}_whole/superpixels')
+    assert len(whole) == 12
+    made = []
+
+    def stops(image, *options):
+        if len(made) == 7:
+            raise KeyboardInterrupt
+        made.append(image)
+        return slic(image, *options)
+
+    monkeypatch.setattr(al_patch, 'slic', stops)
+    with pytest.raises(KeyboardInterrupt):
+        train(cfg)
+    assert len(files_in(f'{cfg.work_dir}/superpixels')) == 7
+    assert not osp.isfile(osp.join(cfg.work_dir, al_patch.STATE_FILE))
+    monkeypatch.setattr(al_patch, 'slic', lambda *args: made.append(args) or slic(*args))
+    del made[:]
+    cfg.test_dataloader.num_workers = 2
+    _, rounds = train(cfg)
+    assert not made  # in this process
+    assert asked_of(rounds) == asked_of(expected)
+    assert {path.replace('_whole', ''): content for path, content in whole.items()} == files_in(
+        f'{cfg.work_dir}/superpixels')
+    assert 'Iter(superpixels) [12/12]' in tiny.log_of(cfg.work_dir)
+
+
+def test_images_of_too_few_superpixels_are_named(make_cfg, train):
+    al = dict(unit=dict(type='superpixel', n_segments=2000), initial=8, budget=6, rounds=0)
+    cfg = make_cfg(al, changes=SHORT)
+    train(cfg)
+    assert ('12 images have less than half of the superpixels that `al.unit.n_segments` = 2000 asks for: '
+            f'{", ".join(tiny.NAMES)}') in tiny.log_of(cfg.work_dir)
+    cfg = make_cfg(dict(al, unit=SUPERPIXEL), changes=SHORT, work_dir=f'{cfg.work_dir}_12')
+    train(cfg)
+    assert 'less than half' not in tiny.log_of(cfg.work_dir)
+
+
+def test_a_run_on_segments_of_the_users_own(make_cfg, train, tmp_path):
+    """Whole segments are asked for, and nothing is made."""
+    own = np.arange(32)[:, None] // 8 * 7 + np.arange(48) // 7
+    for name in tiny.NAMES:
+        al_patch.write_png(str(tmp_path / 'own' / f'{name}.png'), (own * 900).astype(np.uint16))
+    cfg = make_cfg(dict(unit=dict(type='superpixel', folder=str(tmp_path / 'own')), initial=8, budget=6), changes=SHORT)
+    _, rounds = train(cfg)
+    assert units_of(rounds) == [8, 6] and not osp.exists(osp.join(cfg.work_dir, 'superpixels'))
+    for mask in masks_until(cfg, 1).values():
+        assert all(mask[own == i].all() or not mask[own == i].any() for i in range(28))

@@ -2,11 +2,13 @@
 import functools
 import itertools
 import math
+import re
 import sys
 import types
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import scipy.stats
 import torch
 from hypothesis import given, settings
@@ -284,7 +286,7 @@ def test_superpixels_are_fixed_and_computed_once(superpixels, monkeypatch):
 
 
 def test_superpixels_of_other_settings_are_computed_anew(superpixels):
-    assert superpixels().max() == 11 and superpixels(n_segments=60).max() == 59
+    assert superpixels().max() == 11 and superpixels(n_segments=60).max() == 39  # 5 x 8 of the grid
     assert not np.array_equal(superpixels(), superpixels(compactness=10.))
 
 
@@ -309,8 +311,72 @@ def test_superpixels_of_another_size_than_their_image_are_named(superpixels, tmp
     superpixels()
     [path] = tmp_path.glob('superpixels/**/*.png')
     al_patch.write_png(str(path), np.zeros((30, 48), np.uint16))
-    with pytest.raises(ValueError, match=rf'^{path} cannot be used .*size should be that of its image, \(32, 48\), but '
-                                         r'is \(30, 48\): delete it'):
+    with pytest.raises(ValueError, match=rf'^{path} cannot be used .*size should be that of its image, \(32, 48\), '
+                                         r'with one channel or three, but is \(30, 48\): delete it'):
         superpixels()
     path.unlink()
     assert superpixels().shape == (32, 48)
+
+
+@pytest.mark.parametrize('shape', [(32, 48, 3), (31, 47, 3), (32, 47), (31, 48, 1), (32, 48, 2), (32, 48, 5)], ids=str)
+@pytest.mark.parametrize('image', ['speckle', 'binary', 'flat', 'black', 'halves'])
+def test_superpixels_are_in_one_piece_and_half_as_many_as_asked_for_at_least(shape, image):
+    rng = np.random.default_rng(0)
+    image = dict(speckle=rng.integers(0, 256, shape), binary=255 * rng.integers(0, 2, shape), flat=np.full(shape, 9),
+                 black=np.zeros(shape), halves=np.full(shape, 9) * (np.arange(shape[1]) < 24).reshape(
+                     -1, *[1] * (len(shape) - 2)))[image].astype(np.uint8)
+    for n in (4, 12, 40):
+        labels = al_patch.slic(image, n, 10.)
+        assert labels.shape == shape[:2] and labels.dtype == np.uint16
+        assert labels.max() + 1 >= n / 2 and set(labels.flat) == set(range(labels.max() + 1))
+        assert [scipy.ndimage.label(labels == i)[1] for i in range(labels.max() + 1)] == [1] * (labels.max() + 1)
+
+
+def test_superpixels_follow_what_is_in_the_image():
+    """Two halves under noise: no segment has pixels of both, but for the cell of two pixels that the border crosses."""
+    image = np.random.default_rng(0).normal([[[80]], [[81]]], 3, (2, 64, 48)).reshape(128, 48)
+    image[71:] += 90
+    labels = al_patch.slic(image.clip(0, 255).astype(np.uint8), 40, 10.)
+    assert not set(labels[:70].flat) & set(labels[72:].flat)
+
+
+def test_images_of_other_kinds_have_superpixels():
+    """What a value is scaled by, and the order of channels, does not matter; numbers that are none do."""
+    image = np.random.default_rng(0).integers(0, 60, (24, 36, 3)).repeat(2, 0).repeat(2, 1)
+    expected = al_patch.slic(image.astype(np.uint8), 30, 10.)
+    for other in (image.astype(np.int64), (image * 64).astype(np.uint16), image / 4096 - 3):
+        assert (al_patch.slic(other, 30, 10.) == expected).mean() > .99
+    with pytest.raises(ValueError, match='NaN'):
+        al_patch.slic(np.where(image == 7, np.nan, image), 30, 10.)
+
+
+def test_more_superpixels_than_16_bits_number_are_refused(monkeypatch):
+    monkeypatch.setattr('skimage.segmentation.slic', lambda *args, **kwargs: np.arange(2**16 + 4).reshape(4, -1))
+    with pytest.raises(ValueError, match='`al.unit.n_segments` should be smaller than 60000, which gives 65540'):
+        al_patch.slic(np.zeros((8, 8, 3), np.uint8), 60000, 10.)
+
+
+@pytest.mark.parametrize('kind', ['8 bits', '16 bits', 'three channels'])
+def test_superpixels_of_the_users_own(superpixels, tmp_path, kind):
+    """Numbers mean r + 256 g + 65536 b; the segments are the same, whatever their numbers."""
+    own, path = np.random.default_rng(0).integers(0, 200, (32, 48)), str(tmp_path / 'own' / 'a' / '00.png')
+    if kind == 'three channels':
+        own = own * 83000  # up to 16.5 million
+        al_patch.write_png(path, np.stack([own % 256, own // 256 % 256, own // 65536], 2).astype(np.uint8))
+    else:
+        own = own * 300 if kind == '16 bits' else own
+        al_patch.write_png(path, own.astype(np.uint16 if kind == '16 bits' else np.uint8))
+    found = superpixels(folder=str(tmp_path / 'own'))
+    pairs = set(zip(own.flat, found.flat))
+    assert len(pairs) == len(set(own.flat)) == len(set(found.flat)) and found.max() < 2**16
+    assert found.dtype.kind == 'i' and not list(tmp_path.glob('superpixels'))
+    with pytest.raises(ValueError, match='own/a/01.png cannot be used .there is no such file.'):
+        superpixels('a/01', folder=str(tmp_path / 'own'))
+
+
+@pytest.mark.parametrize('shape', [(31, 48), (32, 48, 4), (32, 48, 2), (31, 48, 3)], ids=str)
+def test_superpixels_of_the_users_own_have_to_fit(superpixels, tmp_path, shape):
+    al_patch.write_png(str(tmp_path / 'own' / 'a' / '00.png'), np.zeros(shape, np.uint8))
+    with pytest.raises(ValueError, match=r'own/a/00.png cannot be used .*size should be that of its image, \(32, 48\), '
+                                         rf'with one channel or three, but is {re.escape(str(shape))}\)$'):
+        superpixels(folder=str(tmp_path / 'own'))
