@@ -2749,13 +2749,14 @@ def segments_of(n_segments: int, compactness: float, folder: str | None, state: 
             image = slic(image, n_segments, compactness)
         write_png(path, image)
     with reading(path), Image.open(path) as image:
-        labels_HW = np.asarray(image).astype(np.int32)
+        labels_HW = np.asarray(image, np.int32)
         shape, size = labels_HW.shape, state.pool.sizes[name]
         if shape not in (size, (*size, 3)):
             raise ValueError(f'its size should be that of its image, {size}, with one channel or three, but is {shape}'
                              f'{"" if folder else ": delete it, and it is made again"}')
         if shape != size:
-            labels_HW = np.unique(labels_HW @ [1, 256, 65536], return_inverse=True)[1].reshape(size)
+            labels_HW = labels_HW @ np.int32([1, 256, 65536])
+            labels_HW = np.searchsorted(np.unique(labels_HW), labels_HW)
         return Segments(labels_HW)
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import json
+import math
 import os
 import os.path as osp
 import pickle
@@ -238,6 +239,7 @@ WRONG_VALUES = {
     'a fraction in (0, 1)': (['.1', None], [0, 1.]), 'a fraction in [0, 1]': (['.1', None], [-.1, 1.5]),
     'a fraction in [0, 1)': (['.1', None], [-.1, 1.]), 'a percentage in (0, 100]': (['5 %', None], [0, 100.5]),
     "'mean', 'max' or a percentage in (0, 100]": ([None, ['mean']], ['median', 0, 101]),
+    'the path of a folder': ([3, ['own']], ['no_such']),
     'a pair of ints (h, w)': ([8, '8x8', [8, 8.]], [[8], [0, 8], [8, 8, 8]]),
     'a pair of numbers above 0': ([1, ['1', 2]], [[1], [0, 1], [1, 2, 3]]),
     'a positive int, or a fraction in (0, 1]': (['3', True], [0, -1, 1.5]),
@@ -606,6 +608,17 @@ def add_data_of_runs() -> None:
     for what, do in dict(truncated=cut, page=page, smaller=smaller, folder=folder).items():
         add('data', f'superpixels {what}', re.compile(r'superpixels/\S+\.png'), run='superpixel',
             damage=at_last_asked(superpixels, do), **resume)
+    own = dict(unit=dict(type='superpixel', folder='own'), initial=9, budget=6, rounds=1)
+    for what, do in dict(truncated=cut, page=page, smaller=smaller, folder=folder, alpha=with_alpha,
+                         missing=remove).items():
+        add('data', f'segments of the user\'s own, {what}', re.compile(r'own/a/03\.png'), al=own,
+            damage=lambda place, do=do: own_segments(place) or do(osp.join(place, 'own/a/03.png')))
+
+
+def own_segments(place: str) -> None:
+    labels_HW = np.arange(math.prod(tiny.SHAPE), dtype=np.uint16).reshape(tiny.SHAPE) // 100
+    for name in tiny.NAMES:
+        al_patch.write_png(osp.join(place, f'own/{name}.png'), labels_HW)
 
 
 # --- by hand: labels that people give --------------------------------------------------------------------------------
