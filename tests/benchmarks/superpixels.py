@@ -54,10 +54,10 @@ def look(function, image: np.ndarray, label: np.ndarray, n: int) -> tuple[int, f
 
 
 def matching(samples: list, n: int) -> int:
-    """What full has to be asked for to come to as many segments as ours, in the mean of some images."""
-    goal, asked = statistics.mean(int(ours(image, n).max()) for image, _ in samples), n // 2
-    while statistics.mean(int(full(image, asked).max()) for image, _ in samples) < goal:
-        asked = int(asked * 1.04) + 1
+    """What full has to be asked for, n at least, to come to as many segments as ours, in the mean of some images."""
+    goal, asked = statistics.mean(int(ours(image, n).max()) for image, _ in samples), n
+    while (found := statistics.mean(int(full(image, asked).max()) for image, _ in samples)) < goal:
+        asked = int(asked * max(1.01, goal / found)) + 1
     return asked
 
 
