@@ -1,4 +1,5 @@
 """Partly labelled images: masks, what training sees of them, and which losses can learn from them."""
+import collections
 import os.path as osp
 import random
 import shutil
@@ -142,17 +143,87 @@ def test_a_mask_of_another_size_is_an_error(sparse):
         shown(sparse({'a/00': np.ones((4, 4), bool)}))
 
 
-def test_a_crop_without_labels_is_drawn_again(sparse):
-    mask = np.zeros(tiny.SHAPE, bool)
-    mask[16, 24] = True  # in about every fourth crop
-    loader = sparse({'a/00': mask}, [dict(type='RandomCrop', crop_size=(12, 16))])
+def cropped(step: dict, label: np.ndarray, path='x', shown=None) -> np.ndarray:
+    """The label map of one draw of a step, and where it begins, which the image tells."""
+    shown = {'x': al_patch.Shown(mask='of x')} if shown is None else shown
+    rows, columns = np.indices(label.shape)
+    pipeline = SparseLabels([TRANSFORMS.build(step)], shown, 255)
+    results = pipeline(dict(img_path=path, img=np.stack([rows, columns], 2), gt_seg_map=label,
+                            seg_fields=['gt_seg_map']))
+    return (*results['img'][0, 0], results['gt_seg_map'])
+
+
+def places_of(label: np.ndarray, h: int, w: int) -> list:
+    """All places where a crop holds a label, one by one."""
+    return [(top, left) for top in range(max(0, label.shape[0] - h) + 1) for left in range(
+        max(0, label.shape[1] - w) + 1) if (label[top:top + h, left:left + w] != 255).any()]
+
+
+@pytest.mark.parametrize('pixels, size', [
+    ([(0, 0)], (6, 8)), ([(5, 7)], (6, 8)), ([(0, 9), (7, 0)], (4, 4)), ([(0, 9), (7, 0), (8, 11)], (20, 5)),
+    ([(3, 3)], (40, 40))], ids=str)
+def test_a_crop_is_drawn_among_those_that_hold_a_label(pixels, size):
+    """Each is as likely as any other, in a corner too; their number is counted one by one."""
+    label = np.full((10, 12), 255, np.uint8)
+    label[tuple(np.transpose(pixels))] = 1
+    places, n = places_of(label, *size), 1500
     np.random.seed(0)
-    assert np.mean([(shown(loader)['a/00'] != 255).sum() for _ in range(40)]) > .8
-    crop = TRANSFORMS.build(dict(type='RandomCrop', crop_size=(12, 16)))
-    label = np.where(mask, 1, 255).astype(np.uint8)
-    once = [(crop(dict(img=np.zeros((*tiny.SHAPE, 3)), gt_seg_map=label, seg_fields=['gt_seg_map']))['gt_seg_map']
-             != 255).sum() for _ in range(40)]
-    assert np.mean(once) < .5  # it is the drawing again that makes the difference
+    drawn = collections.Counter(cropped(dict(type='RandomCrop', crop_size=size), label)[:2] for _ in range(n))
+    expected = n / len(places)
+    assert set(drawn) <= set(places)
+    chi_square = sum((drawn[place] - expected)**2 / expected for place in places)
+    assert chi_square < len(places) + 4 * (2 * len(places))**.5  # which has mean and half the variance len(places) - 1
+
+
+def test_a_crop_keeps_the_share_of_a_class():
+    """As many draws as mmseg's, and of labelled pixels alone: the places that mix two classes, if they are found."""
+    label = np.full((10, 30), 255, np.uint8)
+    label[4, [8, 12]], label[4, 25] = (0, 1), 2
+    step = dict(type='RandomCrop', crop_size=(10, 6), cat_max_ratio=.75)
+    np.random.seed(0)
+    seen = [np.unique(cropped(step, label)[2]).tolist() for _ in range(400)]
+    mixed = sum(classes == [0, 1, 255] for classes in seen) / 400
+    places = places_of(label, 10, 6)
+    share = np.mean([left in (7, 8) for _, left in places])  # of all that hold a label, both 8 and 12 lie in two
+    assert abs(mixed - (1 - (1 - share)**11)) < .06 and [255] not in seen
+    draws = []
+    label[4, [12, 25]] = 255
+    choice = np.random.choice
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.random, 'choice', lambda *args: draws.append(1) or choice(*args))
+        cropped(step, label)
+    assert len(draws) == 22  # top and left
+
+
+def test_whole_labels_are_cropped_as_by_mmseg():
+    """And so are those that have none to be found, as where all is void."""
+    step, rng = dict(type='RandomCrop', crop_size=(6, 8), cat_max_ratio=.6), np.random.default_rng(0)
+    label = rng.choice([0, 1, 255], (10, 12)).astype(np.uint8)
+    for kwargs in (dict(path='y'), dict(shown={'x': al_patch.Shown()}), {}):
+        given = np.full_like(label, 255) if not kwargs else label
+        for seed in range(5):
+            np.random.seed(seed)
+            *_, ours = cropped(step, given, **kwargs)
+            np.random.seed(seed)
+            assert np.array_equal(ours, TRANSFORMS.build(step)(dict(
+                img=np.zeros((10, 12, 3)), gt_seg_map=given, seg_fields=['gt_seg_map']))['gt_seg_map'])
+
+
+def test_a_crop_of_a_way_of_its_own_is_drawn_again():
+    class Corners(TRANSFORMS.get('RandomCrop')):
+        calls = []
+
+        def crop_bbox(self, results):
+            self.calls.append(1)
+            top = 8 * np.random.randint(2)
+            return top, top + 2, 0, 2
+
+    TRANSFORMS.register_module(module=Corners, force=True)
+    label = np.full((10, 12), 255, np.uint8)
+    label[9, 1] = 1
+    np.random.seed(0)
+    assert [cropped(dict(type='Corners', crop_size=(2, 2)), label)[0] for _ in range(30)] == [8] * 30
+    assert 45 < len(Corners.calls) < 80  # every second draw
 
 
 @pytest.mark.parametrize('mask', [np.zeros(tiny.SHAPE, bool), np.arange(48) + np.zeros((32, 1)) > 46])
