@@ -146,7 +146,7 @@ def rewind(work_dir: str, round: int, train: bool = False) -> str:
             (aside / folder.name).mkdir()
             for path in [path for path in folder.iterdir() if path.name not in ('labelled', 'labels', 'to_label')]:
                 shutil.move(path, aside / folder.name)
-        al_patch.write_state(work_dir, content)  # stopped before this, it can be done again
+        al_patch.write_state(work_dir, content, [])  # stopped before this, it can be done again
         for k in range(round + 1, last + 1):
             if osp.isdir(later := osp.join(work_dir, f'round_{k}')):
                 shutil.move(later, aside)
@@ -170,7 +170,7 @@ def drop(work_dir: str, names: list[str]) -> str:
         content['dropped'] = sorted({*content.get('dropped', ()), *names})
         for entry in content['rounds']:
             entry['held_out'] = [name for name in entry.get('held_out', ()) if name not in names]
-        al_patch.write_state(work_dir, content)
+        al_patch.write_state(work_dir, content, [])
     return f'{work_dir} goes on without {", ".join(names)}'
 
 
@@ -325,7 +325,7 @@ def give_back(state: State, missing: dict[str, list]) -> None:
         else:
             entry['returned'][name] = entry['asked'].pop(name)
             entry['ids'].pop(name, None)
-    state.forget()
+    state._labelled.clear()  # it is another
     if state.counts_pixels:
         entry['pixels'] = sum(units[1] for units in entry['asked'].values())
 
@@ -346,7 +346,7 @@ def unit_rows(state: State, name: str) -> np.ndarray:
     """For each pixel of an image the position of the unit that the newest round asks for there, or -1, (H, W)."""
     ids = state.entry.get('ids', {}).get(name) if name in state.entry['asked'] else []
     if ids is None:
-        return np.where(state.asked_mask(name), 0, -1)
+        return np.where(asked_mask(state, name), 0, -1)
     rows = np.full(state.pool.sizes[name], -1)
     if ids:
         positions, pixels = state.units(name).members(np.array(ids, int))
@@ -634,7 +634,12 @@ def folder_of(state: State) -> pathlib.Path:
 
 def mask_to_label(state: State, name: str) -> np.ndarray:
     """What the newest round asks people for in an image: not what the store has already, (H, W)."""
-    return state.asked_mask(name) & ~state.stored_label(name)[1]
+    return asked_mask(state, name) & ~state.stored_label(name)[1]
+
+
+def asked_mask(state: State, name: str) -> np.ndarray:
+    """What the newest round asks for of an image, (H, W) booleans."""
+    return state.mask(name) & ~state.mask(name, state.round - 1)
 
 
 def png_path(state: State, kind: str, name: str) -> str:

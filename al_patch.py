@@ -162,6 +162,7 @@ def run_alone(runner: Runner) -> torch.nn.Module:
     Raises:
         OSError: mmengine could not write a checkpoint or a log. (The system's own error names no file.)
     """
+    gc.freeze()  # what is there is not looked through for each data set that is built, and each state that is read
     try:
         with only_run(runner), checkpoints_are_data():
             return run_rounds(runner)
@@ -169,6 +170,8 @@ def run_alone(runner: Runner) -> torch.nn.Module:
         is_nameless = getattr(error, 'errno', None) and not error.filename
         raise OSError(f'a file in {runner.work_dir} cannot be written ({error}): go on with --resume when it can'
                       ) if is_nameless else error from None
+    finally:
+        gc.unfreeze()
 
 
 def run_rounds(runner: Runner) -> torch.nn.Module:
@@ -912,8 +915,8 @@ class SparseLabels(Compose):
 
     def apply(self, transform: Callable, before: dict, shown: Shown) -> dict | None:
         """What one transform makes of an image."""
-        old, draw = before.get('gt_seg_map'), getattr(transform, 'crop_bbox', self.apply)
-        if draw.__qualname__.endswith('RandomCrop.crop_bbox') and shown.mask and (old != self.ignore_index).any():
+        old, draw = before.get('gt_seg_map'), getattr(getattr(transform, 'crop_bbox', 0), '__qualname__', '')
+        if draw.endswith('RandomCrop.crop_bbox') and shown.mask and (old != self.ignore_index).any():  # not its own way
             transform = copy.copy(transform)
             transform.crop_bbox = lambda _: crop_place(transform, old, self.ignore_index)
         results = transform(copy.copy(before))
@@ -928,7 +931,12 @@ class SparseLabels(Compose):
             else:
                 results = Compose(self.mapping)(results)
             for key in new_maps(before, results) if shown.mask else ():
-                results[key] = self.hide(results[key], shown.mask)
+                mask, label_HW = read_mask(shown.mask), results[key]
+                if mask.shape != label_HW.shape[:2]:
+                    raise ValueError(f'the mask {shown.mask} has size {mask.shape}, but the label map '
+                                     f'{label_HW.shape[:2]}')
+                results[key] = np.full_like(label_HW, self.ignore_index)
+                results[key][mask] = label_HW[mask]  # a tenth of `np.where`'s time, as most is hidden
         elif any('Resize' in cls.__name__ for cls in type(transform).__mro__):  # mmcv's and mmseg's
             results['gt_seg_map'] = keep_pixels(old, label, self.ignore_index)
         elif (old != self.ignore_index).any():
@@ -938,35 +946,27 @@ class SparseLabels(Compose):
                 results = transform(copy.copy(before)) or results
         return results
 
-    def hide(self, label_HW: np.ndarray, path: str) -> np.ndarray:
-        mask = read_mask(path)
-        if mask.shape != label_HW.shape[:2]:
-            raise ValueError(f'the mask {path} has size {mask.shape}, but the label map {label_HW.shape[:2]}')
-        hidden_HW = np.full_like(label_HW, np.array(self.ignore_index, label_HW.dtype))
-        np.copyto(hidden_HW, label_HW, where=mask.reshape(mask.shape + (1, ) * (label_HW.ndim - 2)))
-        return hidden_HW  # a tenth of `np.where`'s time, as most is hidden
 
-
-def crop_place(crop: Callable, label_HW: np.ndarray, ignore_index: int) -> tuple[int, int, int, int]:
+def crop_place(crop: Callable, label_HW: np.ndarray, ignore_index: int) -> tuple:
     """Draw where mmseg's ``RandomCrop`` cuts a partly labelled image: top, bottom, left and right.
 
     Each place where the crop holds a labelled pixel is as likely as any other: what drawing stock's crop until it holds
     one would come to. (So a pixel that more places show, as one in the middle, is seen more often, as with whole
     labels.) They are found by rejection among those in whose rows and in whose columns a label lies, hardly more than
-    they. With ``cat_max_ratio`` up to eleven are drawn, as by mmseg, until no class has that share of what is labelled.
+    they. With ``cat_max_ratio`` up to eleven are drawn, as by mmseg, until no class has more than that share of what
+    is labelled in it.
     """
     known_HW, (h, w) = label_HW != ignore_index, np.minimum(crop.crop_size, label_HW.shape)
     starts = [np.flatnonzero(np.convolve(known_HW.any(axis), np.ones(n), 'valid')) for axis, n in ((1, h), (0, w))]
-    most = getattr(crop, 'cat_max_ratio', 1)
-    tries = 11 if most < 1 else 1
+    tries = 11
     while tries:
         top, left = map(np.random.choice, starts)
-        cut = slice(top, top + h), slice(left, left + w)
-        counts = np.bincount(label_HW[cut][known_HW[cut]], minlength=1)
+        place = top, top + h, left, left + w
+        counts = np.bincount(crop.crop(label_HW, place)[crop.crop(known_HW, place)], minlength=1)
         tries -= counts.any()
-        if counts.max() < most * counts.sum():
+        if 0 < counts.max() <= getattr(crop, 'cat_max_ratio', 1) * counts.sum():
             break
-    return top, top + h, left, left + w
+    return place
 
 
 def keep_pixels(old_HW: np.ndarray, new_HW: np.ndarray, ignore_index: int) -> np.ndarray:
@@ -2020,7 +2020,7 @@ class State:
         self.al = al
         self.seed, self.config = content['seed'], content['config']
         self.rounds, self.phase, self.ended = content.get('rounds', []), content.get('phase', 'train'), None
-        self.is_resumed, self.companions, self._labelled = bool(self.rounds), [], {}
+        self.is_resumed, self.companions, self._labelled, self._texts = bool(self.rounds), [], {}, []
         self.dropped = content.get('dropped', [])
 
     def save(self) -> None:
@@ -2030,7 +2030,7 @@ class State:
                            settings=self.al.to_dict(), config=self.config, images=len(self.pool),
                            pixels=self.pool.pixels if self.counts_pixels else None, rounds=self.rounds,
                            pool=self.pool.names, classes=self.classes, dropped=self.dropped)
-            write_state(self.work_dir, content)
+            write_state(self.work_dir, content, self._texts)
         barrier()
 
     @property
@@ -2113,10 +2113,6 @@ class State:
                                      for name, units in entry['asked'].items() if name not in self.dropped}
         return self._labelled[until]
 
-    def forget(self) -> None:
-        """Compute anew what is labelled: what was asked for is not what it was."""
-        self._labelled.clear()
-
     def mask_path(self, k: int, name: str) -> str:
         """Where round ``k`` keeps the mask of what is labelled of an image."""
         return png_path(osp.join(self.folder(k), 'labelled'), name, self.work_dir)
@@ -2131,10 +2127,6 @@ class State:
     def mask_of(self, name: str, ids: np.ndarray | None) -> np.ndarray:
         """The pixels of some units of an image, or all where ``ids`` is None, (H, W) booleans."""
         return np.full(self.pool.sizes[name], True) if ids is None else self.units(name).mask(ids)
-
-    def asked_mask(self, name: str) -> np.ndarray:
-        """What the newest round asks for of an image, (H, W) booleans."""
-        return self.mask(name) & ~self.mask(name, self.round - 1)
 
     def load_label(self, name: str) -> np.ndarray:
         """The label map of an image that was asked for, (H, W): what people have given, or what is on disk."""
@@ -2220,17 +2212,29 @@ def read_state(path: str) -> dict:
     return content
 
 
-def write_state(work_dir: str, content: dict) -> None:
-    write_atomically(osp.join(work_dir, STATE_FILE), json.dumps(content, indent=1, ensure_ascii=False))
+def write_state(work_dir: str, content: dict, finished: list[str]) -> None:
+    """Write ``al_state.json``.
+
+    Args:
+        finished: The texts of all rounds but the newest, which change no more. They are kept from one call to the next,
+            so that a round takes no longer because others were before it.
+    """
+    finished += map(to_text, content['rounds'][len(finished):-1])
+    rounds = f'"rounds": [{", ".join([*finished, to_text(content["rounds"][-1])])}]'
+    write_atomically(osp.join(work_dir, STATE_FILE), to_text({**content, 'rounds': []}).replace(
+        '"rounds": []', rounds))  # a key: in strings, quotes are escaped
+
+
+# in lines, but not by `indent`, which takes ten times as long
+to_text = functools.partial(json.dumps, ensure_ascii=False, separators=(',\n', ': '))
 
 
 def without_duplicates(pairs: list) -> dict:
     """A JSON object, in which no key stands twice."""
-    content = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f'`{key}` stands twice in one object')
-        content[key] = value
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        twice = collections.Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f'`{twice[0][0]}` stands twice in one object')
     return content
 
 
@@ -2252,7 +2256,7 @@ def is_kind(value, kind: str) -> bool:
         parts = value.values() if isinstance(value, dict) else value
         return isinstance(value, dict if kind[0] == '{' else list) and all(is_kind(part, kind[1:-1]) for part in parts)
     first, _, rest = kind.partition(' | ')
-    is_first = first in (repr(value), type(value).__name__) or first in KINDS and KINDS[first](value)
+    is_first = KINDS[first](value) if first in KINDS else first in (type(value).__name__, repr(value))
     return is_first or rest != '' and is_kind(value, rest)
 
 
@@ -2278,14 +2282,14 @@ classes?       [str]
 # `asked`: of each image units and pixels, or None for the whole; `pixels`: below image level; `held_out`: images that
 # the round does not train on; `ids`: of the units that people are asked for
 ROUND_FIELDS = """\
-asked          {None | units_and_pixels}
+asked          {units_and_pixels | None}
 strategy       dict
 spent          {amount}
 pixels?        count
 void_pixels?   count
 held_out?      [str]
 ids?           {[count]}
-returned?      {None | units_and_pixels}
+returned?      {units_and_pixels | None}
 unchanged?     count
 from_store?    count
 warnings?      [str]
@@ -4296,7 +4300,7 @@ def read_mask(path: str) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            return np.array(image.convert('1'))
+            return np.array(image, bool)
     except (OSError, SyntaxError) as error:
         raise ValueError(f'the mask {path} is missing or damaged ({error}): restore it from a copy') from error
 

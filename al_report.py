@@ -1437,8 +1437,9 @@ def report_asked(state: al_patch.State, trainer) -> None:
 def look_at_labels(state: al_patch.State) -> None:
     """Count the classes of what the newest round was given, and say it aloud where there is only one."""
     classes = state.classes
-    counts = {name: class_counts(state.load_label(name)[state.asked_mask(name)], len(classes))
-              for name in state.entry['asked'] if name not in state.dropped}
+    names = [name for name in state.entry['asked'] if name not in state.dropped]
+    counts = {name: class_counts(state.load_label(name)[state.mask(name) & ~state.mask(name, state.round - 1)],
+                                 len(classes)) for name in names}
     shown = np.array([(each > 0).sum() for each in counts.values()])
     total = sum(counts.values(), np.zeros(len(classes), int))
     keep(state, 'asked_classes.json', total.tolist())

@@ -53,6 +53,20 @@ def test_a_write_that_fails_leaves_the_old_state_and_the_next_one_works(path, mo
     assert read_state(path) == dict(SMALL, seed=2) and os.listdir(osp.dirname(path)) == ['al_state.json']
 
 
+def test_a_round_is_put_into_words_once_when_it_is_finished(tmp_path, monkeypatch):
+    """What a save takes does not grow with the rounds; and what is read is what was written, strange names too."""
+    names, texts, finished = ['a/00', '"rounds": []', '\\"rounds\\": []', 'ö, ["x"]'], [], []
+    to_text = al_patch.to_text
+    monkeypatch.setattr(al_patch, 'to_text', lambda value: texts.append(value) or to_text(value))
+    for k in range(4):
+        content = tiny.saved([{name: [i, k]} for i, name in enumerate(names[:k + 1])], config=dict(x='"rounds": []'))
+        al_patch.write_state(str(tmp_path), content, finished)
+        assert read_state(str(tmp_path / STATE_FILE)) == content == json.loads((tmp_path / STATE_FILE).read_text())
+        assert len(finished) == k and len(texts) == 2 + (k > 0)  # the round before, this one, and all else
+        texts.clear()
+    assert (tmp_path / STATE_FILE).read_text().count('\n') > 80  # to be read by people, too
+
+
 @pytest.mark.parametrize('text', ['', '{"schema": 2', '[]', '{}', 'null', '3', '{"schema": 1}', '\ud83d'])
 def test_a_damaged_state_is_named(path, text):
     with open(path, 'wb') as file:
