@@ -59,7 +59,7 @@ def test_a_round_is_put_into_words_once_when_it_is_finished(tmp_path, monkeypatc
     to_text = al_patch.to_text
     monkeypatch.setattr(al_patch, 'to_text', lambda value: texts.append(value) or to_text(value))
     for k in range(4):
-        content = tiny.saved([{name: [i, k]} for i, name in enumerate(names[:k + 1])], config=dict(x='"rounds": []'))
+        content = tiny.saved([{name: [i, i]} for i, name in enumerate(names[:k + 1])], config=dict(x='"rounds": []'))
         al_patch.write_state(str(tmp_path), content, finished)
         assert read_state(str(tmp_path / STATE_FILE)) == content == json.loads((tmp_path / STATE_FILE).read_text())
         assert len(finished) == k and len(texts) == 2 + (k > 0)  # the round before, this one, and all else
