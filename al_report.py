@@ -34,7 +34,9 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 import warnings
+from concurrent import futures
 from typing import Any, Callable, Iterator, NamedTuple
 
 
@@ -87,9 +89,28 @@ def main(argv: list | None = None) -> None:
 
 @functools.cache
 def hook() -> mmengine.hooks.Hook:
-    """The hook of every run. With it, these are keys of the ``al`` block: ``visualize``, how many images to draw after
-    each query, and ``keep``, which checkpoints."""
-    al_patch.block_settings().update(visualize=(0, al_patch.Count), keep=('all', al_patch.one_of('all', 'needed')))
+    """The hook of every run. With it, these are keys of the ``al`` block: ``reports``, whether to draw the run's curve
+    and what it has asked for, ``visualize``, how many images to draw after each query, and ``keep``, which checkpoints.
+    """
+    al_patch.block_settings().update(reports=(True, al_patch.Flag), visualize=(0, al_patch.Count),
+                                     keep=('all', al_patch.one_of('all', 'needed')))
+
+    class QuicklyDumped(mmengine.Config):
+        """A config that is put into words once, not for each checkpoint, log and dump of a round: yapf takes a quarter
+        of a second and more each time."""
+
+        @property
+        def pretty_text(self) -> str:
+            what = repr(self)
+            if what not in texts:
+                texts.clear()
+                texts[what] = super().pretty_text
+            return texts[what]
+
+        def __reduce__(self):  # it is stock in another process
+            return object.__new__, (mmengine.Config, ), self.__getstate__()
+
+    texts = {}
 
     class ReportHook(mmengine.hooks.Hook):
         """Looks at a run. ``al_patch`` turns what goes wrong in it into a warning, once ``before_al_run`` has let it
@@ -98,6 +119,7 @@ def hook() -> mmengine.hooks.Hook:
         state = None  # of the run, until its first training is rehearsed
         is_sparse = False  # whether images are partly labelled, so that losses have to be tried on one without labels
         shown = set()  # values of the validation labels of a round that this rank has seen
+        thread, drawing = futures.ThreadPoolExecutor(1), None  # in which figures are drawn, and what it is at
 
         def before_train(self, runner) -> None:
             check_finite(runner)  # of one that was killed before it could say so
@@ -140,7 +162,9 @@ def hook() -> mmengine.hooks.Hook:
                     metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
 
         def before_al_run(self, state: al_patch.State) -> None:
-            self.is_sparse, self.state = state.counts_pixels, state
+            self.is_sparse, self.state, state.figures = state.counts_pixels, state, []
+            if type(state.runner.cfg) is mmengine.Config:
+                object.__setattr__(state.runner.cfg, '__class__', QuicklyDumped)  # and so are the rounds', its copies
             for check in (check_rounds, check_amounts, check_groups, check_overrides, check_schedule,
                           check_continue, check_best, check_model, check_pool, check_masks, check_validation,
                           check_no_label, check_disk, check_wrappers, check_segments, rehearse, make_segments):
@@ -162,10 +186,31 @@ def hook() -> mmengine.hooks.Hook:
             if al_patch.is_main_process():
                 delete_checkpoints(state)
                 write_table(state)
-                report_curve(state)
-                report_asked(state, trainer)
+                with self.drawn_beside(state, 'after_al_train'):
+                    report_curve(state)
+                    report_asked(state, trainer)
+
+        @contextlib.contextmanager
+        def drawn_beside(self, state: al_patch.State, point: str) -> Iterator[None]:
+            """Draw the figures that are made inside in a thread, while the run goes on. Those before them are drawn by
+            then: matplotlib is not for two threads at a time."""
+            self.finish_drawing()
+            try:
+                yield
+            finally:
+                what, ready = f'ReportHook.{point} failed in round {state.round}', state.figures
+                state.figures = []
+                self.drawing = self.thread.submit(draw_all, state, ready, what)
+
+        def finish_drawing(self) -> None:
+            if self.drawing:
+                self.drawing.result()
+
+        def before_al_wait(self, state: al_patch.State) -> None:
+            self.finish_drawing()
 
         def after_al_run(self, state: al_patch.State) -> None:
+            self.finish_drawing()
             state.logger.info(f'The run, by rounds:\n{rounds_table(state.rounds)}')
 
         @torch.no_grad()
@@ -173,7 +218,9 @@ def hook() -> mmengine.hooks.Hook:
             warn_of_draws(state)
             if al_patch.is_main_process():
                 keep(state, 'query_scores.json', state.scores)
-                draw_pictures(state, trainer, asked)
+                if state.al.visualize:
+                    with self.drawn_beside(state, 'after_al_query'):
+                        draw_pictures(state, trainer, asked)
 
     return ReportHook()
 
@@ -1403,7 +1450,7 @@ def report_curve(state: al_patch.State) -> None:
     entry, metric = state.entry, main_metric(state.rounds, state.al.stop)
     scalars = {**entry['spent'], **entry['metrics'], 'round': state.round, 'train_seconds': entry['train_seconds']}
     add_scalars(state, scalars)
-    if metric:
+    if metric and state.al.reports:
         points = curve(state.rounds, metric)
         figure = draw_curves({in_words(state.al.strategy): points[None]}, metric, full_level([points]))
         mark_changes(figure, state.rounds, metric, points)
@@ -1431,7 +1478,8 @@ def report_asked(state: al_patch.State, trainer) -> None:
         np.array([ranking_overlap(*pair) for pair in zip(queries, queries[1:])]).reshape(-1, 2),
         units_per_image(state.rounds, len(pool)), predicted_classes(state, trainer) if state.al.visualize else None)
     add_scalars(state, asked.newest())
-    show(state, draw_asked(asked), osp.join(state.work_dir, 'asked.png'), 'asked')
+    if state.al.reports:
+        show(state, draw_asked(asked), osp.join(state.work_dir, 'asked.png'), 'asked')
 
 
 def look_at_labels(state: al_patch.State) -> None:
@@ -1965,13 +2013,30 @@ def kept(state: al_patch.State, name: str, rounds: int) -> list:
     return [mmengine.load(path) if osp.isfile(path) else {} for path in paths]
 
 
+def draw_all(state: al_patch.State, ready: list[tuple], what: str) -> None:
+    """Draw figures, in a thread: what fails is said, and does not stop the run."""
+    try:
+        for each in ready:
+            draw(state, *each)
+    except Exception:
+        state.logger.warning(f'{what}, the run goes on:\n{traceback.format_exc()}')
+
+
 def show(state: al_patch.State, figure: figures.Figure, path: str, tag: str) -> None:
-    """Write a figure, and hand it to the run's visualizer."""
+    """Write a figure, and hand it to the run's visualizer; in a run, when those of the same round are made."""
+    ready = figure, path, tag, step_of(state)
+    if hasattr(state, 'figures'):
+        state.figures.append(ready)
+    else:
+        draw(state, *ready)
+
+
+def draw(state: al_patch.State, figure: figures.Figure, path: str, tag: str, step: int) -> None:
     png = rendered(figure)
     os.makedirs(osp.dirname(path), exist_ok=True)
     al_patch.write_atomically(path, png)
     tag = 'al_' + re.sub(r'[^\w.-]+', '_', tag)  # without slashes: LocalVisBackend makes a file name of it
-    state.runner.visualizer.add_image(tag, mmcv.imfrombytes(png, channel_order='rgb'), step_of(state))
+    state.runner.visualizer.add_image(tag, mmcv.imfrombytes(png, channel_order='rgb'), step)
 
 
 def step_of(state: al_patch.State) -> int:

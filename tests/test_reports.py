@@ -5,10 +5,12 @@ import json
 import math
 import os
 import os.path as osp
+import pickle
 import re
 import shutil
 import subprocess
 import sys
+import threading
 
 import cv2
 import mmengine
@@ -397,6 +399,40 @@ def test_a_failure_only_warns(make_cfg, train, monkeypatch, broken, points):
     failed = [text for text in texts if 'the run goes on' in text]
     assert all('ZeroDivisionError' in text or broken == 'al_report.np' for text in failed)
     assert {text.split(' failed')[0].rpartition('.')[2] for text in failed} == points
+
+
+def test_figures_are_drawn_beside_what_comes_next(make_cfg, train, monkeypatch, no_failure):
+    """In one thread, in their order, and all are there when the run ends."""
+    where, drawn = [], al_report.rendered
+    monkeypatch.setattr(al_report, 'rendered', lambda *args: where.append(threading.current_thread()) or drawn(*args))
+    cfg = make_cfg(dict(rounds=2))
+    train(cfg)
+    assert len(where) == 6 and len(set(where)) == 1 and where[0] is not threading.main_thread()
+    assert {'learning_curve.png', 'asked.png', 'learning_curve.csv'} <= set(os.listdir(cfg.work_dir))
+
+
+def test_without_reports_nothing_is_drawn(make_cfg, train, monkeypatch, no_failure):
+    """But what they are drawn from is kept, and pictures are a matter of `visualize`."""
+    cfg = make_cfg(dict(reports=False, visualize=2))
+    monkeypatch.setattr(al_report, 'draw_asked', lambda *args: 1 / 0)
+    train(cfg)
+    found = {file for _, _, files in os.walk(cfg.work_dir) for file in files}
+    assert not {'learning_curve.png', 'asked.png'} & found
+    assert {'learning_curve.csv', 'asked_classes.json', 'class_iou.json', 'contact_sheet.png'} <= found
+
+
+def test_a_rounds_config_is_put_into_words_once(make_cfg, train, monkeypatch):
+    """For its log, its dump, its visualizer and each checkpoint, which hold what they would without the hook."""
+    texts = []
+    monkeypatch.setattr('mmengine.config.config.FormatCode', lambda text, **how: texts.append(text) or (text, True))
+    cfg = make_cfg({})
+    runner, rounds = train(cfg)
+    here = [text for text in texts if "'round_" in text or '/round_' in text]
+    assert len(here) == len(set(here)) == len(rounds) == 2
+    for k, text in enumerate(here):
+        assert torch.load(tiny.checkpoint_of(cfg, rounds, k), weights_only=False)['meta']['cfg'] == text
+    copied = pickle.loads(pickle.dumps(runner.cfg))
+    assert type(copied) is Config and copied.to_dict() == runner.cfg.to_dict()
 
 
 def test_tensorboard_shows_numbers_and_figures(make_cfg, train, no_failure):
