@@ -989,11 +989,29 @@ def rehearse_query(state: al_patch.State) -> str | None:
                 state.logger.warning(f'The model, as it begins, gives no finite numbers for {path}')
                 return None
             query.collector.add(name, *query.candidates(name, seen))
+    check_memory(query.collector, len(state.pool), state)
     with rehearsing('the choice of a query'):
         chosen = query.collector.chosen(query.collector.parts, query.collector.known)
         for i in np.unique(chosen.image):
             few.mask_of(few.pool.names[i], chosen.id[chosen.image == i] if state.counts_pixels else None)
     return f'a query of {len(few.pool.names)} images'
+
+
+def check_memory(collector: al_patch.Collector, images: int, state: al_patch.State) -> None:
+    """
+    Raises:
+        ValueError: The candidates of all images would take more than there is, by those of a few.
+    """
+    few = max(1, len(collector.seen))
+    rows = sum(len(part.id) for part in collector.parts) * images / few
+    size = sum(column.nbytes for part in collector.parts for column in part if column is not None) * images / few
+    memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    if not state.unit.kind.is_dense:  # vectors may lie on disk
+        memory += shutil.disk_usage(state.work_dir).free
+    if size > memory and not collector.keeps_best:
+        raise ValueError(f'a query by {state.strategy.name} should have `al.per_image=True` or `al.strategy.shortlist` '
+                         f'for {images} images at `al.unit={state.unit.setting["type"]!r}`: {rows:,.0f} candidates at '
+                         f'once take {size / 2**30:,.0f} GiB, and there are {memory / 2**30:,.0f}')
 
 
 def rehearse_checkpoint(state: al_patch.State) -> str | None:

@@ -1,4 +1,5 @@
 """The query: what is chosen of all candidates, in any number of processes, and where a planted uncertainty is found."""
+import contextlib
 import copy
 import functools
 import itertools
@@ -197,6 +198,24 @@ def test_a_budget_per_image_is_spent_in_each(select, in_pixels):
         assert 20 - 9 < mine.pixels.sum() <= 20 if in_pixels else len(mine.id) == 20
         assert select is top_percent or same(mine, best([part], 20, in_pixels))
         assert mine.score.min() >= np.sort(part.score)[-20]  # 5 % of 400
+
+
+@pytest.mark.parametrize('select, per_image, refused', [
+    ('kcenter', False, True), ('power', False, True), ('topk', False, False), ('power', True, False)], ids=str)
+def test_more_candidates_than_memory_are_refused_by_those_of_a_few_images(make_state, monkeypatch, select, per_image,
+                                                                          refused):
+    """Two images of 1000 candidates: 2,975 images have 3 million, of 32 bytes, and vectors of 16 more."""
+    state = make_state(dict(unit='pixel', budget=9, per_image=per_image))
+    collector = Collector(AL_SELECTORS.get(select), lambda name: 9, per_image, seed=(0, 'test'))
+    for part in some_candidates(2, 1000):
+        vectors = np.zeros((1000, 4), np.float32) if select == 'kcenter' else None
+        collector.add(f'{part.image[0]}', part._replace(vector=vectors), part.rows(slice(0)))
+    size = 2975 * 1000 * (4 + 8 + 8 + 4 + 8 + 16 * (select == 'kcenter'))
+    for memory, error in ((size + 2**20, False), (size - 2**20, refused)):
+        monkeypatch.setattr(os, 'sysconf', dict(SC_PHYS_PAGES=memory, SC_PAGE_SIZE=1).get)
+        with pytest.raises(ValueError, match='2,975,000 candidates at once take') if error else \
+                contextlib.nullcontext():
+            al_report.check_memory(collector, 2975, state)
 
 
 # --- any number of processes -----------------------------------------------------------------------------------------
