@@ -1360,23 +1360,25 @@ class Collector:
             return Candidates.join(self.highest(sorted(parts, key=lambda part: part.image)))
         if not self.per_image:
             parts = self.in_blocks(parts, known)
-        return Candidates.join([each._replace(vector=None, probs=None, predicted=None) for each in parts]).sorted()
+        return Candidates.join([part.bare() for part in parts]).sorted()
 
     def in_blocks(self, parts: list[Candidates], known: list[Candidates]) -> list[Candidates]:
         """The choice from all; where comparing each pick with each candidate is out of reach, from blocks of at most
-        20,000 of them, drawn at random with what is labelled, each with its share of the budget. (Not under caps, which
-        hold for all blocks together.)"""
+        20,000 of them, drawn at random with what is labelled, each with its share of the budget; what was chosen from
+        the last block counts as labelled for the next. (Not under caps, which hold for all blocks together.)"""
         budget, n = self.budget(None), sum(len(part.id) for part in parts)
         k = budget / np.median(np.concatenate([part.pixels for part in parts])) if self.in_pixels and n else budget
         is_far = getattr(self.select, 'func', self.select) in PAIRWISE and n * min(n, k) > FEW_PAIRS and not self.caps
         self.blocks = math.ceil(n / 19_000) if is_far else 1  # some are larger
-        picks, spent = [], 0
+        chosen, last, spent = [], [], 0
         for j in range(self.blocks):
-            block, near = (Candidates.join([part.rows((part.draw * self.blocks).astype(int) == j) for part in each]
-                                           if is_far else each) for each in (parts, known))
-            picks.append(self.choose(block, budget * (j + 1) // self.blocks - spent, near, *[j] * is_far))
-            spent += picks[-1].pixels.sum() if self.in_pixels else len(picks[-1].id)
-        return picks
+            block, near = ([part.rows((part.draw * self.blocks).astype(int) == j) for part in each] if is_far else each
+                           for each in (parts, known))
+            picks = self.choose(Candidates.join(block), budget * (j + 1) // self.blocks - spent,
+                                Candidates.join(near + last), *((j, ) if is_far else ()))
+            spent += picks.pixels.sum() if self.in_pixels else len(picks.id)
+            chosen, last = [*chosen, picks.bare()], [picks]
+        return chosen
 
 
 IN_MEMORY = 2**30  # bytes of vectors
@@ -1434,6 +1436,10 @@ class Candidates(NamedTuple):
         images, starts = np.unique(self.image, return_index=True)
         return [self.rows(slice(*ends))._replace(image=image) for image, *ends in zip(
             images, starts, [*starts[1:], len(self.id)])]
+
+    def bare(self) -> Candidates:
+        """Less what only a choice looks at."""
+        return self._replace(vector=None, probs=None, predicted=None)
 
     def shuffled(self) -> Candidates:
         return self.rows(self.draw.argsort())

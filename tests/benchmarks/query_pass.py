@@ -134,7 +134,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cfg.work_dir:
         runner = Runner.from_cfg(cfg)
         if args.load_from:
-            load_checkpoint(runner.model, args.load_from, 'cpu')
+            with al_patch.checkpoints_are_data():
+                load_checkpoint(runner.model, args.load_from, 'cpu')
         for each in al_patch.decode_head(runner.model).conv_seg.parameters():
             each.data.mul_(args.last_layer)
         pool = al_patch.Pool(runner.cfg)
