@@ -34,9 +34,7 @@ import shutil
 import sys
 import tempfile
 import time
-import traceback
 import warnings
-from concurrent import futures
 from typing import Any, Callable, Iterator, NamedTuple
 
 
@@ -119,7 +117,6 @@ def hook() -> mmengine.hooks.Hook:
         state = None  # of the run, until its first training is rehearsed
         is_sparse = False  # whether images are partly labelled, so that losses have to be tried on one without labels
         shown = set()  # values of the validation labels of a round that this rank has seen
-        thread, drawing = futures.ThreadPoolExecutor(1), None  # in which figures are drawn, and what it is at
 
         def before_train(self, runner) -> None:
             check_finite(runner)  # of one that was killed before it could say so
@@ -162,7 +159,7 @@ def hook() -> mmengine.hooks.Hook:
                     metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
 
         def before_al_run(self, state: al_patch.State) -> None:
-            self.is_sparse, self.state, state.figures = state.counts_pixels, state, []
+            self.is_sparse, self.state = state.counts_pixels, state
             if type(state.runner.cfg) is mmengine.Config:
                 object.__setattr__(state.runner.cfg, '__class__', QuicklyDumped)  # and so are the rounds', its copies
             for check in (check_rounds, check_amounts, check_groups, check_overrides, check_schedule,
@@ -186,31 +183,10 @@ def hook() -> mmengine.hooks.Hook:
             if al_patch.is_main_process():
                 delete_checkpoints(state)
                 write_table(state)
-                with self.drawn_beside(state, 'after_al_train'):
-                    report_curve(state)
-                    report_asked(state, trainer)
-
-        @contextlib.contextmanager
-        def drawn_beside(self, state: al_patch.State, point: str) -> Iterator[None]:
-            """Draw the figures that are made inside in a thread, while the run goes on. Those before them are drawn by
-            then: matplotlib is not for two threads at a time."""
-            self.finish_drawing()
-            try:
-                yield
-            finally:
-                what, ready = f'ReportHook.{point} failed in round {state.round}', state.figures
-                state.figures = []
-                self.drawing = self.thread.submit(draw_all, state, ready, what)
-
-        def finish_drawing(self) -> None:
-            if self.drawing:
-                self.drawing.result()
-
-        def before_al_wait(self, state: al_patch.State) -> None:
-            self.finish_drawing()
+                report_curve(state)
+                report_asked(state, trainer)
 
         def after_al_run(self, state: al_patch.State) -> None:
-            self.finish_drawing()
             state.logger.info(f'The run, by rounds:\n{rounds_table(state.rounds)}')
 
         @torch.no_grad()
@@ -218,9 +194,7 @@ def hook() -> mmengine.hooks.Hook:
             warn_of_draws(state)
             if al_patch.is_main_process():
                 keep(state, 'query_scores.json', state.scores)
-                if state.al.visualize:
-                    with self.drawn_beside(state, 'after_al_query'):
-                        draw_pictures(state, trainer, asked)
+                draw_pictures(state, trainer, asked)
 
     return ReportHook()
 
@@ -2031,30 +2005,13 @@ def kept(state: al_patch.State, name: str, rounds: int) -> list:
     return [mmengine.load(path) if osp.isfile(path) else {} for path in paths]
 
 
-def draw_all(state: al_patch.State, ready: list[tuple], what: str) -> None:
-    """Draw figures, in a thread: what fails is said, and does not stop the run."""
-    try:
-        for each in ready:
-            draw(state, *each)
-    except Exception:
-        state.logger.warning(f'{what}, the run goes on:\n{traceback.format_exc()}')
-
-
 def show(state: al_patch.State, figure: figures.Figure, path: str, tag: str) -> None:
-    """Write a figure, and hand it to the run's visualizer; in a run, when those of the same round are made."""
-    ready = figure, path, tag, step_of(state)
-    if hasattr(state, 'figures'):
-        state.figures.append(ready)
-    else:
-        draw(state, *ready)
-
-
-def draw(state: al_patch.State, figure: figures.Figure, path: str, tag: str, step: int) -> None:
+    """Write a figure, and hand it to the run's visualizer."""
     png = rendered(figure)
     os.makedirs(osp.dirname(path), exist_ok=True)
     al_patch.write_atomically(path, png)
     tag = 'al_' + re.sub(r'[^\w.-]+', '_', tag)  # without slashes: LocalVisBackend makes a file name of it
-    state.runner.visualizer.add_image(tag, mmcv.imfrombytes(png, channel_order='rgb'), step)
+    state.runner.visualizer.add_image(tag, mmcv.imfrombytes(png, channel_order='rgb'), step_of(state))
 
 
 def step_of(state: al_patch.State) -> int:

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 
 import cv2
 import mmengine
@@ -399,16 +398,6 @@ def test_a_failure_only_warns(make_cfg, train, monkeypatch, broken, points):
     failed = [text for text in texts if 'the run goes on' in text]
     assert all('ZeroDivisionError' in text or broken == 'al_report.np' for text in failed)
     assert {text.split(' failed')[0].rpartition('.')[2] for text in failed} == points
-
-
-def test_figures_are_drawn_beside_what_comes_next(make_cfg, train, monkeypatch, no_failure):
-    """In one thread, in their order, and all are there when the run ends."""
-    where, drawn = [], al_report.rendered
-    monkeypatch.setattr(al_report, 'rendered', lambda *args: where.append(threading.current_thread()) or drawn(*args))
-    cfg = make_cfg(dict(rounds=2))
-    train(cfg)
-    assert len(where) == 6 and len(set(where)) == 1 and where[0] is not threading.main_thread()
-    assert {'learning_curve.png', 'asked.png', 'learning_curve.csv'} <= set(os.listdir(cfg.work_dir))
 
 
 def test_without_reports_nothing_is_drawn(make_cfg, train, monkeypatch, no_failure):
