@@ -3115,10 +3115,8 @@ def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, ve
 
     Each candidate has a clock, which runs at the rate of that distance and rings when it has run for a time that the
     candidate drew, exponentially distributed. Such a clock has no memory, so whatever has run by now, the next to ring
-    is drawn in proportion to the rates; and no draw depends on another candidate.
-
-    Rates only fall, so no clock rings before the time that an old rate promises: as long as the first of an up-to-date
-    few rings before that of all others, it is the next, and the others can wait for a matrix product.
+    is drawn in proportion to the rates; and no draw depends on another candidate. Rates only fall, so no clock rings
+    before the time that an old rate promises.
     """
     def norms_of(parts: list) -> torch.Tensor:
         return math.prod(map(squares, parts))[:, None]
@@ -3127,41 +3125,23 @@ def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, ve
         """Factors whose products with rows are squared distances."""
         return torch.cat([-2 * rows_KE[:, :first], rows_KE[:, first:-2], rows_KE[:, [-1, -2]]], 1)
 
+    def run(clocks: tuple, rows: tuple, centres: tuple, values: list) -> None:
+        """Let clocks run until one after the other rings, as their values say; then it slows those near it."""
+        left_N, rate_N = clocks
+        for near_N, value in zip(product(columns_of(*centres), rows[0].T), values):
+            left_N.add_(rate_N, alpha=value)
+            torch.minimum(rate_N, near_N, out=rate_N)
+        rate_N.clamp_min_(1e-30)
+
     product = functools.partial(outer_product, split=split) if split else torch.matmul
     parts = in_float64(vectors_ND).tensor_split([split], 1) if split else [vectors_ND]
-    largest = norms_of(parts).argmax()
+    largest = int(norms_of(parts).argmax())
     parts = parts if split else [vectors_ND - vectors_ND.mean(0)]  # small norms lose less to rounding
     first, rows_NE = parts[0].shape[1], torch.cat([*parts, norms_of(parts), torch.ones_like(parts[0][:, :1])], 1)
     del parts
-    left_N, rate_N = -draws_N.log().to(rows_NE), torch.full_like(rows_NE[:, 0], 1e30)
-    picks, block, waits = [], [int(largest)], [0.]
-    few = min(len(vectors_ND), 1024)
-    while True:
-        run_clocks(left_N, rate_N, rows_NE, columns_of(rows_NE[block]), waits, product)
-        picks += block
-        left_N[picks] = math.inf
-        if caps:
-            caps.take(block)
-            left_N[caps.closed()] = math.inf
-        if len(picks) == budget or caps and left_N.min() == math.inf:
-            return torch.tensor(picks)
-        times, active = (left_N / rate_N).topk(min(few + 1, len(left_N)), largest=False)
-        bound, active = float(times[-1]) if few < len(left_N) else math.inf, active[:few].sort().values
-        left, rate, rows, block, waits = left_N[active], rate_N[active], rows_NE[active], [], []
-        while len(block) < min(512, budget - len(picks)):
-            wait, best = (left / rate).min(0)
-            if wait > bound and block or wait == math.inf:
-                break
-            block.append(int(active[best]))
-            waits.append(float(wait))
-            bound -= waits[-1]
-            left.sub_(rate, alpha=waits[-1])[best] = math.inf
-            if caps:
-                caps.take(block[-1:])
-                left[caps.closed(active)] = math.inf
-            column_E = columns_of(rows_NE[block[-1:]])[0]
-            rate = torch.minimum(rate, product(rows, column_E)).clamp_min_(1e-30)
-        few = min(len(vectors_ND), few * 2 if len(block) < 16 else few)
+    clocks = -draws_N.log().to(rows_NE), torch.full_like(rows_NE[:, 0], 1e30)
+    return lazily(clocks, (rows_NE, ), lambda clocks, k: -clocks[0] / clocks[1], run, budget, caps, largest,
+                  lambda values, k: -sum(values))
 
 
 def outer_product(one: torch.Tensor, other: torch.Tensor, split: int) -> torch.Tensor:
@@ -3170,14 +3150,63 @@ def outer_product(one: torch.Tensor, other: torch.Tensor, split: int) -> torch.T
     return (one[..., :split] @ other[:split]) * (one[..., split:-2] @ other[split:-2]) + one[..., -2:] @ other[-2:]
 
 
-def run_clocks(left_N: torch.Tensor, rate_N: torch.Tensor, rows_NE: torch.Tensor, columns_KE: torch.Tensor,
-               waits: list, product: Callable) -> None:
-    """Let all clocks run, in place, for one time after the other; after each of them a centre slows those near it."""
-    for left, rate, rows in zip(*(each.split(8192) for each in (left_N, rate_N, rows_NE))):
-        for near, time_left in zip(product(columns_KE, rows.T), waits):
-            left.sub_(rate, alpha=time_left)
-            torch.minimum(rate, near, out=rate)
-        rate.clamp_min_(1e-30)
+def lazily(state: tuple, points: tuple, value: Callable, advance: Callable, budget: int, caps: Caps | None,
+           first: int | None, drift: Callable) -> torch.Tensor:
+    """A greedy choice: again and again the candidate of the highest value. (K,) indices
+
+    As picks raise values little, if at all, old values nearly are upper bounds: as long as the best of an up-to-date
+    few lies above what all others can have come to, it is the best of all; the others can wait for a matrix product.
+
+    Args:
+        state: Tensors with a row for each candidate, of which values are made.
+        points: The like, that say how picks change a state.
+        value: Makes values (N,) of a state, when k are chosen.
+        advance: Changes the state of some points, in place, by centres, with the values for which these were chosen.
+        first: The first pick, if it is not for its value.
+        drift: What picks for some values, of k in all, can have raised another value by.
+    """
+    n, picks, block = len(state[0]), [], [] if first is None else [first]
+    few, closed_N, values = min(n, 1024), torch.zeros(n, dtype=torch.bool, device=state[0].device), [0.] * len(block)
+    if caps:
+        caps.take(block)
+    while True:
+        traverse(advance, state, points, rows_of(points, block), values)
+        picks += block
+        closed_N[block] = True
+        if caps:
+            closed_N |= caps.closed().to(closed_N.device)
+        value_N = value(state, len(picks)).masked_fill(closed_N, -math.inf)
+        pick = int(value_N.argmax())
+        best = float(value_N[pick])
+        if len(picks) == budget or best == -math.inf:  # caps leave no more
+            return torch.tensor(picks)
+        highest, active = value_N.topk(min(few + 1, n))
+        bound, active = float(highest[-1]) if few < n else -math.inf, active[:few].sort().values
+        own, near, closed, block, values = rows_of(state, active), rows_of(points, active), closed_N[active], [], []
+        while not block or (len(block) < min(512, budget - len(picks)) and
+                            best > bound + drift(values, len(picks) + len(block))):
+            block.append(pick)
+            values.append(best)
+            closed |= active == pick
+            if caps:
+                caps.take([pick])
+                closed |= caps.closed(active)
+            advance(own, near, rows_of(points, slice(pick, pick + 1)), [best])
+            value_A = value(own, len(picks) + len(block)).masked_fill(closed, -math.inf)
+            i = int(value_A.argmax())
+            pick, best = int(active[i]), float(value_A[i])
+        few = min(n, few * 2 if len(block) < 16 else few)
+
+
+def traverse(advance: Callable, state: tuple, points: tuple, centres: tuple, values: list) -> None:
+    """Advance all, a matrix product a block."""
+    for rows in (slice(first, first + 8192) for first in range(0, len(state[0]), 8192)):
+        for some in (slice(first, first + 512) for first in range(0, len(centres[0]), 512)):
+            advance(rows_of(state, rows), rows_of(points, rows), rows_of(centres, some), values[some])
+
+
+def rows_of(points: tuple, rows) -> tuple:
+    return tuple(part if part is None else part[rows] for part in points)
 
 
 OFFERED = (
@@ -3521,40 +3550,12 @@ def kcenter(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
             caps: Caps | None = None) -> torch.Tensor:
     """k-center greedy: again and again the candidate that is farthest from all that is labelled or chosen (CoreSet;
     Sener & Savarese, ICLR 2018); the highest score is first without a labelled one, or if ``first`` is so. (K,) indices
-
-    Distances only fall, so old ones are upper bounds: as long as the farthest of an up-to-date few lies above the
-    bounds of all others, it is the farthest of all, and the others can wait for a matrix product.
     """
     points = bilinear_form(vectors_ND, vectors_ND, distance)
-    nearest_N = torch.full((len(vectors_ND), ), math.inf, device=vectors_ND.device)
-    picks, few, by_score = [], min(len(vectors_ND), 1024), first == 'highest' or not len(labelled_LD)
-    if len(labelled_LD):
-        approach(nearest_N, points, bilinear_form(labelled_LD, vectors_ND, distance))
-    while len(picks) < budget:
-        values, active = nearest_N.topk(min(few + 1, len(nearest_N)))
-        bound, active = float(values[-1]) if few < len(nearest_N) else -math.inf, active[:few].sort().values
-        near, own, block = nearest_N[active], rows_of(points, active), []
-        pick = int((nearest_N if picks or not by_score else scores_N).argmax())
-        if nearest_N[pick] == -math.inf:  # caps leave no more
-            break
-        while True:
-            block.append(pick)
-            near = torch.minimum(near, own[2] + apart(own[0], own[3], rows_of(points, pick)))
-            near[active == pick] = -math.inf
-            if caps:
-                caps.take([pick])
-                near[caps.closed(active)] = -math.inf
-            best = int(near.argmax())
-            if len(picks) + len(block) == budget or not near[best] > bound:
-                break
-            pick = int(active[best])
-        approach(nearest_N, points, rows_of(points, block))
-        picks += block
-        nearest_N[picks] = -math.inf
-        if caps:
-            nearest_N[caps.closed()] = -math.inf
-        few = min(len(vectors_ND), few * 2 if len(block) < 16 else few)
-    return torch.tensor(picks)
+    nearest = (torch.full_like(points[2], math.inf), )
+    traverse(approach, nearest, points, bilinear_form(labelled_LD, vectors_ND, distance), [])
+    first = int(scores_N.argmax()) if first == 'highest' or not len(labelled_LD) else None
+    return lazily(nearest, points, lambda nearest, k: nearest[0], approach, budget, caps, first, lambda values, k: 0.)
 
 
 def bilinear_form(vectors_ND: torch.Tensor, among_ND: torch.Tensor, distance: str) -> tuple:
@@ -3585,83 +3586,38 @@ def squares(vectors_ND: torch.Tensor) -> torch.Tensor:
     return torch.einsum('nd,nd->n', vectors_ND, vectors_ND)
 
 
-def rows_of(points: tuple, rows) -> tuple:
-    return tuple(part if part is None else part[rows] for part in points)
+def apart(points: tuple, centres: tuple) -> torch.Tensor:
+    """Distances from points to centres, less a point's own norm. (N, K)"""
+    distances_NK = torch.addmm(centres[2], points[0], centres[1].T, alpha=-1)
+    return distances_NK if points[3] is None else distances_NK / (points[3] @ centres[3].T).clamp_min(1)
 
 
-def apart(left_N: torch.Tensor, classes_NC: torch.Tensor | None, centres: tuple) -> torch.Tensor:
-    """Distances to one centre or some, less a point's own norm. (N,) or (N, K)"""
-    _, right, norms, classes = centres
-    distances = norms - left_N @ right if right.ndim == 1 else torch.addmm(norms, left_N, right.T, alpha=-1)
-    return distances if classes is None else distances / (classes_NC @ classes.t()).clamp_min(1)
-
-
-def approach(nearest_N: torch.Tensor, points: tuple, centres: tuple) -> None:
-    """Lower, in place, every point's distance to the nearest centre by further centres: a matrix product a block."""
-    for first in range(0, len(nearest_N), 8192):
-        rows = slice(first, first + 8192)
-        left, _, norms, classes = rows_of(points, rows)
-        for block in range(0, len(centres[1]), 512):
-            near = apart(left, classes, rows_of(centres, slice(block, block + 512))).amin(1) + norms
-            torch.minimum(nearest_N[rows], near, out=nearest_N[rows])
+def approach(nearest: tuple, points: tuple, centres: tuple, values: list) -> None:
+    """Lower, in place, the distance to the nearest centre by further centres."""
+    torch.minimum(nearest[0], apart(points, centres).amin(1) + points[2], out=nearest[0])
 
 
 def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
                labelled_LD: torch.Tensor, labelled_scores_L: torch.Tensor, tau: Part = 0.5,
                caps: Caps | None = None) -> torch.Tensor:
     """Greedy: the highest mean + least distance to what is labelled or chosen, where the distance from i to j is
-    |v_i - v_j|^tau (s_j / (s_i + s_j))^(1 - tau) (CRC-AL). (K,) indices
+    |v_i - v_j|^tau (s_j / (s_i + s_j))^(1 - tau) (CRC-AL). A pick adds no more to a mean than the farthest distance
+    over their number. (K,) indices"""
+    def advance(state: tuple, points: tuple, centres: tuple, values: list) -> None:
+        (total_N, least_N), (vectors_ND, scores_N, norms_N), (centres_KD, scores_K, norms_K) = state, points, centres
+        pull_NK = scores_N[:, None] / (scores_K + scores_N[:, None]).clamp_min_(1e-12)
+        away_NK = torch.addmm(norms_K, vectors_ND, centres_KD.T, alpha=-2).add_(norms_N[:, None])
+        away_NK = away_NK.clamp_min_(0).sqrt_().pow_(tau).mul_(pull_NK.pow_(1 - tau))
+        total_N += away_NK.sum(1).cpu()
+        torch.minimum(least_N, away_NK.amin(1).cpu().double(), out=least_N)
 
-    A pick adds no more to a mean than the farthest distance over their number: as long as the highest of an up-to-date
-    few lies above what all others can have come to, the others can wait for a matrix product.
-    """
     points, known = ((each - vectors_ND.mean(0), score.to(each), squares(each - vectors_ND.mean(0)))
                      for each, score in ((vectors_ND, scores_N), (labelled_LD, labelled_scores_L)))
-    farthest = (2 * float(torch.cat([points[2], known[2]]).max())**.5)**tau
-
-    def away(rows: tuple, centres: tuple) -> torch.Tensor:
-        (vectors_ND, scores_N, norms_N), (centres_KD, scores_K, norms_K) = rows, centres
-        pull_NK = scores_N[:, None] / (scores_K + scores_N[:, None]).clamp_min_(1e-12)
-        squared_NK = torch.addmm(norms_K, vectors_ND, centres_KD.T, alpha=-2).add_(norms_N[:, None])
-        return squared_NK.clamp_min_(0).sqrt_().pow_(tau).mul_(pull_NK.pow_(1 - tau))
-
-    def traverse(centres: tuple) -> None:
-        for rows in (slice(first, first + 2048) for first in range(0, len(scores_N), 2048)):
-            for block in range(0, len(centres[0]), 256):
-                away_NK = away(rows_of(points, rows), rows_of(centres, slice(block, block + 256)))
-                total_N[rows] += away_NK.sum(1).cpu()
-                least_N[rows] = torch.minimum(least_N[rows], away_NK.amin(1).cpu().double())
-
-    total_N, least_N = torch.zeros(len(scores_N)).double(), torch.full((len(scores_N), ), math.inf).double()
-    taken_N, picks, few = torch.zeros(len(scores_N), dtype=torch.bool), [], min(len(scores_N), 1024)
-    traverse(known)
-    while len(picks) < budget and not taken_N.all():
-        number, block = len(labelled_LD) + len(picks), []
-        value_N = (total_N / number + least_N if number else scores_N.double()).masked_fill(taken_N, -math.inf)
-        values, active = value_N.topk(min(few + 1, len(value_N)))
-        bound, active = float(values[-1]) if few < len(value_N) else -math.inf, active[:few].sort().values
-        total, least, taken = total_N[active], least_N[active], taken_N[active]
-        own, pick = rows_of(points, active), int(value_N.argmax())
-        while True:
-            block.append(pick)
-            taken[active == pick] = True
-            if caps:
-                caps.take([pick])
-                taken |= caps.closed(active)
-            away_N = away(own, rows_of(points, [pick]))[:, 0].cpu().double()
-            total, least = total + away_N, torch.minimum(least, away_N)
-            value = (total / (number + len(block)) + least).masked_fill(taken, -math.inf)
-            pick = int(active[value.argmax()])
-            if len(picks) + len(block) == budget or not number or not value.max() > bound + len(block) * farthest / (
-                    number + len(block)):
-                break
-        traverse(rows_of(points, block))
-        picks += block
-        taken_N[block] = True
-        if caps:
-            taken_N |= caps.closed()
-        few = min(len(scores_N), few * 2 if len(block) < 16 else few)
-    return torch.tensor(picks)
+    farthest, number = (2 * float(torch.cat([points[2], known[2]]).max())**.5)**tau, len(labelled_LD)
+    state = torch.zeros(len(scores_N)).double(), torch.full((len(scores_N), ), math.inf).double()
+    traverse(advance, state, points, known, [])
+    return lazily(state, points, lambda state, k: state[0] / (number + k) + state[1], advance, budget, caps,
+                  None if number else int(scores_N.argmax()), lambda values, k: len(values) * farthest / (number + k))
 
 
 def allowed(rows_K, budget: int, caps: Caps | None):
