@@ -3128,10 +3128,9 @@ def kmeanspp(scores_N: torch.Tensor, budget: int, generator: torch.Generator, ve
     def run(clocks: tuple, rows: tuple, centres: tuple, values: list) -> None:
         """Let clocks run until one after the other rings, as their values say; then it slows those near it."""
         left_N, rate_N = clocks
-        for near_N, value in zip(product(columns_of(*centres), rows[0].T), values):
-            left_N.add_(rate_N, alpha=value)
-            torch.minimum(rate_N, near_N, out=rate_N)
-        rate_N.clamp_min_(1e-30)
+        rates_NK = product(rows[0], columns_of(*centres).T).cummin(1).values.minimum(rate_N[:, None]).clamp_min_(1e-30)
+        left_N.add_(rate_N, alpha=values[0]).add_(rates_NK[:, :-1] @ rate_N.new_tensor(values[1:]))
+        rate_N.copy_(rates_NK[:, -1])
 
     product = functools.partial(outer_product, split=split) if split else torch.matmul
     parts = in_float64(vectors_ND).tensor_split([split], 1) if split else [vectors_ND]
@@ -3199,8 +3198,9 @@ def lazily(state: tuple, points: tuple, value: Callable, advance: Callable, budg
 
 
 def traverse(advance: Callable, state: tuple, points: tuple, centres: tuple, values: list) -> None:
-    """Advance all, a matrix product a block."""
-    for rows in (slice(first, first + 8192) for first in range(0, len(state[0]), 8192)):
+    """Advance all, a matrix product a block, which a processor's cache holds."""
+    size = 2**18 // min(512, len(centres[0]) or 1)
+    for rows in (slice(first, first + size) for first in range(0, len(state[0]), size)):
         for some in (slice(first, first + 512) for first in range(0, len(centres[0]), 512)):
             advance(rows_of(state, rows), rows_of(points, rows), rows_of(centres, some), values[some])
 
