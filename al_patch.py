@@ -3149,66 +3149,6 @@ def outer_product(one: torch.Tensor, other: torch.Tensor, split: int) -> torch.T
     return (one[..., :split] @ other[:split]) * (one[..., split:-2] @ other[split:-2]) + one[..., -2:] @ other[-2:]
 
 
-def lazily(state: tuple, points: tuple, value: Callable, advance: Callable, budget: int, caps: Caps | None,
-           first: int | None, drift: Callable) -> torch.Tensor:
-    """A greedy choice: again and again the candidate of the highest value. (K,) indices
-
-    As picks raise values little, if at all, old values nearly are upper bounds: as long as the best of an up-to-date
-    few lies above what all others can have come to, it is the best of all; the others can wait for a matrix product.
-
-    Args:
-        state: Tensors with a row for each candidate, of which values are made.
-        points: The like, that say how picks change a state.
-        value: Makes values (N,) of a state, when k are chosen.
-        advance: Changes the state of some points, in place, by centres, with the values for which these were chosen.
-        first: The first pick, if it is not for its value.
-        drift: What picks for some values, of k in all, can have raised another value by.
-    """
-    n, picks, block = len(state[0]), [], [] if first is None else [first]
-    few, closed_N, values = min(n, 1024), torch.zeros(n, dtype=torch.bool, device=state[0].device), [0.] * len(block)
-    if caps:
-        caps.take(block)
-    while True:
-        traverse(advance, state, points, rows_of(points, block), values)
-        picks += block
-        closed_N[block] = True
-        if caps:
-            closed_N |= caps.closed().to(closed_N.device)
-        value_N = value(state, len(picks)).masked_fill(closed_N, -math.inf)
-        pick = int(value_N.argmax())
-        best = float(value_N[pick])
-        if len(picks) == budget or best == -math.inf:  # caps leave no more
-            return torch.tensor(picks)
-        highest, active = value_N.topk(min(few + 1, n))
-        bound, active = float(highest[-1]) if few < n else -math.inf, active[:few].sort().values
-        own, near, closed, block, values = rows_of(state, active), rows_of(points, active), closed_N[active], [], []
-        while not block or (len(block) < min(512, budget - len(picks)) and
-                            best > bound + drift(values, len(picks) + len(block))):
-            block.append(pick)
-            values.append(best)
-            closed |= active == pick
-            if caps:
-                caps.take([pick])
-                closed |= caps.closed(active)
-            advance(own, near, rows_of(points, slice(pick, pick + 1)), [best])
-            value_A = value(own, len(picks) + len(block)).masked_fill(closed, -math.inf)
-            i = int(value_A.argmax())
-            pick, best = int(active[i]), float(value_A[i])
-        few = min(n, few * 2 if len(block) < 16 else few)
-
-
-def traverse(advance: Callable, state: tuple, points: tuple, centres: tuple, values: list) -> None:
-    """Advance all, a matrix product a block, which a processor's cache holds."""
-    size = 2**18 // min(512, len(centres[0]) or 1)
-    for rows in (slice(first, first + size) for first in range(0, len(state[0]), size)):
-        for some in (slice(first, first + 512) for first in range(0, len(centres[0]), 512)):
-            advance(rows_of(state, rows), rows_of(points, rows), rows_of(centres, some), values[some])
-
-
-def rows_of(points: tuple, rows) -> tuple:
-    return tuple(part if part is None else part[rows] for part in points)
-
-
 OFFERED = (
     # a score gets the class probabilities (N, C, H, W), the mean over all passes, and on demand
     'entropies_NHW',  # mean entropy of the MC dropout passes, in nats
@@ -3618,6 +3558,66 @@ def barycentre(scores_N: torch.Tensor, budget: int, generator: torch.Generator, 
     traverse(advance, state, points, known, [])
     return lazily(state, points, lambda state, k: state[0] / (number + k) + state[1], advance, budget, caps,
                   None if number else int(scores_N.argmax()), lambda values, k: len(values) * farthest / (number + k))
+
+
+def lazily(state: tuple, points: tuple, value: Callable, advance: Callable, budget: int, caps: Caps | None,
+           first: int | None, drift: Callable) -> torch.Tensor:
+    """A greedy choice: again and again the candidate of the highest value. (K,) indices
+
+    As picks raise values little, if at all, old values nearly are upper bounds: as long as the best of an up-to-date
+    few lies above what all others can have come to, it is the best of all; the others can wait for a matrix product.
+
+    Args:
+        state: Tensors with a row for each candidate, of which values are made.
+        points: The like, that say how picks change a state.
+        value: Makes values (N,) of a state, when k are chosen.
+        advance: Changes the state of some points, in place, by centres, with the values for which these were chosen.
+        first: The first pick, if it is not for its value.
+        drift: What picks for some values, of k in all, can have raised another value by.
+    """
+    n, picks, block = len(state[0]), [], [] if first is None else [first]
+    few, closed_N, values = min(n, 1024), torch.zeros(n, dtype=torch.bool, device=state[0].device), [0.] * len(block)
+    if caps:
+        caps.take(block)
+    while True:
+        traverse(advance, state, points, rows_of(points, block), values)
+        picks += block
+        closed_N[block] = True
+        if caps:
+            closed_N |= caps.closed().to(closed_N.device)
+        value_N = value(state, len(picks)).masked_fill(closed_N, -math.inf)
+        pick = int(value_N.argmax())
+        best = float(value_N[pick])
+        if len(picks) == budget or best == -math.inf:  # caps leave no more
+            return torch.tensor(picks)
+        highest, active = value_N.topk(min(few + 1, n))
+        bound, active = float(highest[-1]) if few < n else -math.inf, active[:few].sort().values
+        own, near, closed, block, values = rows_of(state, active), rows_of(points, active), closed_N[active], [], []
+        while not block or (len(block) < min(512, budget - len(picks)) and
+                            best > bound + drift(values, len(picks) + len(block))):
+            block.append(pick)
+            values.append(best)
+            closed |= active == pick
+            if caps:
+                caps.take([pick])
+                closed |= caps.closed(active)
+            advance(own, near, rows_of(points, slice(pick, pick + 1)), [best])
+            value_A = value(own, len(picks) + len(block)).masked_fill(closed, -math.inf)
+            i = int(value_A.argmax())
+            pick, best = int(active[i]), float(value_A[i])
+        few = min(n, few * 2 if len(block) < 16 else few)
+
+
+def traverse(advance: Callable, state: tuple, points: tuple, centres: tuple, values: list) -> None:
+    """Advance all, a matrix product a block, which a processor's cache holds."""
+    size = 2**18 // min(512, len(centres[0]) or 1)
+    for rows in (slice(first, first + size) for first in range(0, len(state[0]), size)):
+        for some in (slice(first, first + 512) for first in range(0, len(centres[0]), 512)):
+            advance(rows_of(state, rows), rows_of(points, rows), rows_of(centres, some), values[some])
+
+
+def rows_of(points: tuple, rows) -> tuple:
+    return tuple(part if part is None else part[rows] for part in points)
 
 
 def allowed(rows_K, budget: int, caps: Caps | None):
