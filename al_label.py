@@ -2,38 +2,46 @@
 label maps to start from, and the same for CVAT and Label Studio. And what comes back: label files in
 ``round_<k>/labels``, and the store in ``labels`` that keeps them for training.
 
-Beside ``al_patch.py`` it attaches itself to every run. By hand it writes again what failed or was deleted, sets a run
-back to a round, or takes images out of it:
+Beside ``al_patch.py`` it attaches itself to every run. By hand it writes what a round asks for again, or a share of it,
+takes what an annotation tool exports, sets a run back to a round, or takes images out of it:
 
-    python al_label.py export WORK_DIR
+    python al_label.py export WORK_DIR [--to cvat | label-studio | png] [--part 2/3] [--with-images]
+    python al_label.py import WORK_DIR FILE [--check]
     python al_label.py rewind WORK_DIR K
     python al_label.py drop WORK_DIR IMAGE ...
 """
 from __future__ import annotations
 
 import argparse
+import base64
+import collections
 import contextlib
 import copy
+import fcntl
 import functools
 import glob
 import hashlib
 import io
 import itertools
 import json
+import math
+import mimetypes
 import os
 import os.path as osp
 import pathlib
 import re
 import shutil
 import tempfile
+import xml.etree.ElementTree as ET
 import zipfile
-from typing import TYPE_CHECKING, Iterator
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Callable, Iterable, Iterator, NamedTuple
+from urllib.parse import quote, unquote
 from xml.sax.saxutils import quoteattr
 
 import cv2
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
 if TYPE_CHECKING:
     from mmengine.hooks import Hook
@@ -87,19 +95,30 @@ def hook() -> Hook:
 
 
 def main(argv: list | None = None) -> None:
-    parser = argparse.ArgumentParser(prog='al_label.py', description='What a run of active learning gives to people')
+    parser = argparse.ArgumentParser(prog='al_label.py', description='What a run of active learning gives to people, '
+                                                                     'and takes from them')
     commands = parser.add_subparsers(required=True, dest='command')
-    for function, what in ((export_again, 'write again what a run that waits for labels asks for, in its folder'),
-                           (rewind, 'set a run back to a round; later ones are moved aside, and their labels are kept'),
-                           (drop, 'take images out of a run: their cost stays in its figures, nothing else changes')):
+
+    def add(function: Callable, what: str, *arguments: tuple) -> None:
         command = commands.add_parser(function.__name__.split('_')[0], help=what, description=what)
         command.add_argument('work_dir', metavar='WORK_DIR')
         command.set_defaults(function=function)
-        if function is rewind:
-            command.add_argument('round', metavar='K', type=int, help='the round that asks anew')
-            command.add_argument('--train', action='store_true', help='train round K anew, too')
-        elif function is drop:
-            command.add_argument('names', metavar='IMAGE', nargs='+', help='as the state file spells it')
+        for name, details in arguments:
+            command.add_argument(name, **details)
+
+    add(export_again, 'write again what a run that waits for labels asks for, or a share of it for one annotator',
+        ('--to', dict(choices=TOOLS, help='for this tool alone')),
+        ('--part', dict(type=share_of, metavar='I/N', help='share I of N, as one file')),
+        ('--with-images', dict(action='store_true', help='the images are in that file, too')))
+    add(import_labels, 'take what people have labelled: an export of Label Studio or CVAT, or label maps',
+        ('file', dict(metavar='FILE', help='JSON or JSON-MIN of Label Studio; CVAT for images 1.1 or Segmentation mask '
+                                           '1.1; a folder, or a zip, of PNGs')),
+        ('--check', dict(action='store_true', help='say what would come of it, and write nothing')))
+    add(rewind, 'set a run back to a round; later ones are moved aside, and their labels are kept',
+        ('round', dict(metavar='K', type=int, help='the round that asks anew')),
+        ('--train', dict(action='store_true', help='train round K anew, too')))
+    add(drop, 'take images out of a run: their cost stays in its figures, nothing else changes',
+        ('names', dict(metavar='IMAGE', nargs='+', help='as the state file spells it')))
     options = vars(parser.parse_args(argv))
     name, function = options.pop('command'), options.pop('function')
     try:
@@ -108,12 +127,48 @@ def main(argv: list | None = None) -> None:
         parser.exit(2, f'al_label.py {name}: {" ".join(str(error).split()) or repr(error)}\n')
 
 
-def export_again(work_dir: str) -> str:
+def share_of(text: str) -> tuple[int, int]:
+    """``'2/3'`` as numbers.
+
+    Raises:
+        argparse.ArgumentTypeError: It is no share.
+    """
+    found = re.fullmatch('([0-9]+)/([0-9]+)', text)
+    part, parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f'should be I/N with I from 1 to N, such as 2/3, but got {text!r}')
+    return part, parts
+
+
+def export_again(work_dir: str, to: str | None = None, part: tuple | None = None, with_images: bool = False) -> str:
+    """
+    Args:
+        to: One of ``TOOLS``; default: all.
+        part: Number and count of a share, which is written as one file.
+    """
     import al_patch
-    state = waiting_run(work_dir)
-    with al_patch.checkpoints_are_data():
-        export(state)
-    return f'What round {state.round} asks for is in {folder_of(state)}'
+    tools = [to] if to else TOOLS
+    with opened_run(work_dir) as state:
+        if state.phase != 'label':
+            raise ValueError(f'the run in {work_dir} does not wait for labels')
+        if not (part or with_images) or not (folder_of(state) / 'to_label.txt').is_file():
+            with al_patch.checkpoints_are_data():
+                export(state, tools=tools)
+        where = [folder_of(state)]
+        if part or with_images:
+            where = [pack(state, tool, part or (1, 1), with_images) for tool in tools]
+        return f'What round {state.round} asks for is in {", ".join(map(str, where))}'
+
+
+def import_labels(work_dir: str, file: str, check: bool = False) -> str:
+    """Take what people have labelled into the inbox of the newest round, where the run finds it on ``--resume``.
+
+    Raises:
+        ValueError: Something in the file cannot be used, or nothing in it is an answer. Then nothing has changed.
+    """
+    notes = collections.defaultdict(dict)
+    with opened_run(work_dir) as state:
+        return hand_in(state, read_answers(state, file, notes), notes, check)
 
 
 def rewind(work_dir: str, round: int, train: bool = False) -> str:
@@ -191,11 +246,12 @@ def stopped_run(work_dir: str) -> Iterator[dict]:
         yield content
 
 
-def waiting_run(work_dir: str) -> State:
-    """The run in a directory, as resuming would open it.
+@contextlib.contextmanager
+def opened_run(work_dir: str) -> Iterator[State]:
+    """The run in a directory, as resuming would open it; what mmengine logs about that goes elsewhere.
 
     Raises:
-        ValueError: It does not wait for labels, or there is no config; or what resuming would raise.
+        ValueError: There is no config; or what resuming would raise.
     """
     from mmengine.config import Config
     from mmengine.registry import RUNNERS
@@ -203,21 +259,474 @@ def waiting_run(work_dir: str) -> State:
 
     import al_patch
     content = al_patch.read_state(osp.join(work_dir, al_patch.STATE_FILE))
-    if content['phase'] != 'label':
-        raise ValueError(f'the run in {work_dir} does not wait for labels')
     configs = glob.glob(osp.join(glob.escape(work_dir), '*.py'))
     if not configs:
         raise ValueError(f'{work_dir} does not hold the config, a .py file, that mmengine writes there')
     cfg = Config.fromfile(max(configs, key=osp.getmtime))
-    cfg.update(work_dir=work_dir, resume=True, launcher='none')
-    runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-    al_patch.attach_companions(runner)  # keys of the `al` block may be theirs
-    al, pool = al_patch.parse_settings(cfg.al), al_patch.Pool(cfg, al_patch.unwrap(runner.model))
-    state = al_patch.State(content, runner.work_dir, al, runner, pool)
-    for check in al_patch.methods_of(runner, 'check_resume'):
-        check(state, content)
-    return state
+    with tempfile.TemporaryDirectory() as elsewhere:
+        cfg.update(work_dir=elsewhere, resume=True, launcher='none', log_level='WARNING')
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        al_patch.attach_companions(runner)  # keys of the `al` block may be theirs
+        al, pool = al_patch.parse_settings(cfg.al), al_patch.Pool(cfg, al_patch.unwrap(runner.model))
+        pool.sizes = Sizes(pool)
+        state = al_patch.State(content, osp.abspath(work_dir), al, runner, pool)
+        for check in al_patch.methods_of(runner, 'check_resume'):
+            check(state, content)
+        yield state
 
+
+class Sizes(dict):
+    """As ``Pool.sizes``, of those images alone that are asked about."""
+
+    def __init__(self, pool: Pool):
+        super().__init__()
+        self.pool = pool
+
+    def __missing__(self, name: str) -> tuple[int, int]:
+        self[name] = self.pool.load_image(name).shape[:2]
+        return self[name]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What tools export, as label maps in the inbox: the run accepts them when it goes on, as it does any file there
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_trial: bool = False) -> str:
+    """Put answers into the inbox of the newest round, beside what is in it, all or none. What the run will make of them
+    is found by what it will use.
+
+    Args:
+        notes: What is to be told beside: a sentence -> the images that it is about.
+        is_trial: Nothing is written.
+
+    Returns:
+        What came of it, in lines.
+
+    Raises:
+        ValueError: There is no answer, or one cannot be used.
+    """
+    import al_patch
+    inbox, asked, folder = Inbox(state), state.entry['asked'], osp.join(state.folder(), 'labels')
+    with contextlib.nullcontext() if is_trial else lock_inbox(state), tempfile.TemporaryDirectory() as staged:
+        inbox.staged = staged
+        for answer in answers:
+            if not answer.known.any():
+                notes['Nothing is labelled'][answer.name] = None
+            elif not answer.is_submitted and is_as_predicted(state, answer):
+                notes['Just as it was exported, which is no answer (but with `al.oracle.accept_unchanged`)'][
+                    answer.name] = None
+            else:
+                stage(inbox, answer, al_patch.png_path(folder, answer.name, state.work_dir), notes)
+        paths = {str(path.relative_to(staged)): path for path in sorted(pathlib.Path(staged).rglob('*.png'))}
+        if not paths:
+            raise ValueError(f'it holds no answer to what round {state.round} asks for: {in_lines(notes, "; ")}'
+                             .removesuffix(': '))
+        reports = {name: inbox.take(name, True, keeps=False) for name in state.labelled()}
+        new = {osp.join(folder, path): content for path, file in paths.items()
+               if (content := file.read_bytes()) != read_bytes(osp.join(folder, path))}
+        for path, content in {} if is_trial else new.items():
+            al_patch.write_atomically(path, content)
+    newest = [reports[name] for name in asked if name in reports]
+    accepted, total, unchanged = (sum(each[key] for each in newest) for key in ('accepted', 'asked', 'unchanged'))
+    missing = {name: reports[name]['missing'] for name in asked if name in reports and reports[name]['missing']}
+    notes['Not yet'] = unit_words(state, missing)
+    notes['Outside what was asked for, kept aside'] = {
+        f'{name} ({report["outside"]} pixels)': None for name, report in reports.items() if report['outside']}
+    notes['Nobody asked for these images, they are kept aside'] = {
+        name: None for name in (path.removesuffix('.png') for path in paths) if name not in state.labelled()}
+    notes['Wrong'] = {report['wrong']: None for report in reports.values() if report['wrong']}
+    return '\n'.join([
+        f'{accepted} of the {total} {state.al.unit.type}s that round {state.round} asks for are answered'
+        f'{f", {unchanged} of them exactly as predicted" if unchanged else ""}', *in_lines(notes, '\n').splitlines(),
+        f'{len(new)} label maps {"would be" if is_trial else "are"} new in {folder}' if new else 'Nothing is new'])
+
+
+def is_as_predicted(state: State, answer: Answer) -> bool:
+    """Whether an answer is what was exported to start from."""
+    path = png_path(state, 'prediction', answer.name)
+    return not state.al.oracle.accept_unchanged and osp.isfile(path) and np.array_equal(
+        answer.classes, read_label(path, state.pool, answer.name)) and bool(
+        (answer.classes != state.pool.ignore_index)[answer.known].all())
+
+
+def stage(inbox: Inbox, answer: Answer, path: str, notes: dict[str, dict]) -> None:
+    """Write an answer, on top of what the file in the inbox says, beside that inbox, as a label file of the data set:
+    in grey, or in the colours of its palette, whichever is read as it was meant.
+
+    Raises:
+        ValueError: The data set reads neither.
+    """
+    import al_patch
+    state, pool, (name, classes, known, _) = inbox.state, inbox.state.pool, answer
+    before, done = inbox.stored(name)
+    if osp.isfile(path):
+        older, there = inbox.read(name, path, state.mask(name))
+        before, done = np.where(there, older, before), done | there
+        classes, known = np.where(known, classes, older), known | there
+    if differs := int((done & answer.known & (before != classes)).sum()):
+        notes['Another label than before, of which the newer counts'][f'{name} ({differs} pixels)'] = None
+    is_void = known & (classes == pool.ignore_index)
+    palette = np.zeros((len(label_values(pool, name)[1]), 3), np.uint8)
+    palette[:] = 1  # no class, where a palette has no such colour
+    own = np.array(pool.leaves[0].metainfo.get('palette') or [], np.uint8).reshape(-1, 3)
+    palette[:len(own)] = own
+    classes = np.where(known, classes, pool.ignore_index)
+    staged = al_patch.png_path(inbox.staged, name)
+    for values in (label_values(pool, name)[1], palette, palette[:, ::-1]):
+        picture = values[classes]
+        picture[is_void] = state.al.oracle.unlabelable or 0
+        al_patch.write_png(staged, picture)
+        with contextlib.suppress(ValueError):
+            if all(map(np.array_equal, inbox.read(name, staged, known), (classes, known))):
+                return
+    raise ValueError(f'{name}: the data set reads label files neither as numbers of classes nor in the colours of its '
+                     f'palette: put label maps of your own into {osp.dirname(path)}')
+
+
+@contextlib.contextmanager
+def lock_inbox(state: State) -> Iterator[None]:
+    """Held for as long as it takes to add to the inbox: two may import at once, whatever the run does meanwhile."""
+    with open(osp.join(state.work_dir, 'inbox.lock'), 'w') as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+def in_lines(notes: dict[str, dict], separator: str) -> str:
+    return separator.join(f'{what}: {in_words(names)}' for what, names in notes.items() if names)
+
+
+def read_bytes(path: str) -> bytes:
+    """What a file holds; nothing, if there is none."""
+    return pathlib.Path(path).read_bytes() if osp.isfile(path) else b''
+
+
+def read_answers(state: State, path: str, notes: dict[str, dict]) -> list[Answer]:
+    """What a tool has exported: a file, a zip or a folder.
+
+    Raises:
+        ValueError: It is of no kind that is known, or something in it cannot be used.
+    """
+    import al_patch
+    with al_patch.reading(path):
+        files = files_in(path)
+        named = {osp.basename(file): file for file in files}
+        if 'annotations.xml' in named:
+            return read_cvat(state, files[named['annotations.xml']](), notes)
+        if 'labelmap.txt' in named:
+            return read_colours(state, files, named['labelmap.txt'])
+        if jsons := [file for file in files if file.endswith('.json')]:
+            return read_label_studio(state, json.loads(files[jsons[0]]()), notes)
+        return read_maps(state, files, path)
+
+
+def files_in(path: str) -> dict[str, Callable[[], bytes]]:
+    """The files in a folder or a zip, or a file alone: name -> a function that reads it. Nothing is unpacked.
+
+    Raises:
+        ValueError: It is a zip whose names lead elsewhere, or that unpacks to far more than it holds.
+    """
+    root = pathlib.Path(path)
+    if root.is_dir():
+        return {str(file.relative_to(root)): file.read_bytes for file in sorted(root.rglob('[!.]*')) if file.is_file()}
+    if not zipfile.is_zipfile(path):
+        return {root.name: root.read_bytes}
+    archive = zipfile.ZipFile(path)
+    files = [info for info in archive.infolist() if not info.is_dir()]
+    strange = [info.filename for info in files if osp.isabs(info.filename) or '..' in re.split(r'[/\\]', info.filename)]
+    if strange:
+        raise ValueError(f'names in a zip should stay below its root, but got {strange[0]!r}')
+    size, packed = sum(info.file_size for info in files), sum(info.compress_size for info in files)
+    if size > max(2**26, 200 * packed):
+        raise ValueError(f'a zip of labels should unpack to at most 200 times its size, but {packed} bytes would be '
+                         f'{size}')
+    return {info.filename: functools.partial(archive.read, info) for info in files}
+
+
+def read_label_studio(state: State, tasks: list, notes: dict[str, dict]) -> list[Answer]:
+    """Answers in what Label Studio exports as JSON or JSON-MIN: of each task that this round has given, the annotation
+    that was changed last; neither predictions nor drafts.
+
+    Raises:
+        ValueError: It is none, or a task is not of this run.
+    """
+    if not isinstance(tasks, list) or not all(isinstance(task, dict) for task in tasks):
+        raise ValueError('a JSON should be an export of Label Studio, a list of tasks, but is not')
+    answers, newest = [], collections.defaultdict(list)
+    for task in tasks:
+        data = task.get('data', task)
+        name = image_named(state, data.get('name') or data.get('image') or '')
+        given = data.get('round', state.round), data.get('request', request_of(state))
+        if given[0] < state.round:
+            notes[f'Of an older round than {state.round}, passed over'][name] = None
+        elif given != (state.round, request_of(state)):
+            raise ValueError(f'the task of {name} should be of what this run asks for in round {state.round}, but is '
+                             f'of another run\'s round {given[0]}')
+        else:
+            done = [min_annotation(task)] if 'data' not in task else task.get('annotations', [])
+            if not done:
+                notes['Not submitted'][name] = None
+            newest[name] += done
+    for name, given in newest.items():
+        kept = [each for each in given if not each.get('was_cancelled')]
+        if len(kept) < len(given):
+            notes['Cancelled by an annotator'][name] = None
+        if len(kept) > 1:
+            notes['Labelled more than once, what was changed last counts'][name] = None
+        if kept:
+            last = max(kept, key=lambda each: (str(each.get('updated_at')), each.get('id') or 0))
+            pieces = (piece for result in last['result'] for piece in label_studio_pieces(state, name, result))
+            answers.append(painted(state, name, pieces, True))
+    return answers
+
+
+def min_annotation(task: dict) -> dict:
+    """The annotation in a task of a JSON-MIN, in which each control's regions stand beside the data."""
+    regions = [region for value in task.values() if isinstance(value, list)
+               for region in value if isinstance(region, dict) and 'original_width' in region]
+    return dict(updated_at=task.get('updated_at'), id=task.get('annotation_id'), result=[
+        dict({key: region[key] for key in ('original_width', 'original_height')}, value=region, type=kind)
+        for region in regions for kind in region if kind.endswith('labels')])
+
+
+def label_studio_pieces(state: State, name: str, result: dict) -> Iterator[tuple[str, np.ndarray]]:
+    """The label and the mask, (H, W), of a region in Label Studio; none of what is no region.
+
+    Raises:
+        ValueError: It is for an image of another size, has another form than those that are known, or two labels.
+    """
+    value, kind, (h, w) = result.get('value', {}), result.get('type', ''), state.pool.sizes[name]
+    if not kind.endswith('labels'):
+        return
+    if len(value[kind]) != 1:
+        raise ValueError(f'{name}: a region should have one label, but got {value[kind]}')
+    if value[kind] == [asked_label(state)]:
+        return
+    size = result['original_height'], result['original_width']
+    check_size(name, size, (h, w))
+    percent = np.array([w, h]) / 100
+    if 'rle' in value:
+        mask = decode_rle(value['rle'], (h, w))
+    elif 'points' in value:
+        mask = filled(np.array(value['points'], float) * percent, (h, w))
+    elif {'x', 'y', 'width', 'height'} <= {*value}:
+        start, extent = (np.array([value[a], value[b]], float) * percent for a, b in (('x', 'y'), ('width', 'height')))
+        mask = filled(start + turned(CORNERS * extent, value.get('rotation', 0)), (h, w))
+    elif kind == 'keypointlabels':
+        mask = points_mask([np.array([value['x'], value['y']], float) * percent], (h, w))
+    else:
+        raise ValueError(f'{name}: labels should be brushes, polygons, rectangles or points, but got {kind}')
+    yield value[kind][0], mask
+
+
+def read_cvat(state: State, content: bytes, notes: dict[str, dict]) -> list[Answer]:
+    """Answers in the ``annotations.xml`` of CVAT's 'CVAT for images 1.1'.
+
+    Raises:
+        ValueError: It is another XML, or has entities of its own, or an image that is not of this run.
+    """
+    if b'<!' in content:
+        raise ValueError('an annotations.xml should have no declarations, but has <!')
+    answers, root = [], ET.fromstring(content)
+    if root.tag != 'annotations':
+        raise ValueError(f"an annotations.xml should be of 'CVAT for images 1.1', but its root is {root.tag!r}")
+    for image in root.iter('image'):
+        name = image_named(state, image.get('name'))
+        size = check_size(name, (int(image.get('height')), int(image.get('width'))), state.pool.sizes[name])
+        shapes = sorted(image, key=lambda shape: int(shape.get('z_order', 0)))
+        answers.append(painted(state, name, ((shape.get('label'), cvat_mask(shape.tag, shape.attrib, size)) for shape in
+                                             shapes if shape.tag != 'tag'), False))
+    return answers
+
+
+def cvat_mask(kind: str, shape: dict, size: tuple) -> np.ndarray:
+    """The mask of a shape in CVAT, (H, W).
+
+    Raises:
+        ValueError: It has another form than those that are known, or cannot be decoded.
+    """
+    if kind == 'mask':
+        left, top, width, height = (int(shape[key]) for key in ('left', 'top', 'width', 'height'))
+        runs = np.array(shape['rle'].split(','), int)
+        if runs.sum() != width * height or runs.min() < 0 or min(left, top) < 0 or (
+                top + height > size[0] or left + width > size[1]):
+            raise ValueError(f'a mask should have {width} x {height} pixels inside its image, but its RLE does not')
+        mask = np.zeros(size, bool)
+        mask[top:top + height, left:left + width] = np.repeat(np.arange(len(runs)) % 2, runs).reshape(height, width)
+        return mask
+    if kind == 'box':
+        low, high = (np.array([shape[f'x{a}'], shape[f'y{a}']], float) for a in ('tl', 'br'))
+        centre = (low + high) / 2
+        return filled(centre + turned((CORNERS - .5) * (high - low), float(shape.get('rotation', 0))), size)
+    if kind not in ('polygon', 'points'):
+        raise ValueError(f'labels should be masks, polygons, boxes or points, but got {kind}')
+    points = [np.array(point.split(','), float) for point in shape['points'].split(';')]
+    return filled(np.array(points), size) if kind == 'polygon' else points_mask(points, size)
+
+
+def read_colours(state: State, files: dict[str, Callable], labelmap: str) -> list[Answer]:
+    """Answers in CVAT's 'Segmentation mask 1.1': a colour a label, and black is none."""
+    lines = [line.split(':') for line in files[labelmap]().decode().splitlines() if line.strip() and line[0] != '#']
+    labels = {tuple(map(int, line[1].split(','))): line[0] for line in lines}
+    labels.pop((0, 0, 0), None)
+    answers = []
+    for file in (file for file in files if '/SegmentationClass/' in f'/{file}' and file.endswith('.png')):
+        name = image_named(state, file.rpartition('SegmentationClass/')[2])
+        with Image.open(io.BytesIO(files[file]())) as image:
+            check_size(name, image.size[::-1], state.pool.sizes[name])
+            picture = np.array(image.convert('RGB'))
+        found = {tuple(colour) for colour in np.unique(picture.reshape(-1, 3), axis=0).tolist()} - {(0, 0, 0)}
+        if strange := found - {*labels}:
+            raise ValueError(f'{file} should have the colours of its labelmap.txt, but got {min(strange)}')
+        answers.append(painted(state, name, ((labels[c], (picture == c).all(2)) for c in found), False))
+    return answers
+
+
+def read_maps(state: State, files: dict[str, Callable], path: str) -> list[Answer]:
+    """Answers in label maps with the values of the data set's label files, a PNG an image; of an exported share those
+    in its ``labels``."""
+    import al_patch
+    if 'to_label.txt' in files:
+        raise ValueError('that is what people are given: import the folder in which they have labelled')
+    pngs, inbox, answers = [file for file in files if file.lower().endswith('.png')], Inbox(state), []
+    pngs = [file for file in pngs if 'labels' in pathlib.PurePath(file).parts] or pngs
+    if not pngs:
+        raise ValueError(f'it should be a JSON or JSON-MIN of Label Studio, a CVAT for images 1.1 or Segmentation mask '
+                         f'1.1 of CVAT, or label maps as PNGs, but holds {", ".join([*files][:3]) or "nothing"}')
+    with tempfile.TemporaryDirectory() as folder:
+        for file in pngs:
+            name, content = image_named(state, file), files[file]()
+            with Image.open(io.BytesIO(content)) as image:
+                check_size(name, image.size[::-1], state.pool.sizes[name])
+            al_patch.write_atomically(copied := osp.join(folder, file), content)
+            try:
+                classes, known = inbox.read(name, copied, state.mask(name))
+            except ValueError as error:
+                raise ValueError(str(error).replace(folder, path)) from error
+            known &= (classes < (state.class_count or 2**16)) | (classes == state.pool.ignore_index)
+            answers.append(Answer(name, np.where(known, classes, state.pool.ignore_index), known, False))
+    return answers
+
+
+def image_named(state: State, given: str) -> str:
+    """The image that a tool's name or address stands for: by its name or its path, with or without an extension, as it
+    is or as in an URL, below whatever folder.
+
+    Raises:
+        ValueError: There is none.
+    """
+    known, given = image_names(state.pool), str(given)
+    for text in (given, unquote(given)):
+        parts = re.split(r'[/\\]|\?d=', text)
+        for i in range(len(parts)):
+            tail = '/'.join(parts[i:])
+            for each in (tail, osp.splitext(tail)[0]):
+                if each in known:
+                    return known[each]
+    raise ValueError(f'images should be of this run\'s data set, such as {min(state.pool.names)!r}, but got {given!r}')
+
+
+@functools.lru_cache(2)
+def image_names(pool: Pool) -> dict[str, str]:
+    """What images are called, by tools and by us -> their names."""
+    return {**{image_stem(pool, name): name for name in pool.names}, **{name: name for name in pool.names}}
+
+
+def check_size(name: str, size: tuple, expected: tuple) -> tuple:
+    """
+    Raises:
+        ValueError: Labels are for an image of another size.
+    """
+    if tuple(size) != tuple(expected):
+        raise ValueError(f'{name}: labels should be of the size of the image, {tuple(expected)}, but are of '
+                         f'{tuple(size)}')
+    return tuple(expected)
+
+
+def painted(state: State, name: str, pieces: Iterable[tuple[str, np.ndarray]], is_submitted: bool) -> Answer:
+    """What labelled pieces of an image come to: a later one covers an earlier one.
+
+    Raises:
+        ValueError: A label is none of the run's.
+    """
+    labels, size, ignore_index = tool_labels(state)[0], state.pool.sizes[name], state.pool.ignore_index
+    classes, known, count = np.full(size, ignore_index), np.zeros(size, bool), len(class_colours(state.pool)[0])
+    for label, mask in pieces:
+        if label == asked_label(state):
+            mask = mask & False
+        elif label not in labels:
+            raise ValueError(f'{name}: labels should be {", ".join(labels[:20])}, but got {label!r}')
+        else:
+            c = labels.index(label)
+            classes[mask] = c if c < count else ignore_index
+        known |= mask
+    return Answer(name, classes, known, is_submitted)
+
+
+class Answer(NamedTuple):
+    """What somebody says of an image: ``classes``, and where they are ``known``, (H, W) both. What is known and of no
+    class is unlabelable. What is not ``submitted`` may be a prediction that nobody has looked at."""
+    name: str
+    classes: np.ndarray
+    known: np.ndarray
+    is_submitted: bool
+
+
+CORNERS = np.array([[0., 0.], [1., 0.], [1., 1.], [0., 1.]])
+
+
+def turned(points_N2: np.ndarray, degrees: float) -> np.ndarray:
+    """Points that are turned around the origin, clockwise in an image."""
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return points_N2 @ np.array([[c, s], [-s, c]])
+
+
+def filled(points_N2: np.ndarray, size: tuple) -> np.ndarray:
+    """The pixels whose centres lie in a polygon with corners (x, y), (H, W): row by row, between its edges."""
+    (x, y), (next_x, next_y) = points_N2.T, np.roll(points_N2, -1, 0).T
+    mask = np.zeros((size[0], size[1] + 1), np.int8)
+    for row in range(max(0, math.ceil(y.min() - .5)), min(size[0], math.ceil(y.max() - .5))):
+        crosses = (y <= row + .5) != (next_y <= row + .5)
+        at = x[crosses] + (row + .5 - y[crosses]) * (next_x - x)[crosses] / (next_y - y)[crosses]
+        np.add.at(mask[row], np.ceil(at - .5).clip(0, size[1]).astype(int), 1)
+    return mask.cumsum(1)[:, :-1] % 2 == 1
+
+
+def points_mask(points: list, size: tuple) -> np.ndarray:
+    """The pixels in which points (x, y) lie, (H, W)."""
+    mask = np.zeros(size, bool)
+    x, y = np.floor(points).astype(int).T
+    mask[y.clip(0, size[0] - 1), x.clip(0, size[1] - 1)] = True
+    return mask
+
+
+def decode_rle(data: list[int], size: tuple) -> np.ndarray:
+    """The mask of a brush of Label Studio's, (H, W): see ``encode_rle``; it may also have single values in place of a
+    run, after a 0. What is at least half opaque counts.
+
+    Raises:
+        ValueError: It cannot be decoded, or is of another size.
+    """
+    bits, at = (np.unpackbits(np.array(data, np.uint8)) + ord('0')).tobytes().decode(), 0
+
+    def number(n: int) -> int:
+        nonlocal at
+        at += n
+        if at > len(bits):
+            raise ValueError('its RLE ends too early')
+        return int(bits[at - n:at], 2)
+
+    total, n = number(32), number(5) + 1
+    if total != 4 * size[0] * size[1] or n != 8:
+        raise ValueError(f'a brush should be of 4 x {size[0]} x {size[1]} values of 8 bits, but its RLE is of {total} '
+                         f'of {n}')
+    counters, values, filled_to = [number(4) + 1 for _ in range(4)], np.empty(total, np.uint8), 0
+    while filled_to < total:
+        is_run, length = number(1), number(counters[number(2)]) + 1
+        if filled_to + length > total:
+            raise ValueError('its RLE is longer than it says')
+        values[filled_to:filled_to + length] = number(n) if is_run else [number(n) for _ in range(length)]
+        filled_to += length
+    return values.reshape(*size, 4)[..., 3] >= 128
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What comes back: label files that people hand in, the store that keeps them, and when a round has enough
@@ -332,26 +841,12 @@ def give_back(state: State, missing: dict[str, list]) -> None:
 
 def describe_units(state: State, units: dict[str, list]) -> str:
     """Images and, below image level, units in them, in words."""
-    return in_words({f'{name} ({state.al.unit.type} {", ".join(map(str, ids[:5]))}{" ..." * (len(ids) > 5)})'
-                     if state.entry['ids'].get(name) else name: None for name, ids in units.items()})
+    return in_words(unit_words(state, units))
 
 
-def in_words(found: dict, what: str = '') -> str:
-    """The first of what was found, by name."""
-    words = [f'{name} ({value} {what})' if what else f'{name}' for name, value in found.items()]
-    return ', '.join(words[:10]) + f' and {len(words) - 10} more' * (len(words) > 10)
-
-
-def unit_rows(state: State, name: str) -> np.ndarray:
-    """For each pixel of an image the position of the unit that the newest round asks for there, or -1, (H, W)."""
-    ids = state.entry.get('ids', {}).get(name) if name in state.entry['asked'] else []
-    if ids is None:
-        return np.where(asked_mask(state, name), 0, -1)
-    rows = np.full(state.pool.sizes[name], -1)
-    if ids:
-        positions, pixels = state.units(name).members(np.array(ids, int))
-        rows.reshape(-1)[pixels] = positions
-    return rows
+def unit_words(state: State, units: dict[str, list]) -> dict[str, None]:
+    return {f'{name} ({state.al.unit.type} {", ".join(map(str, ids[:5]))}{" ..." * (len(ids) > 5)})'
+            if state.entry['ids'].get(name) else name: None for name, ids in units.items()}
 
 
 class Inbox:
@@ -360,16 +855,17 @@ class Inbox:
 
     def __init__(self, state: State):
         self.state, self.oracle = state, state.al.oracle
-        self.exported = read_json(exported_path(state))
+        self.exported, self.staged = read_json(exported_path(state)), None  # a folder of files that are yet to come in
 
     def sources(self, name: str, before: dict) -> list[tuple[str, str]]:
         """Where an image's labels may come from, and the path there: what counts more comes later. A file that is gone
         or empty counts as it was handed in ``before``."""
         found, handed_in = [], False
         for k in range(self.state.round + 1):
-            source, stem = f'round_{k}', osp.join(self.state.folder(k), 'labels', name)
-            here = [path for path in sorted(glob.glob(f'{glob.escape(stem)}.*')) if osp.splitext(path)[0] == stem and
-                    not path.endswith('.tmp') and osp.getsize(path)]
+            source, folders = f'round_{k}', [osp.join(self.state.folder(k), 'labels')]
+            if self.staged and k == self.state.round:
+                folders.insert(0, self.staged)
+            here = next(filter(None, (files_of(folder, name) for folder in folders)), [])
             handed_in |= bool(here)
             if not here and source in before:
                 here = [self.state.label_path('handed_in', f'{name}.{before[source]}', '')]
@@ -377,9 +873,9 @@ class Inbox:
         return found if handed_in and DATA_SET not in before else [
             (DATA_SET, self.state.pool.info(name).get('seg_map_path')), *found]
 
-    def take(self, name: str, reads: bool) -> dict:
-        """Keep what is new and right in an image's files, if it ``reads`` any, and compare what is done with what the
-        newest round asks for.
+    def take(self, name: str, reads: bool, keeps: bool = True) -> dict:
+        """Keep what is new and right in an image's files, if it ``reads`` any and ``keeps`` that, and compare what is
+        done with what the newest round asks for.
 
         Returns:
             What came of it: how many units were ``asked`` for and ``accepted``, ids of the ``missing``, ``void``
@@ -391,7 +887,7 @@ class Inbox:
         (classes, done), rows, files = self.stored(name), unit_rows(state, name), []
         labelled = state.mask(name)
         mask = labelled | (rows >= 0)
-        if (mask & ~labelled).any():  # stopped while units went back to the pool
+        if keeps and (mask & ~labelled).any():  # stopped while units went back to the pool
             al_patch.write_png(state.mask_path(state.round, name), mask)
         was, had, answered = classes.copy(), done.copy(), np.zeros_like(done)
         try:
@@ -414,7 +910,7 @@ class Inbox:
         is_done = (pixels(had) == size) | (pixels(answered) > 0)
         whole = np.append(is_done, False)[rows]  # a unit with a label is done: what has none in it is void
         report['changed'] = int((had & (was != classes)).sum())
-        if files:
+        if files and keeps:
             self.keep(name, classes, had | answered | whole, files, report['changed'])
         ids = state.entry['ids'].get(name) or [0]
         report.update(asked=len(size), accepted=int(is_done.sum()), missing=[ids[i] for i in np.flatnonzero(~is_done)],
@@ -542,6 +1038,13 @@ class Inbox:
                  'label file, and name it in `al.oracle.unlabelable`')
 
 
+def files_of(folder: str, name: str) -> list[str]:
+    """The files in an inbox that are an image's, whatever their extension."""
+    stem = osp.join(folder, name)
+    return [path for path in sorted(glob.glob(f'{glob.escape(stem)}.*')) if osp.splitext(path)[0] == stem and
+            not path.endswith('.tmp') and osp.getsize(path)]
+
+
 def are_grey(state: State) -> bool:
     """Whether what was handed in so far, or nothing yet, has one number a pixel."""
     for name in state.labelled():
@@ -549,57 +1052,18 @@ def are_grey(state: State) -> bool:
             return len(image.getbands()) == 1
     return True
 
-
-def load_label(pool: Pool, name: str, path: str, void_HW: np.ndarray | None = None) -> np.ndarray:
-    """The classes of a label file of an image, as training reads it, (H, W): by the loaders of its pipeline, and those
-    of its steps that map values.
-
-    Args:
-        void_HW: Where the file says that no class fits: no step sees that.
-    """
-    from mmengine.dataset import Compose
-    loading, mapping = pool.label_steps(name, seg_map_path=path)
-    results = Compose(loading)({**pool.info(name), 'seg_map_path': path})
-    label = results['gt_seg_map']
-    if void_HW is not None:
-        label = results['gt_seg_map'] = label.astype(np.int64)
-        label[void_HW] = label[np.unravel_index(void_HW.argmin(), void_HW.shape)]
-    label = Compose(mapping)(results)['gt_seg_map']
-    if void_HW is not None:
-        label[void_HW] = pool.ignore_index
-    return label
-
-
-def version_of(content: bytes) -> str:
-    """What tells a file's content from another's."""
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def read_json(path: str) -> dict:
-    """What a JSON file holds; nothing, if there is none."""
-    from al_patch import reading
-    with reading(path):
-        return json.loads(pathlib.Path(path).read_text()) if osp.isfile(path) else {}
-
-
-def exported_path(state: State) -> str:
-    """Where a run keeps the versions of all label maps that it has ever given to people to start from, by image."""
-    return osp.join(state.work_dir, 'labels', 'exported.json')
-
-
-DATA_SET, UNLABELABLE = 'data set', 'unlabelable'
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What: masks, pictures, label maps to start from
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def export(state: State, trainer: Runner | None = None) -> None:
+def export(state: State, trainer: Runner | None = None, tools: list[str] | None = None) -> None:
     """Write what the newest round asks for. All ranks share the images; ``to_label.txt`` comes last, so that an export
     is finished if it is there. Writing it again replaces each file by the same, and leaves an annotator's alone.
 
     Args:
         trainer: The runner whose model asked. Without it, it is built as it was.
+        tools: Those that files are for; default: all.
     """
     import al_patch
     check_names(state)
@@ -611,41 +1075,44 @@ def export(state: State, trainer: Runner | None = None) -> None:
         write_predictions(state, trainer, names)
 
     def write_formats() -> None:
-        export_cvat(state, names)
-        export_label_studio(state, names)
+        for tool in tools or TOOLS:
+            for file, content in TOOLS[tool](state, names, {}).items():
+                al_patch.write_atomically(folder / file, content)
+        al_patch.write_atomically(folder / 'instructions.txt', instructions(state))
         al_patch.write_atomically(folder / 'to_label.txt', ''.join(f'{name}\n' for name in names))
 
     al_patch.on_rank_0(write_formats)  # which can take long
 
 
+def pack(state: State, tool: str, part: tuple, with_images: bool) -> pathlib.Path:
+    """Write one of several shares of the images for a tool into one zip, and return its path."""
+    import al_patch
+    names, share = names_to_label(state)[part[0] - 1::part[1]], folder_of(state) / f'{tool}_{part[0]}_of_{part[1]}.zip'
+    if not names:
+        raise ValueError(f'--part should be of at most {len(names_to_label(state))} shares, the images of round '
+                         f'{state.round}, but got {part[1]}')
+    images = {name: image_path(state, name) for name in names if with_images}
+    temporary = f'{share}{al_patch.TEMPORARY}'
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(temporary, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for file, content in TOOLS[tool](state, names, images).items():
+            archive.writestr(file, content)
+        archive.writestr('instructions.txt', instructions(state))
+        for name, image in images.items():
+            archive.write(image, f'images/{image_stem(state.pool, name)}{osp.splitext(image)[1]}')
+        for name in names if tool == 'png' else ():
+            write_label(path := osp.join(folder, 'label.png'), state.pool, name,
+                        read_label(png_path(state, 'prediction', name), state.pool, name))
+            archive.write(path, f'labels/{name}.png')
+            for kind in ('mask', 'overlay'):
+                for file in glob.glob(glob.escape(png_path(state, kind, name)[:-len('png')]) + '*'):
+                    archive.write(file, osp.relpath(file, folder_of(state)))
+    os.replace(temporary, share)
+    return share
+
+
 def is_finished(state: State) -> bool:
     """Whether an earlier start of the run has written all of the export."""
     return state.is_resumed and (folder_of(state) / 'to_label.txt').is_file()
-
-
-def names_to_label(state: State) -> list[str]:
-    """The images in which the newest round asks people for something: not those that lie in the store."""
-    return [name for name in state.entry['asked'] if name not in state.dropped and mask_to_label(state, name).any()]
-
-
-def folder_of(state: State) -> pathlib.Path:
-    return pathlib.Path(state.folder(), 'to_label')
-
-
-def mask_to_label(state: State, name: str) -> np.ndarray:
-    """What the newest round asks people for in an image: not what the store has already, (H, W)."""
-    return asked_mask(state, name) & ~state.stored_label(name)[1]
-
-
-def asked_mask(state: State, name: str) -> np.ndarray:
-    """What the newest round asks for of an image, (H, W) booleans."""
-    return state.mask(name) & ~state.mask(name, state.round - 1)
-
-
-def png_path(state: State, kind: str, name: str) -> str:
-    """Where an image has its PNG: ``mask``, ``overlay`` or ``prediction``."""
-    import al_patch
-    return al_patch.png_path(folder_of(state) / kind, name, state.work_dir)
 
 
 def write_mask(state: State, name: str) -> None:
@@ -722,6 +1189,221 @@ def write_prediction(state: State, name: str, pred_HW: np.ndarray) -> None:
     asked = np.where(mask, pred_HW, pool.ignore_index)
     write_label(png_path(state, 'prediction', name), pool, name, np.where(done, classes, asked))
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The formats of annotation tools
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def check_names(state: State) -> None:
+    """Refuse image names that files with a name a line cannot hold: to_label.txt, and CVAT's default.txt.
+
+    Raises:
+        ValueError: It names the image.
+    """
+    for name in (name for name in state.entry['asked'] if name not in state.dropped):
+        for line in name, image_stem(state.pool, name):
+            if line.strip().splitlines() != [line] or line.startswith('#'):
+                raise ValueError(f'image names should be one line, without spaces around it or # before it, to stand '
+                                 f'in to_label.txt and cvat.zip, but got {name!r}: rename the file')
+
+
+def cvat_files(state: State, names: list[str], images: dict) -> dict[str, str | bytes]:
+    """``cvat.zip``, what is asked for and label maps to start from as 'CVAT for images 1.1', and ``cvat_labels.json``
+    for CVAT's raw label constructor."""
+    classes, colours = tool_labels(state)
+    labels = [dict(name=c, color=f'#{bytes(colour).hex()}', attributes=[])
+              for c, colour in zip([*classes, asked_label(state)], [*colours, np.uint8([255, 230, 0])])]
+    root = ET.Element('annotations')
+    ET.SubElement(root, 'version').text = '1.1'
+    for i, name in enumerate(names):
+        h, w = state.pool.sizes[name]
+        file = image_stem(state.pool, name) + osp.splitext(image_path(state, name))[1]
+        image = ET.SubElement(root, 'image', id=str(i), name=file, width=str(w), height=str(h))
+        for drawing in drawings(state, name):
+            source = 'auto' if drawing.kind == 'prediction' else 'manual'
+            ET.SubElement(image, *cvat_shape(drawing), label=drawing.label, source=source, occluded='0',
+                          z_order=str(-(drawing.kind == 'outline')))
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, 'w', zipfile.ZIP_DEFLATED) as files:
+        files.writestr('annotations.xml', ET.tostring(root, 'unicode', xml_declaration=True))
+    return {'cvat.zip': archive.getvalue(), 'cvat_labels.json': json.dumps(labels, ensure_ascii=False)}
+
+
+def cvat_shape(drawing: Drawing) -> tuple[str, dict]:
+    """A drawing as an element in an ``annotations.xml``: its tag, and attributes."""
+    if drawing.kind == 'outline':
+        return 'polygon', dict(points=';'.join(f'{x:.2f},{y:.2f}' for x, y in drawing.shape.tolist()))
+    [(rows, columns)] = ndimage.find_objects(drawing.shape.astype(int))
+    flat = drawing.shape[rows, columns].reshape(-1)
+    edges = np.flatnonzero(np.diff(flat, prepend=False, append=~flat[-1:]))  # from a run of no pixels, if the first is
+    return 'mask', dict(
+        rle=', '.join(map(str, np.diff(edges, prepend=0).tolist())), left=str(columns.start), top=str(rows.start),
+        width=str(columns.stop - columns.start), height=str(rows.stop - rows.start))
+
+
+def drawings(state: State, name: str) -> Iterator[Drawing]:
+    """What is shown of an image, of the newest round: the lowest first."""
+    pool, (earlier, done), rows = state.pool, state.stored_label(name), unit_rows(state, name)
+    rows[done], ids = -1, state.entry.get('ids', {}).get(name) or []
+    for row, place in enumerate(ndimage.find_objects(rows + 1)) if ids else ():
+        if place:
+            offset = place[1].start, place[0].start
+            for i, corners in enumerate(outlines(rows[place] == row, max(rows.shape))):
+                yield Drawing('outline', f'{state.al.unit.type}_{ids[row]}_{i}', asked_label(state), corners + offset)
+    label, classes = read_label(png_path(state, 'prediction', name), pool, name), class_colours(pool)[0]
+    for kind, labels in dict(earlier=np.where(done, earlier, pool.ignore_index),
+                             prediction=np.where(done, pool.ignore_index, label)).items():
+        for c in np.unique(labels).tolist():
+            if c < len(classes) and c != pool.ignore_index:
+                yield Drawing(kind, f'{kind}_{c}', classes[c], labels == c)
+
+
+def outlines(mask_HW: np.ndarray, side: int) -> Iterator[np.ndarray]:
+    """The outer outlines of the pieces of a mask, corners (x, y) between pixels, (N, 2) each. What is too small to be
+    seen in an image of that ``side`` has a circle around it."""
+    h, w = mask_HW.shape
+    if max(h, w) < 2 + side / 100:
+        turn = np.linspace(0, 2 * math.pi, 24, endpoint=False)
+        yield np.array([w, h]) / 2 + (2 + side / 80) * np.stack([np.cos(turn), np.sin(turn)], 1)
+        return
+    big = np.pad(mask_HW, 1).repeat(2, 0).repeat(2, 1).view(np.uint8)  # so that outlines run between pixels
+    for piece in cv2.findContours(big, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)[0]:
+        yield np.ceil(piece[:, 0] / 2) - 1
+
+
+class Drawing(NamedTuple):
+    """What is shown of an image in a tool: an ``outline`` of what is asked for, (N, 2) corners (x, y); or a mask,
+    (H, W), of an ``earlier`` label or of a ``prediction``."""
+    kind: str
+    id: str
+    label: str
+    shape: np.ndarray
+
+
+def image_stem(pool: Pool, name: str) -> str:
+    """An image's path below ``img_path`` without its extension, by which CVAT knows it; a name lacks ``img_suffix``."""
+    suffix = getattr(pool.leaf_of(name)[0], 'img_suffix', None)
+    return osp.splitext(name + suffix)[0] if suffix else name
+
+
+def label_studio_files(state: State, names: list[str], images: dict) -> dict[str, str]:
+    """``label_studio.json``, tasks with label maps to start from, one brush region a class, below outlines of what is
+    asked for, which cannot be changed; and ``label_studio.xml``, the labelling interface. Images are in it, or local
+    files below the root ``/``."""
+    tasks = []
+    for name in names:
+        url = '/data/local-files/?d=' + quote(osp.abspath(image_path(state, name)).lstrip(os.sep))
+        tasks.append(label_studio_task(state, name, data_url(images[name]) if name in images else url))
+    return {'label_studio.json': '[' + ',\n'.join(json.dumps(task, ensure_ascii=False) for task in tasks) + ']\n',
+            'label_studio.xml': label_studio_interface(state)}
+
+
+def label_studio_task(state: State, name: str, url: str) -> dict:
+    (h, w), regions = state.pool.sizes[name], []
+    for drawing in drawings(state, name):
+        kind = 'polygonlabels' if drawing.kind == 'outline' else 'brushlabels'
+        value = dict(points=(100 * drawing.shape / [w, h]).round(4).tolist(), closed=True) if kind == 'polygonlabels' \
+            else dict(format='rle', rle=encode_rle(drawing.shape))
+        regions.append(dict(
+            id=drawing.id, type=kind, from_name='asked' if kind == 'polygonlabels' else 'label', to_name='image',
+            original_width=w, original_height=h, image_rotation=0, value={**value, kind: [drawing.label]},
+            readonly=drawing.kind != 'prediction', meta=dict(text=[drawing.id if kind == 'polygonlabels' else
+                                                                  drawing.kind])))
+    return dict(data=dict(image=url, name=name, round=state.round, request=request_of(state), task=instructions(state)),
+                predictions=[dict(model_version=f'round_{state.round}', result=regions)] if regions else [])
+
+
+def label_studio_interface(state: State) -> str:
+    classes, colours = tool_labels(state)
+    labels = ''.join(f'    <Label value={quoteattr(c)} background="#{bytes(colour).hex()}"/>\n'
+                     for c, colour in zip(classes, colours))
+    return ('<View>\n  <Header value="$task" size="5"/>\n  <Image name="image" value="$image" zoom="true"/>\n'
+            f'  <BrushLabels name="label" toName="image">\n{labels}  </BrushLabels>\n'
+            '  <PolygonLabels name="asked" toName="image" opacity="0" strokeWidth="2">\n'
+            f'    <Label value={quoteattr(asked_label(state))} background="#ffe600"/>\n  </PolygonLabels>\n</View>\n')
+
+
+def data_url(path: str) -> str:
+    kind = mimetypes.guess_type(path)[0] or 'application/octet-stream'
+    return f'data:{kind};base64,{base64.b64encode(pathlib.Path(path).read_bytes()).decode()}'
+
+
+def encode_rle(mask_HW: np.ndarray) -> list[int]:
+    """A mask as a brush of Label Studio's: the bytes of thi.ng/rle-pack over its RGBA pixels. The number of values (32
+    bits), bits a value - 1 (5) and bits - 1 of four counters (4 each) are followed, for each run, by a 1, the number of
+    a counter (2), the length - 1 in that counter's bits, and the value."""
+    flat, counters = mask_HW.reshape(-1), (3, 4, 8, 16)
+    edges = [*np.flatnonzero(np.diff(flat, prepend=~flat[:1])).tolist(), flat.size]
+    bits = [f'{4 * flat.size:032b}{7:05b}', *(f'{n - 1:04b}' for n in counters)]
+    for begin, end in itertools.pairwise(edges):
+        for done in range(4 * begin, 4 * end, 2**16):
+            length = min(4 * end - done, 2**16)
+            i = next(i for i, n in enumerate(counters) if length <= 2**n)
+            bits.append(f'1{i:02b}{length - 1:0{counters[i]}b}{255 * int(flat[begin]):08b}')
+    return np.packbits(np.frombuffer(''.join(bits).encode(), np.uint8) - ord('0')).tolist()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Label maps in the values of label files, and paths
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def instructions(state: State) -> str:
+    """What annotators are told."""
+    unit, classes = state.al.unit.type, tool_labels(state)[0]
+    what = 'each image, all of it' if not state.counts_pixels else f'each {unit} that is outlined as "' \
+        f'{asked_label(state)}", all of it' if unit != 'pixel' else 'the pixel in the middle of each circle'
+    return (f'Label {what}, as one of: {", ".join(classes)}. '
+            + f'Where none of them fits, it is "{UNLABELABLE}". ' * (UNLABELABLE in classes)
+            + 'What is labelled elsewhere is not used.' * state.counts_pixels + '\n')
+
+
+def request_of(state: State) -> str:
+    """What tells a round's request from any other, also of the same images."""
+    asked = sorted({*state.entry['asked'], *state.entry.get('returned', ())})
+    return version_of(json.dumps([state.seed, state.round, state.al.unit, asked]).encode())
+
+
+def asked_label(state: State) -> str:
+    """The label that shows in tools what is asked for."""
+    return next(text for text in ('asked', 'asked for', 'al: asked for') if text not in tool_labels(state)[0])
+
+
+def tool_labels(state: State) -> tuple[list[str], np.ndarray]:
+    """What people choose from in an annotation tool: the classes and, if label files have a value for it, a label for
+    what is of none. Names, and colours (C, 3) uint8."""
+    classes, colours = class_colours(state.pool)
+    if state.al.oracle.unlabelable is None:
+        return classes, colours
+    free = next(colour for colour in ([n, n, n] for n in range(255, 0, -1)) if colour not in colours.tolist())
+    return [*classes, UNLABELABLE], np.append(colours, np.uint8([free]), 0)
+
+
+def class_colours(pool: Pool) -> tuple[list[str], np.ndarray]:
+    """The classes' names and colours for annotation tools: those of the data set's palette, (C, 3) uint8. Tools tell
+    classes by colour, and black is none of them: a colour that is taken (ADE20K has one twice) gives way to the next.
+    """
+    meta, taken = pool.leaves[0].metainfo, dict.fromkeys([0])
+    classes = [*map(in_tools, meta.get('classes') or range(255))]
+    for colour in list(meta.get('palette') or voc_colours()[1:].tolist())[:len(classes)]:
+        number = int.from_bytes(bytes(colour), 'big')
+        while number in taken:
+            number = (number + 1) % 2**24
+        taken[number] = None
+    return classes, np.array([list(number.to_bytes(3, 'big')) for number in taken][1:], np.uint8)
+
+
+def voc_colours() -> np.ndarray:
+    """Pascal VOC's colour of each number, (256, 3) uint8: its bit 3 b + c is bit 7 - b of channel c."""
+    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], 1, 9, 'little')
+    return np.packbits(bits.reshape(256, 3, 3), 1)[:, 0]
+
+
+def in_tools(name: str) -> str:
+    """A class's name as annotation tools can hold it: without what ends a field or a line of CVAT's labelmap.txt, or
+    is no character in XML. That is written as in an URL, ``%3A`` for a colon."""
+    breaks = r'[:\x00-\x1f\x7f-\x9f\u2028\u2029\ufffe\uffff]|^[#\s]|\s\Z'
+    return re.sub(breaks, lambda found: quote(found[0]), str(name))
+
 
 def write_label(path: str, pool: Pool, name: str, label_HW: np.ndarray) -> None:
     """Write a label map, (H, W), in the values of an image's label file and, in 8 bits, the colours of its classes."""
@@ -730,6 +1412,11 @@ def write_label(path: str, pool: Pool, name: str, label_HW: np.ndarray) -> None:
     if len(values) == 256:
         palette[values[:len(colours)]] = colours
     al_patch.write_png(path, values[label_HW], palette if len(values) == 256 else None)
+
+
+def image_path(state: State, name: str) -> str:
+    import al_patch
+    return al_patch.image_path(state.pool.info(name))
 
 
 def read_label(path: str, pool: Pool, name: str) -> np.ndarray:
@@ -777,128 +1464,88 @@ def classes_of_values(pool: Pool, name: str, values_N: np.ndarray) -> np.ndarray
         return load_label(pool, name, path)[0, :len(values_N)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The formats of annotation tools
-# ---------------------------------------------------------------------------------------------------------------------
+def load_label(pool: Pool, name: str, path: str, void_HW: np.ndarray | None = None) -> np.ndarray:
+    """The classes of a label file of an image, as training reads it, (H, W): by the loaders of its pipeline, and those
+    of its steps that map values.
 
-
-def check_names(state: State) -> None:
-    """Refuse image names that files with a name a line cannot hold: to_label.txt, and CVAT's default.txt.
-
-    Raises:
-        ValueError: It names the image.
+    Args:
+        void_HW: Where the file says that no class fits: no step sees that.
     """
-    for name in (name for name in state.entry['asked'] if name not in state.dropped):
-        for line in name, image_stem(state.pool, name):
-            if line.strip().splitlines() != [line] or line.startswith('#'):
-                raise ValueError(f'image names should be one line, without spaces around it or # before it, to stand '
-                                 f'in to_label.txt and cvat.zip, but got {name!r}: rename the file')
+    from mmengine.dataset import Compose
+    loading, mapping = pool.label_steps(name, seg_map_path=path)
+    results = Compose(loading)({**pool.info(name), 'seg_map_path': path})
+    label = results['gt_seg_map']
+    if void_HW is not None:
+        label = results['gt_seg_map'] = label.astype(np.int64)
+        label[void_HW] = label[np.unravel_index(void_HW.argmin(), void_HW.shape)]
+    label = Compose(mapping)(results)['gt_seg_map']
+    if void_HW is not None:
+        label[void_HW] = pool.ignore_index
+    return label
 
 
-def in_tools(name: str) -> str:
-    """A class's name as annotation tools can hold it: without what ends a field or a line of CVAT's labelmap.txt, or
-    is no character in XML. That is written as in an URL, ``%3A`` for a colon."""
-    breaks = r'[:\x00-\x1f\x7f-\x9f\u2028\u2029\ufffe\uffff]|^[#\s]|\s\Z'
-    return re.sub(breaks, lambda found: quote(found[0]), str(name))
+def unit_rows(state: State, name: str) -> np.ndarray:
+    """For each pixel of an image the position of the unit that the newest round asks for there, or -1, (H, W)."""
+    ids = state.entry.get('ids', {}).get(name) if name in state.entry['asked'] else []
+    if ids is None:
+        return np.where(asked_mask(state, name), 0, -1)
+    rows = np.full(state.pool.sizes[name], -1)
+    if ids:
+        positions, pixels = state.units(name).members(np.array(ids, int))
+        rows.reshape(-1)[pixels] = positions
+    return rows
 
 
-def class_colours(pool: Pool) -> tuple[list[str], np.ndarray]:
-    """The classes' names and colours for annotation tools: those of the data set's palette, (C, 3) uint8. Tools tell
-    classes by colour, and black is none of them: a colour that is taken (ADE20K has one twice) gives way to the next.
-    """
-    meta, taken = pool.leaves[0].metainfo, dict.fromkeys([0])
-    classes = [*map(in_tools, meta.get('classes') or range(255))]
-    for colour in list(meta.get('palette') or voc_colours()[1:].tolist())[:len(classes)]:
-        number = int.from_bytes(bytes(colour), 'big')
-        while number in taken:
-            number = (number + 1) % 2**24
-        taken[number] = None
-    return classes, np.array([list(number.to_bytes(3, 'big')) for number in taken][1:], np.uint8)
+def mask_to_label(state: State, name: str) -> np.ndarray:
+    """What the newest round asks people for in an image: not what the store has already, (H, W)."""
+    return asked_mask(state, name) & ~state.stored_label(name)[1]
 
 
-def tool_labels(state: State) -> tuple[list[str], np.ndarray]:
-    """What people choose from in an annotation tool: the classes and, if label files have a value for it, a label for
-    what is of none. Names, and colours (C, 3) uint8."""
-    classes, colours = class_colours(state.pool)
-    if state.al.oracle.unlabelable is None:
-        return classes, colours
-    free = next(colour for colour in ([n, n, n] for n in range(255, 0, -1)) if colour not in colours.tolist())
-    return [*classes, UNLABELABLE], np.append(colours, np.uint8([free]), 0)
+def asked_mask(state: State, name: str) -> np.ndarray:
+    """What the newest round asks for of an image, (H, W) booleans."""
+    return state.mask(name) & ~state.mask(name, state.round - 1)
 
 
-def voc_colours() -> np.ndarray:
-    """Pascal VOC's colour of each number, (256, 3) uint8: its bit 3 b + c is bit 7 - b of channel c."""
-    bits = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], 1, 9, 'little')
-    return np.packbits(bits.reshape(256, 3, 3), 1)[:, 0]
+def in_words(found: dict, what: str = '') -> str:
+    """The first of what was found, by name."""
+    words = [f'{name} ({value} {what})' if what else f'{name}' for name, value in found.items()]
+    return ', '.join(words[:10]) + f' and {len(words) - 10} more' * (len(words) > 10)
 
 
-def export_cvat(state: State, names: list[str]) -> None:
-    """Write ``cvat.zip``, label maps to start from in the layout of CVAT's 'Segmentation mask 1.1': one colour a class,
-    one object a class. ``cvat_labels.json`` is for CVAT's raw label constructor."""
+def names_to_label(state: State) -> list[str]:
+    """The images in which the newest round asks people for something: not those that lie in the store."""
+    return [name for name in state.entry['asked'] if name not in state.dropped and mask_to_label(state, name).any()]
+
+
+def png_path(state: State, kind: str, name: str) -> str:
+    """Where an image has its PNG: ``mask``, ``overlay`` or ``prediction``."""
     import al_patch
-    folder, pool = folder_of(state), state.pool
-    classes, colours = tool_labels(state)
-    labels = [dict(name=c, color=f'#{bytes(colour).hex()}', attributes=[]) for c, colour in zip(classes, colours)]
-    al_patch.write_atomically(folder / 'cvat_labels.json', json.dumps(labels, ensure_ascii=False))
-    colours = np.insert(colours, 0, 0, 0)
-    nothing = next(n for n in ('background', 'unlabelled', 'no label') if n not in classes)  # CVAT's is the first
-    lines = [f'{label}:{r},{g},{b}::\n' for label, (r, g, b) in zip([nothing, *classes], colours)]
-    temporary = folder / f'cvat.zip{al_patch.TEMPORARY}'
-    with zipfile.ZipFile(temporary, 'w', zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr('labelmap.txt', ''.join(['# label:color_rgb:parts:actions\n', *lines]))
-        archive.writestr('ImageSets/Segmentation/default.txt', ''.join(f'{image_stem(pool, name)}\n' for name in names))
-        for name in names:
-            label = read_label(png_path(state, 'prediction', name), pool, name)
-            label = np.where((label < len(classes)) & (label != pool.ignore_index), label + 1, 0)
-            for kind, table in dict(SegmentationClass=colours, SegmentationObject=voc_colours()).items():
-                png = cv2.imencode('.png', table[label][..., ::-1])[1]
-                archive.writestr(f'{kind}/{image_stem(pool, name)}.png', png.tobytes())
-    os.replace(temporary, folder / 'cvat.zip')
+    return al_patch.png_path(folder_of(state) / kind, name, state.work_dir)
 
 
-def image_stem(pool: Pool, name: str) -> str:
-    """An image's path below ``img_path`` without its extension, by which CVAT knows it; a name lacks ``img_suffix``."""
-    suffix = getattr(pool.leaf_of(name)[0], 'img_suffix', None)
-    return osp.splitext(name + suffix)[0] if suffix else name
+def folder_of(state: State) -> pathlib.Path:
+    return pathlib.Path(state.folder(), 'to_label')
 
 
-def export_label_studio(state: State, names: list[str]) -> None:
-    """Write ``label_studio.json``, tasks with label maps to start from, one brush region a class, and
-    ``label_studio.xml``, the labelling interface that they are for. Images are local files below the root ``/``."""
-    import al_patch
-    folder, pool, tasks = folder_of(state), state.pool, []
-    classes, colours = tool_labels(state)
-    for name in names:
-        label = read_label(png_path(state, 'prediction', name), pool, name)
-        brushes = [dict(id=f'class_{c}', type='brushlabels', from_name='label', to_name='image', image_rotation=0,
-                        original_width=label.shape[1], original_height=label.shape[0],
-                        value=dict(format='rle', rle=encode_rle(label == c), brushlabels=[classes[c]]))
-                   for c in np.unique(label).tolist() if c < len(classes) and c != pool.ignore_index]
-        url = '/data/local-files/?d=' + quote(osp.abspath(al_patch.image_path(pool.info(name))).lstrip(os.sep))
-        tasks.append(json.dumps(dict(data=dict(image=url, name=name), predictions=[
-            dict(model_version=f'round_{state.round}', result=brushes)] if brushes else []), ensure_ascii=False))
-    al_patch.write_atomically(folder / 'label_studio.json', '[' + ',\n'.join(tasks) + ']\n')
-    labels = ''.join(f'    <Label value={quoteattr(c)} background="#{bytes(colour).hex()}"/>\n'
-                     for c, colour in zip(classes, colours))
-    al_patch.write_atomically(folder / 'label_studio.xml', (
-        '<View>\n  <Image name="image" value="$image" zoom="true"/>\n  <BrushLabels name="label" toName="image">\n'
-        f'{labels}  </BrushLabels>\n</View>\n'))
+def version_of(content: bytes) -> str:
+    """What tells a file's content from another's."""
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
-def encode_rle(mask_HW: np.ndarray) -> list[int]:
-    """A mask as a brush of Label Studio's: the bytes of thi.ng/rle-pack over its RGBA pixels. The number of values (32
-    bits), bits a value - 1 (5) and bits - 1 of four counters (4 each) are followed, for each run, by a 1, the number of
-    a counter (2), the length - 1 in that counter's bits, and the value."""
-    flat, counters = mask_HW.reshape(-1), (3, 4, 8, 16)
-    edges = [*np.flatnonzero(np.diff(flat, prepend=~flat[:1])).tolist(), flat.size]
-    bits = [f'{4 * flat.size:032b}{7:05b}', *(f'{n - 1:04b}' for n in counters)]
-    for begin, end in itertools.pairwise(edges):
-        for done in range(4 * begin, 4 * end, 2**16):
-            length = min(4 * end - done, 2**16)
-            i = next(i for i, n in enumerate(counters) if length <= 2**n)
-            bits.append(f'1{i:02b}{length - 1:0{counters[i]}b}{255 * int(flat[begin]):08b}')
-    return np.packbits(np.frombuffer(''.join(bits).encode(), np.uint8) - ord('0')).tolist()
+def read_json(path: str) -> dict:
+    """What a JSON file holds; nothing, if there is none."""
+    from al_patch import reading
+    with reading(path):
+        return json.loads(pathlib.Path(path).read_text()) if osp.isfile(path) else {}
 
+
+def exported_path(state: State) -> str:
+    """Where a run keeps the versions of all label maps that it has ever given to people to start from, by image."""
+    return osp.join(state.work_dir, 'labels', 'exported.json')
+
+
+DATA_SET, UNLABELABLE = 'data set', 'unlabelable'
+TOOLS = {'cvat': cvat_files, 'label-studio': label_studio_files, 'png': lambda *_: {}}
 
 if __name__ == '__main__':
     main()

@@ -2,9 +2,11 @@
 import gc
 import itertools
 import os.path as osp
+import shutil
 import signal
 import sys
 
+import cv2
 import mmcv.utils.ext_loader
 import numpy as np
 import pytest
@@ -136,3 +138,29 @@ def make_state(make_cfg, build):
         return state
 
     return make
+
+
+@pytest.fixture
+def blind(shared_data, tmp_path):
+    """The data set before anybody has labelled it."""
+    root = shutil.copytree(shared_data, tmp_path / 'blind')
+    shutil.rmtree(root / 'ann' / 'train')
+    return str(root)
+
+
+@pytest.fixture
+def people(make_cfg, build, blind):
+    """A function from a unit, options of the oracle and a pipeline to a run of ``People``."""
+
+    def make(unit='image', pipeline=tiny.PLAIN, changes=None, **oracle) -> tiny.People:
+        cfg = make_cfg(dict(unit=unit, initial=1, budget=1, rounds=3, oracle=dict(type='human', **oracle)), root=blind,
+                       changes={**tiny.SHORT, 'train_dataloader.dataset.pipeline': pipeline, **(changes or {})})
+        return tiny.People(cfg, build(cfg))
+
+    return make
+
+
+@pytest.fixture
+def truth(shared_data):
+    """A function from an image's name to its labels, 0 to 2 everywhere."""
+    return lambda name: cv2.imread(osp.join(shared_data, 'ann', 'train', f'{name}.png'), cv2.IMREAD_UNCHANGED)

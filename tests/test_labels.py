@@ -15,20 +15,17 @@ import numpy as np
 import pytest
 import tiny
 from mmcv.transforms import BaseTransform
-from mmengine.runner import Runner
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.registry import TRANSFORMS
 from PIL import Image
+from tiny import PLAIN, SHORT, VOID, People, part
 
 import al_label
 import al_patch
-from al_patch import STATE_FILE, Pool, State, read_mask, read_state
+from al_patch import STATE_FILE, read_mask, read_state
 
 CELL = dict(type='region', size=[8, 8])  # 6 in a row: number 7 is rows 8 to 15 and columns 8 to 15
 UNITS = dict(region=CELL, superpixel=dict(type='superpixel', n_segments=12, compactness=100.), pixel='pixel')
-PLAIN = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')]
-SHORT = {**tiny.NO_VAL, 'train_cfg.max_iters': 2}
-VOID = 255
 
 
 @TRANSFORMS.register_module()
@@ -81,94 +78,6 @@ class LoadBoth(BaseTransform):
     def transform(self, results):
         results = TRANSFORMS.build(PLAIN[0])(results)
         return TRANSFORMS.build(PLAIN[1])({**results, 'seg_fields': []})
-
-
-class People:
-    """A run that people label, without its trainings: it asks for what a test says."""
-
-    def __init__(self, cfg, runner):
-        self.runner, self.root = runner, cfg.train_dataloader.dataset.data_root
-        al_patch.attach_companions(runner)
-        self.pool, self.al = Pool(runner.cfg), al_patch.parse_settings(runner.cfg.al)
-        self.state = State(dict(seed=0, config={}), runner.work_dir, self.al, runner, self.pool)
-
-    def ask(self, asked: dict) -> dict:
-        """What is asked for of each image, and its mask."""
-        asked = {name: ids if ids is None else np.array(ids) for name, ids in asked.items()}
-        for entry in self.state.rounds:
-            entry.update(metrics={}, checkpoints=dict(last='iter_2.pth'), train_seconds=1.)
-        al_patch.add_round(self.state, asked)
-        return {name: self.state.mask_of(name, ids) for name, ids in asked.items()}
-
-    def accept(self, **oracle) -> str:
-        """Resume: take what is there. Returns the phase then."""
-        al = al_patch.parse_settings({**self.al, 'oracle': {**self.al.oracle, **oracle}})
-        self.state = State(read_state(self.path(STATE_FILE)), self.state.work_dir, al, self.runner, self.pool)
-        al_patch.accept_labels(self.state)
-        self.state.save()
-        return self.state.phase
-
-    def path(self, *parts) -> str:
-        return osp.join(self.state.work_dir, *parts)
-
-    def inbox(self, k: int, name: str) -> str:
-        return self.path(f'round_{k}', 'labels', f'{name}.png')
-
-    def own(self, name: str) -> str:
-        return osp.join(self.root, 'ann', 'train', f'{name}.png')
-
-    def hand_in(self, path: str, label: np.ndarray) -> None:
-        os.makedirs(osp.dirname(path), exist_ok=True)
-        cv2.imwrite(path, label)
-
-    def store(self, name: str) -> tuple:
-        """Classes and what is done, as the files have them."""
-        return tuple(np.array(Image.open(self.path('labels', kind, f'{name}.png'))) for kind in ('classes', 'done'))
-
-    def delivered(self, name: str, k: int = 0) -> dict:
-        return json.load(open(self.path(f'round_{k}', 'to_label', 'delivered.json')))[name]
-
-    def trained_on(self, k: int) -> dict:
-        """Name -> the label map that the dataloader of a round gives."""
-        dataset = Runner.build_dataloader(dict(self.runner.cfg.train_dataloader, al=dict(
-            state=self.path(STATE_FILE), round=k, ignore_index=self.pool.ignore_index))).dataset
-        names = [al_patch.image_name(dataset, dataset.get_data_info(i)) for i in range(len(dataset))]
-        return {name: dataset[i]['data_samples'].gt_sem_seg.data[0].numpy() for i, name in enumerate(names)}
-
-    @property
-    def log(self) -> str:
-        return tiny.log_of(self.state.work_dir)
-
-
-@pytest.fixture
-def truth(shared_data):
-    """A function from an image's name to its labels, 0 to 2 everywhere."""
-    return lambda name: cv2.imread(osp.join(shared_data, 'ann', 'train', f'{name}.png'), cv2.IMREAD_UNCHANGED)
-
-
-@pytest.fixture
-def blind(shared_data, tmp_path):
-    """The data set before anybody has labelled it."""
-    root = shutil.copytree(shared_data, tmp_path / 'blind')
-    shutil.rmtree(root / 'ann' / 'train')
-    return str(root)
-
-
-@pytest.fixture
-def people(make_cfg, build, blind):
-    """A function from a unit, options of the oracle and a pipeline to a run of ``People``."""
-
-    def make(unit='image', pipeline=PLAIN, changes=None, **oracle) -> People:
-        cfg = make_cfg(dict(unit=unit, initial=1, budget=1, rounds=3, oracle=dict(type='human', **oracle)), root=blind,
-                       changes={**SHORT, 'train_dataloader.dataset.pipeline': pipeline, **(changes or {})})
-        return People(cfg, build(cfg))
-
-    return make
-
-
-def part(label: np.ndarray, *masks) -> np.ndarray:
-    """A label map that has only this, and no label elsewhere."""
-    return np.where(np.any(masks, axis=0), label, VOID).astype(np.uint8)
 
 
 @contextlib.contextmanager
@@ -856,7 +765,7 @@ def test_tools_have_a_label_for_what_is_of_no_class(people, value):
     run = people(unlabelable=value)
     run.ask({'a/01': None})
     al_label.export(run.state)
-    names = ['dark', 'grey', 'bright', *['unlabelable'] * (value is not None)]
+    names = ['dark', 'grey', 'bright', *['unlabelable'] * (value is not None), 'asked']
     labels = json.load(open(run.path('round_0', 'to_label', 'cvat_labels.json')))
     assert [label['name'] for label in labels] == names and len({label['color'] for label in labels}) == len(names)
     interface = open(run.path('round_0', 'to_label', 'label_studio.xml')).read()

@@ -246,7 +246,7 @@ def asks(train, human, blind, truth, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt(), OSError('no space left')], ids=['stopped', 'failed'])
-@pytest.mark.parametrize('function', ['write_mask', 'write_prediction', 'export_cvat'])
+@pytest.mark.parametrize('function', ['write_mask', 'write_prediction', 'label_studio_interface'])
 def test_an_export_that_was_cut_off_is_made_good_on_resume(train, asks, function, error):
     """The state is on disk by then, so the same is asked for; and what an annotator has written stays."""
     cfg, ask, expected = asks
@@ -272,7 +272,7 @@ def test_a_finished_export_is_left_alone_on_resume(train, asks):
 
 def test_the_command_exports_again(asks, capsys):
     cfg, ask, expected = asks
-    ask('export_cvat', OSError('no space left'))
+    ask('label_studio_interface', OSError('no space left'))
     state = open(osp.join(cfg.work_dir, STATE_FILE)).read()
     for lose in (lambda folder: None, shutil.rmtree, lambda folder: os.remove(osp.join(folder, 'to_label.txt'))):
         lose(to_label(cfg.work_dir, 1))
@@ -473,33 +473,46 @@ def test_whole_images_have_predictions_only(train, human, blind, truth):
     names = state_of(cfg)['rounds'][1]['asked']
     assert open(to_label(cfg.work_dir, 1, 'to_label.txt')).read() == ''.join(f'{name}\n' for name in names)
     assert {*os.listdir(to_label(cfg.work_dir, 1))} == {
-        'to_label.txt', 'prediction', 'cvat.zip', 'cvat_labels.json', 'label_studio.json', 'label_studio.xml'}
+        'to_label.txt', 'prediction', 'cvat.zip', 'cvat_labels.json', 'label_studio.json', 'label_studio.xml',
+        'instructions.txt'}
     for name in names:
         assert np.array_equal(read_png(to_label(cfg.work_dir, 1, 'prediction', f'{name}.png')), predicted(cfg, name))
 
 
+def outline_mask(points: list) -> np.ndarray:
+    """The pixels in a rectangle's outline, corners (x, y)."""
+    (left, top), (right, bottom) = np.min(points, 0), np.max(points, 0)
+    rows, columns = np.indices(tiny.SHAPE)
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+
+
 def test_cvat_reads_the_same_classes(asked, blind):
-    """As its importer does: the item's name, the class by its colour, objects by Pascal VOC's colours."""
+    """What is asked for as outlines below all; masks of earlier labels and of predictions, apart from each other."""
     cfg, masks = asked
     with zipfile.ZipFile(to_label(cfg.work_dir, 1, 'cvat.zip')) as archive:
-        files = {name: archive.read(name) for name in archive.namelist()}
-    assert files.pop('labelmap.txt').decode() == (
-        '# label:color_rgb:parts:actions\nbackground:0,0,0::\ndark:0,0,1::\ngrey:90,90,90::\nbright:200,200,200::\n'
-        'unlabelable:255,255,255::\n')
-    assert files.pop('ImageSets/Segmentation/default.txt').decode().split('\n')[:-1] == list(masks)
-    classes = {(0, 0, 0): 255, (0, 0, 1): 0, (90, 90, 90): 1, (200, 200, 200): 2}
-    objects = {(0, 0, 0): 255, (128, 0, 0): 0, (0, 128, 0): 1, (128, 128, 0): 2}
-    for name, label in expected_labels(cfg, masks, blind).items():
-        for kind, table in dict(SegmentationClass=classes, SegmentationObject=objects).items():
-            with Image.open(io.BytesIO(files.pop(f'{kind}/{name}.png'))) as image:
-                assert image.mode == 'RGB'
-                got = [[table[tuple(colour)] for colour in row] for row in np.array(image).tolist()]
-            assert np.array_equal(got, label)
-    assert not files
+        assert archive.namelist() == ['annotations.xml']
+        root = ET.fromstring(archive.read('annotations.xml'))
+    images = root.findall('image')
+    assert [image.get('name') for image in images] == [f'{name}.png' for name in masks]
+    assert {(image.get('height'), image.get('width')) for image in images} == {('32', '48')}
+    for image, (name, label) in zip(images, expected_labels(cfg, masks, blind).items()):
+        got, (old, new) = np.full(tiny.SHAPE, 255), masks[name]
+        cells = [outline_mask([[float(n) for n in point.split(',')] for point in shape.get('points').split(';')])
+                 for shape in image.findall('polygon') if (shape.get('label'), shape.get('z_order')) == ('asked', '-1')]
+        assert np.array_equal(np.sum(cells, 0), new) and len(cells) == new.sum() / 64
+        for shape in image.findall('mask'):
+            numbers = [int(n) for n in shape.get('rle').split(',')]
+            flat = [i % 2 for i, n in enumerate(numbers) for _ in range(n)]
+            left, top, w, h = (int(shape.get(key)) for key in ('left', 'top', 'width', 'height'))
+            mask = np.zeros(tiny.SHAPE, bool)
+            mask[top:top + h, left:left + w] = np.reshape(flat, (h, w))
+            assert not (mask & (new if shape.get('source') == 'manual' else old)).any()
+            got[mask] = ['dark', 'grey', 'bright'].index(shape.get('label'))
+        assert np.array_equal(got, label)
     assert json.load(open(to_label(cfg.work_dir, 1, 'cvat_labels.json'))) == [
         dict(name=name, color=colour, attributes=[]) for name, colour in (
             ('dark', '#000001'), ('grey', '#5a5a5a'), ('bright', '#c8c8c8'),
-            ('unlabelable', '#ffffff'))]
+            ('unlabelable', '#ffffff'), ('asked', '#ffe600'))]
 
 
 def decode_rle(data: list) -> np.ndarray:
@@ -548,17 +561,24 @@ def test_label_studio_reads_the_same_classes(asked, blind):
     for task, (name, label) in zip(tasks, expected_labels(cfg, masks, blind).items()):
         assert task['data']['image'] == f'/data/local-files/?d={str(blind)[1:]}/img/train/{name}.png'
         [prediction] = task['predictions']
-        got = np.full(tiny.SHAPE, 255)
+        got, (old, new), cells = np.full(tiny.SHAPE, 255), masks[name], []
         for result in prediction['result']:
+            if result['from_name'] == 'asked':
+                assert result['readonly'] and result['value']['polygonlabels'] == ['asked']
+                cells.append(outline_mask((np.array(result['value']['points']) * [.48, .32]).round(6).tolist()))
+                continue
             assert (result['from_name'], result['to_name'], result['type']) == (
                 brush.get('name'), image.get('name'), 'brushlabels') and brush.get('toName') == image.get('name')
             assert (result['original_height'], result['original_width']) == tiny.SHAPE
             alpha = decode_rle(result['value']['rle']).reshape(*tiny.SHAPE, 4)[..., 3]
             [value] = result['value']['brushlabels']
+            assert not (old if not result['readonly'] else new)[alpha == 255].any()
             got[alpha == 255] = names.index(value)
         assert np.array_equal(got, label) and prediction['model_version'] == 'round_1'
+        assert np.array_equal(np.sum(cells, 0), new) and len(cells) == new.sum() / 64
     first = json.load(open(to_label(cfg.work_dir, 0, 'label_studio.json')))
-    assert first and all(task['predictions'] == [] for task in first)
+    shown = [result['from_name'] for task in first for result in task['predictions'][0]['result']]
+    assert shown == ['asked'] * 40
 
 
 @pytest.mark.parametrize('options', [
@@ -705,14 +725,12 @@ def test_any_class_name_comes_through_the_tools_files(ask, name, expected):
     state = ask(metainfo=dict(classes=(name, 'grey', 'background'), palette=[[9] * 3, [90] * 3, [200] * 3]))
     al_label.export(state)
     folder = osp.join(state.folder(), 'to_label')
-    with zipfile.ZipFile(osp.join(folder, 'cvat.zip')) as archive:
-        text = archive.read('labelmap.txt').decode()
-    assert read_labelmap(text) == ['unlabelled', expected, 'grey', 'background']
-    assert text.count('\n') == 5 and all(line.count(':') == 3 for line in text.splitlines())
     labels = json.load(open(osp.join(folder, 'cvat_labels.json')))
     brush = ET.parse(osp.join(folder, 'label_studio.xml')).getroot().find('BrushLabels')
-    for names in [label['name'] for label in labels], [label.get('value') for label in brush]:
+    for names in [label['name'] for label in labels][:-1], [label.get('value') for label in brush]:
         assert names == [expected, 'grey', 'background']
+        text = ''.join(f'{each}:{n},0,0::\n' for n, each in enumerate(names))  # a labelmap.txt
+        assert read_labelmap(text) == names
 
 
 @pytest.mark.parametrize('name', ['two\nlines', 'two\rlines', ' space', '#1', 'line\u2028'])
