@@ -3,10 +3,13 @@ label maps to start from, and the same for CVAT and Label Studio. And what comes
 ``round_<k>/labels``, and the store in ``labels`` that keeps them for training.
 
 Beside ``al_patch.py`` it attaches itself to every run. By hand it writes what a round asks for again, or a share of it,
-takes what an annotation tool exports, sets a run back to a round, or takes images out of it:
+takes what an annotation tool exports, does both with a server of Label Studio or CVAT, sets a run back to a round, or
+takes images out of it:
 
     python al_label.py export WORK_DIR [--to cvat | label-studio | png] [--part 2/3] [--with-images]
     python al_label.py import WORK_DIR FILE [--check]
+    python al_label.py push WORK_DIR --to URL [--upload]
+    python al_label.py pull WORK_DIR [--wait] [--check]
     python al_label.py rewind WORK_DIR K
     python al_label.py drop WORK_DIR IMAGE ...
 """
@@ -31,7 +34,9 @@ import os.path as osp
 import pathlib
 import re
 import shutil
+import sys
 import tempfile
+import time
 import xml.etree.ElementTree as ET
 import zipfile
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, NamedTuple
@@ -41,6 +46,7 @@ from xml.sax.saxutils import quoteattr
 import cv2
 import numpy as np
 from PIL import Image
+from rich.progress import track
 from scipy import ndimage
 
 if TYPE_CHECKING:
@@ -114,6 +120,12 @@ def main(argv: list | None = None) -> None:
         ('file', dict(metavar='FILE', help='JSON or JSON-MIN of Label Studio; CVAT for images 1.1 or Segmentation mask '
                                            '1.1; a folder, or a zip, of PNGs')),
         ('--check', dict(action='store_true', help='say what would come of it, and write nothing')))
+    add(push_tasks, 'make tasks of what a round asks for on a server of Label Studio or CVAT, once each',
+        ('--to', dict(metavar='URL', help='of the server; default: that of the last time')),
+        ('--upload', dict(action='store_true', help='hand the images over, which the server does not see')))
+    add(pull_labels, 'take what was submitted on that server',
+        ('--wait', dict(action='store_true', help='until all is there')),
+        ('--check', dict(action='store_true', help='say what would come of it, and write nothing')))
     add(rewind, 'set a run back to a round; later ones are moved aside, and their labels are kept',
         ('round', dict(metavar='K', type=int, help='the round that asks anew')),
         ('--train', dict(action='store_true', help='train round K anew, too')))
@@ -168,7 +180,61 @@ def import_labels(work_dir: str, file: str, check: bool = False) -> str:
     """
     notes = collections.defaultdict(dict)
     with opened_run(work_dir) as state:
-        return hand_in(state, read_answers(state, file, notes), notes, check)
+        outcome = hand_in(state, read_answers(state, file, notes), notes, check)
+    if not outcome.taken:
+        raise ValueError(f'{file} holds no answer to what round {state.round} asks for ({in_lines(notes, "; ")})')
+    return outcome.text
+
+
+def push_tasks(work_dir: str, to: str | None = None, upload: bool = False) -> str:
+    """Make tasks of what a round asks for on a server, which is remembered. What is there already stays as it is."""
+    with opened_run(work_dir) as state:
+        if state.phase != 'label':
+            raise ValueError(f'the run in {work_dir} does not wait for labels')
+        return push(state, to, upload)
+
+
+def push(state: State, to: str | None = None, upload: bool | None = None) -> str:
+    import al_patch
+    before = read_json(server_path(state))
+    if not (to or before):
+        raise ValueError('--to should be the address of a server, as none is remembered')
+    where = dict(url=to or before['url'], upload=bool(upload or not to and before['upload']))
+    server, names = server_at(where['url']), names_to_label(state)
+    al_patch.write_atomically(server_path(state), json.dumps(where))
+    new = server.push(state, names, where['upload'])
+    return f'{new} new tasks of the {len(names)} images of round {state.round} are on {where["url"]}'
+
+
+def pull_labels(work_dir: str, wait: bool = False, check: bool = False) -> str:
+    """Take what was submitted into the inbox; or ``wait``, and look again and again, until all is there."""
+    told = ''
+    with opened_run(work_dir) as state:
+        while True:
+            try:
+                outcome = pull(state, check)
+                text, missing = outcome.text, outcome.missing
+            except Unreachable as error:
+                if not wait:
+                    raise
+                text, missing = f'{error}; it is asked again', True
+            if not (wait and missing):
+                return text
+            if text != told:
+                print(told := text, flush=True)
+            time.sleep(POLL_SECONDS)
+
+
+def pull(state: State, check: bool = False) -> Outcome:
+    where, notes = read_json(server_path(state)), collections.defaultdict(dict)
+    if not where:
+        raise ValueError('no server is remembered: push first')
+    return hand_in(state, server_at(where['url']).pull(state, notes), notes, check)
+
+
+def server_path(state: State) -> str:
+    """Where a run keeps the address of the server that people label on."""
+    return osp.join(state.work_dir, 'labels', 'server.json')
 
 
 def rewind(work_dir: str, round: int, train: bool = False) -> str:
@@ -268,7 +334,7 @@ def opened_run(work_dir: str) -> Iterator[State]:
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         al_patch.attach_companions(runner)  # keys of the `al` block may be theirs
         al, pool = al_patch.parse_settings(cfg.al), al_patch.Pool(cfg, al_patch.unwrap(runner.model))
-        pool.sizes = Sizes(pool)
+        pool.sizes, pool.pixels = Sizes(pool), content['pixels']
         state = al_patch.State(content, osp.abspath(work_dir), al, runner, pool)
         for check in al_patch.methods_of(runner, 'check_resume'):
             check(state, content)
@@ -287,11 +353,317 @@ class Sizes(dict):
         return self[name]
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Servers: a round's tasks there, once each, and what was submitted. Both kinds have `push(state, names, upload)`, which
+# returns how many tasks are new, and `pull(state, notes)`, which returns answers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def server_at(url: str) -> LabelStudio | Cvat:
+    """What stands at an address: each of the two tells its name to anybody.
+
+    Raises:
+        ValueError: Neither, or nothing answers.
+    """
+    if '@' in url or not re.match('https?://', url):
+        raise ValueError('the server should be given as http://HOST:PORT or https://HOST, and the token in the environ'
+                         f'ment, but got {url.partition("@")[2] or url!r}')
+    server = Rest(url.rstrip('/'), None)
+    for path, kind in ('/api/version', LabelStudio), ('/api/server/about', Cvat):
+        with contextlib.suppress(Refused):
+            answer = str(server.ask('GET', path)).lower()
+            if 'label-studio' in answer or 'computer vision annotation tool' in answer:
+                return kind(server.url)
+    raise ValueError(f'{url} should be a Label Studio or a CVAT, but answers as neither')
+
+
+class Unreachable(ValueError):
+    """A server does not answer, or not as it should: it may later."""
+
+
+class Refused(ValueError):
+    """A server does not do what was asked."""
+
+
+class Rest:
+    """A REST API.
+
+    Args:
+        variable: That of the environment which holds the token, if one is needed. No message ever does.
+    """
+
+    def __init__(self, url: str, variable: str | None):
+        try:
+            import requests
+        except ImportError as error:
+            raise ImportError('push and pull need requests: pip install requests') from error
+        self.url, self.variable, self.session = url, variable, requests.Session()
+        self.session.trust_env = False  # neither another's password, from .netrc, nor a proxy
+        self.token = os.environ.get(variable, '').strip() if variable else ''
+        if variable and not self.token:
+            raise ValueError(f'{url} needs a token: set it in the environment, as {variable}')
+
+    def ask(self, method: str, path: str, **what):
+        """What the server answers, out of JSON.
+
+        Raises:
+            Unreachable, Refused: In one line, why it does not.
+        """
+        import requests
+        for renewed in (False, True):
+            try:
+                response = self.session.request(method, self.url + path, timeout=(10, 300), **what)
+                if response.status_code == 401 and not renewed and self.renew():
+                    continue
+                content = response.json() if response.ok else None
+            except requests.exceptions.JSONDecodeError as error:
+                raise Unreachable(f'{self.url} should answer {method} {path} with JSON, but did not') from error
+            except requests.RequestException as error:
+                raise Unreachable(f'{self.url} does not answer {method} {path} ({type(error).__name__})') from error
+            break
+        status = response.status_code
+        if status in (401, 403):
+            raise Refused(f'{self.url} does not take the token in {self.variable} for {method} {path} ({status})')
+        if not response.ok:
+            said = ' '.join(response.text.split())[:200]
+            said = said.replace(self.token, '...') if self.token else said
+            raise (Unreachable if status >= 500 or status == 429 else Refused)(
+                f'{self.url} answers {method} {path} with {status}: {said}')
+        return content
+
+    def renew(self) -> bool:
+        """Get what the token stands for, if it is to be exchanged, again."""
+        return False
+
+
+class LabelStudio(Rest):
+    """Label Studio: a project for a run, with a task for each image of each round."""
+
+    def __init__(self, url: str):
+        super().__init__(url, 'LABEL_STUDIO_API_KEY')
+        self.is_personal = self.token.count('.') == 2  # a refresh token; others are 40 hexadecimal digits
+        self.session.headers['Authorization'] = f'Token {self.token}'
+        self.renew()
+
+    def renew(self) -> bool:
+        if self.is_personal:
+            self.session.headers.pop('Authorization', None)
+            self.is_personal = False  # while asking
+            try:
+                access = self.ask('POST', '/api/token/refresh', json=dict(refresh=self.token))['access']
+            finally:
+                self.is_personal = True
+            self.session.headers['Authorization'] = f'Bearer {access}'
+        return self.is_personal
+
+    def push(self, state: State, names: list[str], upload: bool) -> int:
+        project = self.project(state) or self.ask('POST', '/api/projects', json=dict(
+            title=title_of(state), label_config=label_studio_interface(state), show_instruction=True,
+            expert_instruction=instructions(state)))['id']
+        there = {task['data'].get('name') for task in self.tasks(state, project)}
+        new = [name for name in names if name not in there]
+        if new and not upload:
+            self.connect(project, {osp.dirname(osp.abspath(image_path(state, name))) for name in new})
+        for lot in lots(new, 'Push', 20):
+            urls = self.upload(project, {name: image_path(state, name) for name in lot}) if upload else {}
+            tasks = [label_studio_task(state, name, urls.get(name) or local_url(state, name)) for name in lot]
+            self.ask('POST', f'/api/projects/{project}/import', json=tasks)
+        if state.round or state.counts_pixels:  # else nothing is shown beside the image
+            self.ask('PATCH', f'/api/projects/{project}', json=dict(model_version=f'round_{state.round}'))
+        return len(new)
+
+    def pull(self, state: State, notes: dict[str, dict]) -> list[Answer]:
+        project = self.project(state)
+        if project is None:
+            raise Refused(f'{self.url} has no project {title_of(state)!r}: push first')
+        tasks = self.tasks(state, project)
+        done = [task['id'] for task in tasks if task.get('total_annotations') or task.get('cancelled_annotations')]
+        notes['Not submitted'].update({task['data']['name']: None for task in tasks if task['id'] not in done})
+        exported = []
+        for lot in lots(done, 'Pull', 50):
+            exported += self.ask('GET', f'/api/projects/{project}/export', params={
+                'exportType': 'JSON', 'download_all_tasks': 'true', 'ids[]': lot})
+        return read_label_studio(state, exported, notes)
+
+    def project(self, state: State) -> int | None:
+        """The run's project."""
+        for page in itertools.count(1):
+            found = self.ask('GET', '/api/projects', params=dict(page=page, page_size=100, include='id,title'))
+            for project in found['results']:
+                if project['title'] == title_of(state):
+                    return project['id']
+            if not found.get('next'):
+                return None
+
+    def tasks(self, state: State, project: int) -> list[dict]:
+        """The tasks of what the newest round asks for."""
+        tasks = []
+        for page in itertools.count(1):
+            found = self.ask('GET', '/api/tasks', params=dict(project=project, page=page, page_size=100))
+            tasks += found['tasks']
+            if page * 100 >= found['total']:
+                return [task for task in tasks if task['data'].get('request') == request_of(state)]
+
+    def connect(self, project: int, folders: set[str]) -> None:
+        """Let the server hand out the images in some folders, which it has to see.
+
+        Raises:
+            Refused: It does not.
+        """
+        have = {storage['path'] for storage in self.ask('GET', '/api/storages/localfiles', params=dict(
+            project=project))}
+        folder = osp.commonpath(folders)
+        if folder not in have:
+            try:
+                self.ask('POST', '/api/storages/localfiles', json=dict(project=project, path=folder, title=folder))
+            except Refused as error:
+                raise Refused(f'{error}. If the server cannot see {folder}, use --upload') from error
+
+    def upload(self, project: int, images: dict[str, str]) -> dict[str, str]:
+        """Hand images over: their addresses on the server."""
+        with contextlib.ExitStack() as stack:
+            files = [(f'file_{i}', (osp.basename(path), stack.enter_context(open(path, 'rb'))))
+                     for i, path in enumerate(images.values())]
+            ids = self.ask('POST', f'/api/projects/{project}/import', params=dict(commit_to_project='false'),
+                           files=files)['file_upload_ids']
+        files = [self.ask('GET', f'/api/import/file-upload/{i}')['file'] for i in ids]
+        return {name: f'/data/{file}' for name, file in zip(images, files)}
+
+
+class Cvat:
+    """CVAT, by its own SDK: a task for a round of a run, with a job for every few images."""
+
+    def __init__(self, url: str):
+        try:
+            import cvat_sdk
+        except ImportError as error:
+            raise ImportError('CVAT needs its SDK: pip install cvat-sdk') from error
+        self.url, self.token = url, os.environ.get('CVAT_ACCESS_TOKEN', '').strip()
+        if not self.token:
+            raise ValueError(f'{url} needs a token: set it in the environment, as CVAT_ACCESS_TOKEN')
+        with self.asking('log in'):
+            self.client = cvat_sdk.make_client(url, access_token=self.token)
+        self.client.logger.setLevel('ERROR')
+
+    @contextlib.contextmanager
+    def asking(self, what: str) -> Iterator[None]:
+        """Let errors of the SDK be ours.
+
+        Raises:
+            Unreachable, Refused: In one line, what went wrong.
+        """
+        import cvat_sdk
+        import urllib3
+        try:
+            yield
+        except (Refused, Unreachable):
+            raise
+        except (cvat_sdk.exceptions.ApiException, cvat_sdk.exceptions.CvatSdkException) as error:
+            status = getattr(error, 'status', None) or 0
+            said = ' '.join(str(getattr(error, 'body', None) or error).split())[:200].replace(self.token, '...')
+            said = 'the token in CVAT_ACCESS_TOKEN is not taken' if status in (401, 403) else said
+            raise (Unreachable if status >= 500 or status == 429 else Refused)(
+                f'{self.url} cannot {what} ({status}): {said}') from error
+        except (urllib3.exceptions.HTTPError, OSError) as error:
+            raise Unreachable(f'{self.url} does not answer, to {what} ({type(error).__name__})') from error
+        except (ValueError, TypeError, LookupError) as error:
+            raise Unreachable(f'{self.url} should answer as CVAT does, but did not, to {what} ({type(error).__name__})'
+                              ) from error
+
+    def push(self, state: State, names: list[str], upload: bool) -> int:
+        from cvat_sdk.core.proxies.tasks import ResourceType
+        task, n = self.task(state), len(names)
+        with self.asking('make a task'):
+            if task is None:
+                labels = json.loads(cvat_files(state, [], {})['cvat_labels.json'])
+                task = self.client.tasks.create(dict(name=cvat_title(state), labels=labels, segment_size=20))
+                self.client.api_client.guides_api.create(dict(task_id=task.id, markdown=instructions(state)))
+            if task.size and self.client.api_client.tasks_api.retrieve_annotations(task.id)[0].shapes:
+                return 0
+        with self.asking('take the images'), tempfile.TemporaryDirectory() as folder:
+            if not task.size:
+                files = [cvat_file(state, name) for name in names]
+                if upload:  # where a file has no folder
+                    files = [osp.join(folder, quote(file, safe='')) for file in files]
+                    for file, name in zip(files, names):
+                        os.symlink(osp.abspath(image_path(state, name)), file)
+                task.upload_data(files, resource_type=ResourceType.LOCAL if upload else ResourceType.SHARE)
+        with self.asking('take what is to be labelled'):
+            labels = {label.name: label.id for label in task.get_labels()}
+            shapes = [cvat_api_shape(drawing, frame, labels) for frame, info in enumerate(task.get_frames_info())
+                      for drawing in drawings(state, image_named(state, info.name))]
+            if shapes:
+                task.set_annotations(dict(shapes=shapes))
+        return n
+
+    def pull(self, state: State, notes: dict[str, dict]) -> list[Answer]:
+        task, answers = self.task(state), []
+        if task is None:
+            raise Refused(f'{self.url} has no task {cvat_title(state)!r}: push first')
+        with self.asking('hand out what was labelled'):
+            labels = {label.id: label.name for label in task.get_labels()}
+            frames = [image_named(state, info.name) for info in task.get_frames_info()]
+            for job in track(task.get_jobs(), 'Pull', disable=not sys.stdout.isatty()):
+                mine = range(job.start_frame, job.stop_frame + 1)
+                if job.state != 'completed':
+                    notes['Not submitted'].update({frames[frame]: None for frame in mine})
+                    continue
+                shapes = sorted(job.get_annotations().shapes, key=lambda shape: shape.z_order)
+                answers += [(frames[frame], [(labels[shape.label_id], *cvat_xml_shape(shape)) for shape in shapes
+                                             if shape.frame == frame]) for frame in mine]
+        return [painted(state, name, ((label, cvat_mask(kind, shape, state.pool.sizes[name]))
+                                      for label, kind, shape in shapes), True) for name, shapes in answers]
+
+    def task(self, state: State):
+        """The task of what the newest round asks for."""
+        with self.asking('list tasks'):
+            found = self.client.api_client.tasks_api.list(name=cvat_title(state))[0].results
+            return self.client.tasks.retrieve(found[0].id) if found else None
+
+
+def cvat_title(state: State) -> str:
+    return f'{title_of(state)} round {state.round} {request_of(state)}'
+
+
+def cvat_api_shape(drawing: Drawing, frame: int, labels: dict[str, int]) -> dict:
+    """A drawing as CVAT's API has it: of a mask the runs, and its box."""
+    kind, shape = cvat_shape(drawing)
+    points = re.split('[,;]', shape['points']) if kind == 'polygon' else [
+        *shape['rle'].split(','), shape['left'], shape['top'], *(
+            int(shape[a]) + int(shape[b]) - 1 for a, b in (('left', 'width'), ('top', 'height')))]
+    return dict(type=kind, frame=frame, label_id=labels[drawing.label], points=[*map(float, points)], attributes=[],
+                occluded=False, z_order=-(kind == 'polygon'),
+                source='auto' if drawing.kind == 'prediction' else 'manual')
+
+
+def cvat_xml_shape(shape) -> tuple[str, dict]:
+    """A shape of CVAT's API as 'CVAT for images' has it: see ``cvat_mask``."""
+    kind, points = str(shape.type), list(shape.points)
+    if kind == 'mask':
+        *runs, left, top, right, bottom = map(int, points)
+        return kind, dict(rle=','.join(map(str, runs)), left=left, top=top, width=right - left + 1,
+                          height=bottom - top + 1)
+    if kind == 'rectangle':
+        return 'box', dict(zip(('xtl', 'ytl', 'xbr', 'ybr'), points), rotation=shape.rotation or 0)
+    return kind, dict(points=';'.join(f'{x},{y}' for x, y in zip(points[::2], points[1::2])))
+
+
+def lots(items: list, title: str, size: int) -> Iterator[list]:
+    """Some at a time, with progress."""
+    return track([items[i:i + size] for i in range(0, len(items), size)], title, disable=not sys.stdout.isatty())
+
+
+def title_of(state: State) -> str:
+    """What a run is called on a server: no two are alike, and no longer than Label Studio's 50 characters."""
+    begun = json.dumps([state.seed, state.al.unit, sorted(state.rounds[0]['asked'])])
+    return f'{osp.basename(state.work_dir)[:40]} {version_of(begun.encode())[:8]}'
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What tools export, as label maps in the inbox: the run accepts them when it goes on, as it does any file there
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_trial: bool = False) -> str:
+def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_trial: bool = False
+            ) -> Outcome:
     """Put answers into the inbox of the newest round, beside what is in it, all or none. What the run will make of them
     is found by what it will use.
 
@@ -299,11 +671,8 @@ def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_tria
         notes: What is to be told beside: a sentence -> the images that it is about.
         is_trial: Nothing is written.
 
-    Returns:
-        What came of it, in lines.
-
     Raises:
-        ValueError: There is no answer, or one cannot be used.
+        ValueError: An answer cannot be used.
     """
     import al_patch
     inbox, asked, folder = Inbox(state), state.entry['asked'], osp.join(state.folder(), 'labels')
@@ -318,9 +687,6 @@ def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_tria
             else:
                 stage(inbox, answer, al_patch.png_path(folder, answer.name, state.work_dir), notes)
         paths = {str(path.relative_to(staged)): path for path in sorted(pathlib.Path(staged).rglob('*.png'))}
-        if not paths:
-            raise ValueError(f'it holds no answer to what round {state.round} asks for: {in_lines(notes, "; ")}'
-                             .removesuffix(': '))
         reports = {name: inbox.take(name, True, keeps=False) for name in state.labelled()}
         new = {osp.join(folder, path): content for path, file in paths.items()
                if (content := file.read_bytes()) != read_bytes(osp.join(folder, path))}
@@ -335,10 +701,18 @@ def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_tria
     notes['Nobody asked for these images, they are kept aside'] = {
         name: None for name in (path.removesuffix('.png') for path in paths) if name not in state.labelled()}
     notes['Wrong'] = {report['wrong']: None for report in reports.values() if report['wrong']}
-    return '\n'.join([
+    text = '\n'.join([
         f'{accepted} of the {total} {state.al.unit.type}s that round {state.round} asks for are answered'
         f'{f", {unchanged} of them exactly as predicted" if unchanged else ""}', *in_lines(notes, '\n').splitlines(),
         f'{len(new)} label maps {"would be" if is_trial else "are"} new in {folder}' if new else 'Nothing is new'])
+    return Outcome(text, len(paths), total - accepted)
+
+
+class Outcome(NamedTuple):
+    """What came of answers: in lines, how many images are ``taken``, and how many units are ``missing`` yet."""
+    text: str
+    taken: int
+    missing: int
 
 
 def is_as_predicted(state: State, answer: Answer) -> bool:
@@ -1098,7 +1472,7 @@ def pack(state: State, tool: str, part: tuple, with_images: bool) -> pathlib.Pat
             archive.writestr(file, content)
         archive.writestr('instructions.txt', instructions(state))
         for name, image in images.items():
-            archive.write(image, f'images/{image_stem(state.pool, name)}{osp.splitext(image)[1]}')
+            archive.write(image, f'images/{cvat_file(state, name)}')
         for name in names if tool == 'png' else ():
             write_label(path := osp.join(folder, 'label.png'), state.pool, name,
                         read_label(png_path(state, 'prediction', name), state.pool, name))
@@ -1217,8 +1591,7 @@ def cvat_files(state: State, names: list[str], images: dict) -> dict[str, str | 
     ET.SubElement(root, 'version').text = '1.1'
     for i, name in enumerate(names):
         h, w = state.pool.sizes[name]
-        file = image_stem(state.pool, name) + osp.splitext(image_path(state, name))[1]
-        image = ET.SubElement(root, 'image', id=str(i), name=file, width=str(w), height=str(h))
+        image = ET.SubElement(root, 'image', id=str(i), name=cvat_file(state, name), width=str(w), height=str(h))
         for drawing in drawings(state, name):
             source = 'auto' if drawing.kind == 'prediction' else 'manual'
             ET.SubElement(image, *cvat_shape(drawing), label=drawing.label, source=source, occluded='0',
@@ -1280,6 +1653,11 @@ class Drawing(NamedTuple):
     shape: np.ndarray
 
 
+def cvat_file(state: State, name: str) -> str:
+    """What CVAT calls an image: its path in a share that holds the images' directory."""
+    return image_stem(state.pool, name) + osp.splitext(image_path(state, name))[1]
+
+
 def image_stem(pool: Pool, name: str) -> str:
     """An image's path below ``img_path`` without its extension, by which CVAT knows it; a name lacks ``img_suffix``."""
     suffix = getattr(pool.leaf_of(name)[0], 'img_suffix', None)
@@ -1292,8 +1670,8 @@ def label_studio_files(state: State, names: list[str], images: dict) -> dict[str
     files below the root ``/``."""
     tasks = []
     for name in names:
-        url = '/data/local-files/?d=' + quote(osp.abspath(image_path(state, name)).lstrip(os.sep))
-        tasks.append(label_studio_task(state, name, data_url(images[name]) if name in images else url))
+        url = data_url(images[name]) if name in images else local_url(state, name)
+        tasks.append(label_studio_task(state, name, url))
     return {'label_studio.json': '[' + ',\n'.join(json.dumps(task, ensure_ascii=False) for task in tasks) + ']\n',
             'label_studio.xml': label_studio_interface(state)}
 
@@ -1321,6 +1699,11 @@ def label_studio_interface(state: State) -> str:
             f'  <BrushLabels name="label" toName="image">\n{labels}  </BrushLabels>\n'
             '  <PolygonLabels name="asked" toName="image" opacity="0" strokeWidth="2">\n'
             f'    <Label value={quoteattr(asked_label(state))} background="#ffe600"/>\n  </PolygonLabels>\n</View>\n')
+
+
+def local_url(state: State, name: str) -> str:
+    """Where Label Studio serves an image, if its root of local files is ``/``."""
+    return '/data/local-files/?d=' + quote(osp.abspath(image_path(state, name)).lstrip(os.sep))
 
 
 def data_url(path: str) -> str:
@@ -1544,7 +1927,7 @@ def exported_path(state: State) -> str:
     return osp.join(state.work_dir, 'labels', 'exported.json')
 
 
-DATA_SET, UNLABELABLE = 'data set', 'unlabelable'
+DATA_SET, UNLABELABLE, POLL_SECONDS = 'data set', 'unlabelable', 10
 TOOLS = {'cvat': cvat_files, 'label-studio': label_studio_files, 'png': lambda *_: {}}
 
 if __name__ == '__main__':
