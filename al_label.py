@@ -33,6 +33,7 @@ import os
 import os.path as osp
 import pathlib
 import re
+import secrets
 import shutil
 import sys
 import tempfile
@@ -194,14 +195,15 @@ def push_tasks(work_dir: str, to: str | None = None, upload: bool = False) -> st
         return push(state, to, upload)
 
 
-def push(state: State, to: str | None = None, upload: bool | None = None) -> str:
+def push(state: State, to: str | None = None, upload: bool = False) -> str:
     import al_patch
     before = read_json(server_path(state))
     if not (to or before):
         raise ValueError('--to should be the address of a server, as none is remembered')
-    where = dict(url=to or before['url'], upload=bool(upload or not to and before['upload']))
-    server, names = server_at(where['url']), names_to_label(state)
-    al_patch.write_atomically(server_path(state), json.dumps(where))
+    title = f'{osp.basename(state.work_dir)[:40]} {secrets.token_hex(4)}'  # Label Studio takes 50 characters
+    where = {'title': title, **before, 'url': to or before['url'], 'upload': upload or not to and before['upload']}
+    server, names = server_at(where), names_to_label(state)
+    al_patch.write_atomically(server_path(state), json.dumps(where))  # before anything stands there under this title
     new = server.push(state, names, where['upload'])
     return f'{new} new tasks of the {len(names)} images of round {state.round} are on {where["url"]}'
 
@@ -229,11 +231,11 @@ def pull(state: State, check: bool = False) -> Outcome:
     where, notes = read_json(server_path(state)), collections.defaultdict(dict)
     if not where:
         raise ValueError('no server is remembered: push first')
-    return hand_in(state, server_at(where['url']).pull(state, notes), notes, check)
+    return hand_in(state, server_at(where).pull(state, notes), notes, check)
 
 
 def server_path(state: State) -> str:
-    """Where a run keeps the address of the server that people label on."""
+    """Where a run keeps on which server people label, and what the run is called there."""
     return osp.join(state.work_dir, 'labels', 'server.json')
 
 
@@ -358,12 +360,13 @@ class Sizes(dict):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def server_at(url: str) -> LabelStudio | Cvat:
-    """What stands at an address: each of the two tells its name to anybody.
+def server_at(where: dict) -> LabelStudio | Cvat:
+    """What stands at the ``url`` of a server: each of the two tells its name to anybody.
 
     Raises:
         ValueError: Neither, or nothing answers.
     """
+    url = where['url']
     if '@' in url or not re.match('https?://', url):
         raise ValueError('the server should be given as http://HOST:PORT or https://HOST, and the token in the environ'
                          f'ment, but got {url.partition("@")[2] or url!r}')
@@ -372,7 +375,7 @@ def server_at(url: str) -> LabelStudio | Cvat:
         with contextlib.suppress(Refused):
             answer = str(server.ask('GET', path)).lower()
             if 'label-studio' in answer or 'computer vision annotation tool' in answer:
-                return kind(server.url)
+                return kind(server.url, where['title'])
     raise ValueError(f'{url} should be a Label Studio or a CVAT, but answers as neither')
 
 
@@ -438,8 +441,9 @@ class Rest:
 class LabelStudio(Rest):
     """Label Studio: a project for a run, with a task for each image of each round."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, title: str):
         super().__init__(url, 'LABEL_STUDIO_API_KEY')
+        self.title = title
         self.is_personal = self.token.count('.') == 2  # a refresh token; others are 40 hexadecimal digits
         self.session.headers['Authorization'] = f'Token {self.token}'
         self.renew()
@@ -456,8 +460,8 @@ class LabelStudio(Rest):
         return self.is_personal
 
     def push(self, state: State, names: list[str], upload: bool) -> int:
-        project = self.project(state) or self.ask('POST', '/api/projects', json=dict(
-            title=title_of(state), label_config=label_studio_interface(state), show_instruction=True,
+        project = self.project() or self.ask('POST', '/api/projects', json=dict(
+            title=self.title, label_config=label_studio_interface(state), show_instruction=True,
             expert_instruction=instructions(state)))['id']
         there = {task['data'].get('name') for task in self.tasks(state, project)}
         new = [name for name in names if name not in there]
@@ -472,9 +476,9 @@ class LabelStudio(Rest):
         return len(new)
 
     def pull(self, state: State, notes: dict[str, dict]) -> list[Answer]:
-        project = self.project(state)
+        project = self.project()
         if project is None:
-            raise Refused(f'{self.url} has no project {title_of(state)!r}: push first')
+            raise Refused(f'{self.url} has no project {self.title!r}: push first')
         tasks = self.tasks(state, project)
         done = [task['id'] for task in tasks if task.get('total_annotations') or task.get('cancelled_annotations')]
         notes['Not submitted'].update({task['data']['name']: None for task in tasks if task['id'] not in done})
@@ -484,12 +488,12 @@ class LabelStudio(Rest):
                 'exportType': 'JSON', 'download_all_tasks': 'true', 'ids[]': lot})
         return read_label_studio(state, exported, notes)
 
-    def project(self, state: State) -> int | None:
+    def project(self) -> int | None:
         """The run's project."""
         for page in itertools.count(1):
             found = self.ask('GET', '/api/projects', params=dict(page=page, page_size=100, include='id,title'))
             for project in found['results']:
-                if project['title'] == title_of(state):
+                if project['title'] == self.title:
                     return project['id']
             if not found.get('next'):
                 return None
@@ -532,12 +536,12 @@ class LabelStudio(Rest):
 class Cvat:
     """CVAT, by its own SDK: a task for a round of a run, with a job for every few images."""
 
-    def __init__(self, url: str):
+    def __init__(self, url: str, title: str):
         try:
             import cvat_sdk
         except ImportError as error:
             raise ImportError('CVAT needs its SDK: pip install cvat-sdk') from error
-        self.url, self.token = url, os.environ.get('CVAT_ACCESS_TOKEN', '').strip()
+        self.url, self.title, self.token = url, title, os.environ.get('CVAT_ACCESS_TOKEN', '').strip()
         if not self.token:
             raise ValueError(f'{url} needs a token: set it in the environment, as CVAT_ACCESS_TOKEN')
         with self.asking('log in'):
@@ -575,7 +579,7 @@ class Cvat:
         with self.asking('make a task'):
             if task is None:
                 labels = json.loads(cvat_files(state, [], {})['cvat_labels.json'])
-                task = self.client.tasks.create(dict(name=cvat_title(state), labels=labels, segment_size=20))
+                task = self.client.tasks.create(dict(name=self.title_of(state), labels=labels, segment_size=20))
                 self.client.api_client.guides_api.create(dict(task_id=task.id, markdown=instructions(state)))
             if task.size and self.client.api_client.tasks_api.retrieve_annotations(task.id)[0].shapes:
                 return 0
@@ -598,7 +602,7 @@ class Cvat:
     def pull(self, state: State, notes: dict[str, dict]) -> list[Answer]:
         task, answers = self.task(state), []
         if task is None:
-            raise Refused(f'{self.url} has no task {cvat_title(state)!r}: push first')
+            raise Refused(f'{self.url} has no task {self.title_of(state)!r}: push first')
         with self.asking('hand out what was labelled'):
             labels = {label.id: label.name for label in task.get_labels()}
             frames = [image_named(state, info.name) for info in task.get_frames_info()]
@@ -613,15 +617,14 @@ class Cvat:
         return [painted(state, name, ((label, cvat_mask(kind, shape, state.pool.sizes[name]))
                                       for label, kind, shape in shapes), True) for name, shapes in answers]
 
+    def title_of(self, state: State) -> str:
+        return f'{self.title} round {state.round} {request_of(state)}'
+
     def task(self, state: State):
         """The task of what the newest round asks for."""
         with self.asking('list tasks'):
-            found = self.client.api_client.tasks_api.list(name=cvat_title(state))[0].results
+            found = self.client.api_client.tasks_api.list(name=self.title_of(state))[0].results
             return self.client.tasks.retrieve(found[0].id) if found else None
-
-
-def cvat_title(state: State) -> str:
-    return f'{title_of(state)} round {state.round} {request_of(state)}'
 
 
 def cvat_api_shape(drawing: Drawing, frame: int, labels: dict[str, int]) -> dict:
@@ -650,12 +653,6 @@ def cvat_xml_shape(shape) -> tuple[str, dict]:
 def lots(items: list, title: str, size: int) -> Iterator[list]:
     """Some at a time, with progress."""
     return track([items[i:i + size] for i in range(0, len(items), size)], title, disable=not sys.stdout.isatty())
-
-
-def title_of(state: State) -> str:
-    """What a run is called on a server: no two are alike, and no longer than Label Studio's 50 characters."""
-    begun = json.dumps([state.seed, state.al.unit, sorted(state.rounds[0]['asked'])])
-    return f'{osp.basename(state.work_dir)[:40]} {version_of(begun.encode())[:8]}'
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What tools export, as label maps in the inbox: the run accepts them when it goes on, as it does any file there
