@@ -201,7 +201,8 @@ def push(state: State, to: str | None = None, upload: bool = False) -> str:
     if not (to or before):
         raise ValueError('--to should be the address of a server, as none is remembered')
     title = f'{osp.basename(state.work_dir)[:40]} {secrets.token_hex(4)}'  # Label Studio takes 50 characters
-    where = {'title': title, **before, 'url': to or before['url'], 'upload': upload or not to and before['upload']}
+    where = {'title': title, **before, 'url': (to or before['url']).rstrip('/'),
+             'upload': upload or not to and before['upload']}
     server, names = server_at(where), names_to_label(state)
     al_patch.write_atomically(server_path(state), json.dumps(where))  # before anything stands there under this title
     new = server.push(state, names, where['upload'])
@@ -370,12 +371,14 @@ def server_at(where: dict) -> LabelStudio | Cvat:
     if '@' in url or not re.match('https?://', url):
         raise ValueError('the server should be given as http://HOST:PORT or https://HOST, and the token in the environ'
                          f'ment, but got {url.partition("@")[2] or url!r}')
-    server = Rest(url.rstrip('/'), None)
-    for path, kind in ('/api/version', LabelStudio), ('/api/server/about', Cvat):
+    server = Rest(url, None)
+    for path, sign, kind in (('/api/version', 'label-studio', LabelStudio),
+                             ('/api/server/about', 'Computer Vision Annotation Tool', Cvat)):
+        answer = ''
         with contextlib.suppress(Refused):
-            answer = str(server.ask('GET', path)).lower()
-            if 'label-studio' in answer or 'computer vision annotation tool' in answer:
-                return kind(server.url, where['title'])
+            answer = server.ask('GET', path)
+        if sign in str(answer):
+            return kind(url, where['title'])
     raise ValueError(f'{url} should be a Label Studio or a CVAT, but answers as neither')
 
 
