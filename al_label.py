@@ -69,17 +69,18 @@ def hook() -> Hook:
 
     import al_patch
 
-    def human(accept_partial=False, accept_unchanged=False, unlabelable=None) -> None:
+    def human(accept_partial=False, accept_unchanged=False, unlabelable=None, wait='end') -> None:
         """The options of people who label.
 
         Args:
             accept_partial: Go on with what there is; what is not labelled goes back to the pool.
             accept_unchanged: Take a file that was not touched since it was exported for an answer.
             unlabelable: The value of a label file for what was looked at and is of no class.
+            wait: ``end`` the run until it is resumed, or ``poll``: stay, and look into the inbox again and again.
         """
 
     human.__annotations__.update(accept_partial=al_patch.Flag, accept_unchanged=al_patch.Flag,
-                                 unlabelable=al_patch.MaybeCount)
+                                 unlabelable=al_patch.MaybeCount, wait=al_patch.one_of('end', 'poll'))
     al_patch.ORACLES['human'] = human
 
     class LabelHook(mmengine.hooks.Hook):
@@ -87,6 +88,8 @@ def hook() -> Hook:
         def after_al_ask(self, state: State, trainer: Runner | None) -> None:
             if state.phase == 'label' and not al_patch.on_all_ranks(lambda _: is_finished(state), ['rank 0'])['rank 0']:
                 export(state, trainer)
+            if state.phase == 'label' and osp.isfile(server_path(state)):
+                al_patch.on_rank_0(lambda: push_or_tell(state))
 
         def before_al_run(self, state: State) -> None:
             if state.is_human and state.al.oracle.unlabelable is not None:
@@ -97,6 +100,8 @@ def hook() -> Hook:
 
         def before_al_wait(self, state: State) -> None:
             log_request(state)
+            if state.al.oracle.wait == 'poll':
+                wait_for_labels(state)
 
     return LabelHook()
 
@@ -207,6 +212,49 @@ def push(state: State, to: str | None = None, upload: bool = False) -> str:
     al_patch.write_atomically(server_path(state), json.dumps(where))  # before anything stands there under this title
     new = server.push(state, names, where['upload'])
     return f'{new} new tasks of the {len(names)} images of round {state.round} are on {where["url"]}'
+
+
+def push_or_tell(state: State) -> None:
+    """Push what a round asks for to the server of the rounds before."""
+    try:
+        state.logger.info(push(state))
+    except (ValueError, ImportError) as error:
+        state.logger.warning(f'{error}. Push by hand: python al_label.py push {state.work_dir}')
+
+
+def wait_for_labels(state: State) -> None:
+    """Look for labels, in the inbox and on the server, until all are there. What is wrong or down is told once."""
+    import al_patch
+    told = set()
+
+    def tell(error: Exception) -> None:
+        if str(error) not in told:
+            told.add(str(error))
+            state.logger.warning(f'{error}. The run looks again')
+
+    def look() -> list[str]:
+        """The versions of all files in the inbox, with those that were just submitted."""
+        time.sleep(POLL_SECONDS)
+        if osp.isfile(server_path(state)):
+            try:
+                pull(state)
+            except (ValueError, ImportError) as error:
+                tell(error)
+        files = [state.pool.info(name).get('seg_map_path') for name in state.entry['asked']]
+        files += glob.glob(osp.join(glob.escape(state.folder()), 'labels', '**'), recursive=True)
+        return [f'{file} {os.stat(file).st_mtime_ns}' for file in files if file and osp.exists(file)]
+
+    before = []
+    state.logger.info(f'Round {state.round} looks for labels every {POLL_SECONDS} s, and goes on when all are there')
+    while state.phase == 'label':
+        now = al_patch.on_rank_0(look)
+        if now != before:
+            before = now
+            try:
+                accept_labels(state)
+            except ValueError as error:
+                tell(error)
+    state.save()
 
 
 def pull_labels(work_dir: str, wait: bool = False, check: bool = False) -> str:
@@ -558,13 +606,11 @@ class Cvat:
         Raises:
             Unreachable, Refused: In one line, what went wrong.
         """
-        import cvat_sdk
         import urllib3
+        from cvat_sdk.exceptions import ApiException, CvatSdkException, OpenApiException
         try:
             yield
-        except (Refused, Unreachable):
-            raise
-        except (cvat_sdk.exceptions.ApiException, cvat_sdk.exceptions.CvatSdkException) as error:
+        except (ApiException, CvatSdkException) as error:
             status = getattr(error, 'status', None) or 0
             said = ' '.join(str(getattr(error, 'body', None) or error).split())[:200].replace(self.token, '...')
             said = 'the token in CVAT_ACCESS_TOKEN is not taken' if status in (401, 403) else said
@@ -572,27 +618,29 @@ class Cvat:
                 f'{self.url} cannot {what} ({status}): {said}') from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             raise Unreachable(f'{self.url} does not answer, to {what} ({type(error).__name__})') from error
-        except (ValueError, TypeError, LookupError) as error:
+        except (OpenApiException, json.JSONDecodeError) as error:
             raise Unreachable(f'{self.url} should answer as CVAT does, but did not, to {what} ({type(error).__name__})'
                               ) from error
 
     def push(self, state: State, names: list[str], upload: bool) -> int:
         from cvat_sdk.core.proxies.tasks import ResourceType
-        task, n = self.task(state), len(names)
+        task = self.task(state)
+        is_new = not (task and task.size)
         with self.asking('make a task'):
             if task is None:
                 labels = json.loads(cvat_files(state, [], {})['cvat_labels.json'])
                 task = self.client.tasks.create(dict(name=self.title_of(state), labels=labels, segment_size=20))
-                self.client.api_client.guides_api.create(dict(task_id=task.id, markdown=instructions(state)))
-            if task.size and self.client.api_client.tasks_api.retrieve_annotations(task.id)[0].shapes:
+                self.client.api_client.guides_api.create(annotation_guide_write_request=dict(
+                    task_id=task.id, markdown=instructions(state)))
+            if not is_new and self.client.api_client.tasks_api.retrieve_annotations(task.id)[0].shapes:
                 return 0
         with self.asking('take the images'), tempfile.TemporaryDirectory() as folder:
-            if not task.size:
+            if is_new:
                 files = [cvat_file(state, name) for name in names]
                 if upload:  # where a file has no folder
                     files = [osp.join(folder, quote(file, safe='')) for file in files]
                     for file, name in zip(files, names):
-                        os.symlink(osp.abspath(image_path(state, name)), file)
+                        shutil.copy(image_path(state, name), file)  # the SDK takes a link's target's name
                 task.upload_data(files, resource_type=ResourceType.LOCAL if upload else ResourceType.SHARE)
         with self.asking('take what is to be labelled'):
             labels = {label.name: label.id for label in task.get_labels()}
@@ -600,7 +648,7 @@ class Cvat:
                       for drawing in drawings(state, image_named(state, info.name))]
             if shapes:
                 task.set_annotations(dict(shapes=shapes))
-        return n
+        return len(names) * is_new
 
     def pull(self, state: State, notes: dict[str, dict]) -> list[Answer]:
         task, answers = self.task(state), []

@@ -184,7 +184,8 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
         The last round's model. With ``al.oracle='human'`` it returns when labels are to be given; resuming goes on.
     """
     state = start_or_resume(runner)
-    while state.phase != 'label':
+    # where labels have to be waited for, a hook may do so
+    while state.phase != 'label' or tell_hooks(state, 'before_al_wait') or state.phase != 'label':
         trainer = build_round(state)
         if state.phase == 'train':
             tell_hooks(state, 'before_al_train', trainer)
@@ -204,7 +205,6 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
         del trainer
         gc.collect()
     else:
-        tell_hooks(state, 'before_al_wait')
         return runner.model
     end_rounds(state, trainer, reason)
     return runner.model

@@ -8,6 +8,8 @@ import os.path as osp
 import re
 import shutil
 import sys
+import threading
+import time
 import xml.etree.ElementTree as ET
 import zipfile
 
@@ -204,6 +206,39 @@ def test_the_script_ends_with_code_0_and_says_how_to_go_on(tmp_path, blind, trut
         assert np.array_equal(read_png(work_dir, 'labels', 'classes', f'{name}.png'),
                               np.where(mask, read_label(truth, name), 255))
     assert 'all 1 rounds of queries are done' in done.stdout + done.stderr
+
+
+def test_a_run_that_polls_goes_on_by_itself(make_cfg, train, human, blind, truth, tmp_path, monkeypatch):
+    """One start; what is wrong is told once, and mended meanwhile."""
+    monkeypatch.setattr(al_label, 'POLL_SECONDS', .1)
+    _, expected = train(make_cfg(dict(RUNS['region'], rounds=1), root=str(truth), work_dir=str(tmp_path / 'simulated'),
+                                 changes=SHORT))
+    cfg, _ = human(dict(RUNS['region'], rounds=1, oracle=dict(type='human', unlabelable=NO_CLASS, wait='poll')))
+
+    def label() -> None:
+        for k in range(2):
+            while not osp.exists(to_label(cfg.work_dir, k, 'to_label.txt')):
+                time.sleep(.05)
+            names = annotate(blind, truth, cfg.work_dir, k, skip=tiny.NAMES[6:], inbox=True)
+            wrong = osp.join(cfg.work_dir, f'round_{k}', 'labels', f'{names[0]}.png')
+            right = open(wrong, 'rb').read() if osp.exists(wrong) else None
+            os.makedirs(osp.dirname(wrong), exist_ok=True)
+            cv2.imwrite(wrong, np.zeros((3, 3), np.uint8))
+            while f'round_{k}/labels/{names[0]}.png cannot be used' not in tiny.log_of(cfg.work_dir):
+                time.sleep(.05)
+            if right:
+                open(wrong, 'wb').write(right)
+            annotate(blind, truth, cfg.work_dir, k, inbox=True)
+
+    annotator = threading.Thread(target=label, daemon=True)
+    annotator.start()
+    runner, rounds = train(cfg)
+    annotator.join()
+    assert state_of(cfg)['phase'] == 'query' and 'metrics' in rounds[1]
+    assert [entry['asked'] for entry in rounds] == [entry['asked'] for entry in expected]
+    assert [entry['void_pixels'] for entry in rounds] == [entry['void_pixels'] for entry in expected]
+    log = tiny.log_of(cfg.work_dir)
+    assert log.count('. The run looks again') == 2 and 'looks for labels every 0.1 s' in log
 
 
 # --- exports that failed, or were deleted ----------------------------------------------------------------------------
