@@ -38,6 +38,7 @@ import shutil
 import sys
 import tempfile
 import time
+import types
 import xml.etree.ElementTree as ET
 import zipfile
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, NamedTuple
@@ -82,6 +83,8 @@ def hook() -> Hook:
     human.__annotations__.update(accept_partial=al_patch.Flag, accept_unchanged=al_patch.Flag,
                                  unlabelable=al_patch.MaybeCount, wait=al_patch.one_of('end', 'poll'))
     al_patch.ORACLES['human'] = human
+    for name in 'region', 'superpixel':
+        al_patch.UNITS[name] = with_label(al_patch.UNITS[name])
 
     class LabelHook(mmengine.hooks.Hook):
 
@@ -92,11 +95,14 @@ def hook() -> Hook:
                 al_patch.on_rank_0(lambda: push_or_tell(state))
 
         def before_al_run(self, state: State) -> None:
-            if state.is_human and state.al.oracle.unlabelable is not None:
+            if is_human(state) and state.al.oracle.unlabelable is not None:
                 check_unlabelable(state)
 
         def accept_labels(self, state: State, is_asking: bool = False) -> None:
-            accept_labels(state, is_asking)
+            if is_human(state):
+                accept_labels(state, is_asking)
+            elif state.phase == 'label':
+                accept_truth(state)
 
         def before_al_wait(self, state: State) -> None:
             log_request(state)
@@ -104,6 +110,24 @@ def hook() -> Hook:
                 wait_for_labels(state)
 
     return LabelHook()
+
+
+def with_label(unit: Callable) -> Callable:
+    """A unit with an option more: ``label``, what an answer is: ``exact``, a class for each pixel, or ``dominant``, one
+    class for all of them."""
+    import inspect
+
+    import al_patch
+
+    @functools.wraps(unit)
+    def labelled_unit(label: str = 'exact', **options) -> tuple:
+        return unit(**options)
+
+    known = inspect.signature(unit, eval_str=True)
+    kind = al_patch.one_of('exact', 'dominant')
+    labelled_unit.__signature__ = known.replace(parameters=[*known.parameters.values(), inspect.Parameter(
+        'label', inspect.Parameter.KEYWORD_ONLY, default='exact', annotation=kind)])
+    return labelled_unit
 
 
 def main(argv: list | None = None) -> None:
@@ -179,14 +203,18 @@ def export_again(work_dir: str, to: str | None = None, part: tuple | None = None
 
 
 def import_labels(work_dir: str, file: str, check: bool = False) -> str:
-    """Take what people have labelled into the inbox of the newest round, where the run finds it on ``--resume``.
+    """Take what people have labelled into the inbox of the newest round, where the run finds it on ``--resume``."""
+    with opened_run(work_dir) as state:
+        return take_file(state, file, check)
 
+
+def take_file(state: State, file: str, check: bool = False) -> str:
+    """
     Raises:
         ValueError: Something in the file cannot be used, or nothing in it is an answer. Then nothing has changed.
     """
     notes = collections.defaultdict(dict)
-    with opened_run(work_dir) as state:
-        outcome = hand_in(state, read_answers(state, file, notes), notes, check)
+    outcome = hand_in(state, read_answers(state, file, notes), notes, check)
     if not outcome.taken:
         raise ValueError(f'{file} holds no answer to what round {state.round} asks for ({in_lines(notes, "; ")})')
     return outcome.text
@@ -353,8 +381,6 @@ def stopped_run(work_dir: str) -> Iterator[dict]:
     Raises:
         RuntimeError: It goes on just now.
     """
-    import types
-
     import mmengine
 
     import al_patch
@@ -780,12 +806,13 @@ def stage(inbox: Inbox, answer: Answer, path: str, notes: dict[str, dict]) -> No
     """
     import al_patch
     state, pool, (name, classes, known, _) = inbox.state, inbox.state.pool, answer
+    classes, known = inbox.spread(name, classes, known)
     before, done = inbox.stored(name)
     if osp.isfile(path):
         older, there = inbox.read(name, path, state.mask(name))
         before, done = np.where(there, older, before), done | there
         classes, known = np.where(known, classes, older), known | there
-    if differs := int((done & answer.known & (before != classes)).sum()):
+    if differs := int((done & known & (before != classes)).sum()):
         notes['Another label than before, of which the newer counts'][f'{name} ({differs} pixels)'] = None
     is_void = known & (classes == pool.ignore_index)
     palette = np.zeros((len(label_values(pool, name)[1]), 3), np.uint8)
@@ -1232,6 +1259,21 @@ def log_request(state: State) -> None:
                       f'looks for it, the first at {own}\nThen go on with: {al_patch.resume_command()}')
 
 
+def accept_truth(state: State) -> None:
+    """Take one class for each unit that the newest round asks for from the data set's own labels, at once.
+
+    Raises:
+        ValueError: It names the label files that cannot be used.
+    """
+    import al_patch
+    inbox = Inbox(state)
+    reports = al_patch.on_all_ranks(lambda name: inbox.take(name, True), list(state.entry['asked'])).values()
+    wrong = [report['wrong'] for report in reports if report['wrong']]
+    if wrong:
+        raise ValueError('; '.join(wrong[:5]))
+    state.entry['void_pixels'], state.phase = sum(report['void'] for report in reports), 'train'
+
+
 def give_back(state: State, missing: dict[str, list]) -> None:
     """Return units of the newest round that nobody has labelled to the pool, as if they had not been asked for."""
     import al_patch
@@ -1276,7 +1318,7 @@ class Inbox:
     set. It is kept in the label store as classes, with what of it is done."""
 
     def __init__(self, state: State):
-        self.state, self.oracle = state, state.al.oracle
+        self.state, self.oracle = state, state.al.oracle if is_human(state) else TRUTH
         self.exported, self.staged = read_json(exported_path(state)), None  # a folder of files that are yet to come in
 
     def sources(self, name: str, before: dict) -> list[tuple[str, str]]:
@@ -1402,7 +1444,33 @@ class Inbox:
         labels = pool.check_label(name, self.state.class_count, mask_HW, path,
                                   lambda name: load_label(pool, name, path, void_HW))
         known = labels != pool.ignore_index
-        return labels, known if void_HW is None else known | void_HW
+        with al_patch.reading(path):
+            return self.spread(name, labels, known if void_HW is None else known | void_HW)
+
+    def spread(self, name: str, labels: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Labels, and where they are known, (H, W) both; where an answer is one class for a unit, for all of it. From
+        the truth that is the most frequent one, void last of those that are equally so.
+
+        Raises:
+            ValueError: Somebody has given two.
+        """
+        state, ignore_index = self.state, self.state.pool.ignore_index
+        if not is_one_class(state):
+            return labels, known
+        numbers, ids = unit_numbers(state, name)
+        values, index = np.unique(
+            np.where(labels == ignore_index, 2**16, labels.astype(np.int64)), return_inverse=True)
+        inside = (numbers >= 0) & (known | (not is_human(state)))
+        counts = np.bincount(numbers[inside] * len(values) + index.reshape(labels.shape)[inside],
+                             minlength=len(ids) * len(values)).reshape(-1, len(values))
+        values[values == 2**16] = ignore_index
+        for i in np.flatnonzero((counts > 0).sum(1) > 1) if is_human(state) else ():
+            names = [tool_labels(state)[0][v] if v != ignore_index else UNLABELABLE for v in values[counts[i] > 0]]
+            raise ValueError(f'{name}: {state.al.unit.type} {ids[i]} should have one class, but got '
+                             f'{" and ".join(names)}')
+        known = np.where(numbers >= 0, np.append(counts.any(1), False)[numbers], known)
+        answers = np.append(values[counts.argmax(1)] if len(ids) else [], ignore_index).astype(labels.dtype)
+        return np.where((numbers >= 0) & known, answers[numbers], labels), known
 
     def keep(self, name: str, classes: np.ndarray, done: np.ndarray, files: list, changed: int) -> None:
         """Put an image's labels into the store. It is done again until the last file of it is written."""
@@ -1605,9 +1673,10 @@ def note_exported(state: State, names: list[str]) -> None:
 
 def write_prediction(state: State, name: str, pred_HW: np.ndarray) -> None:
     """Write a label map to start from: the prediction where labels are asked for, what was labelled before, and nothing
-    elsewhere. A unit of a single pixel has no prediction: it would be an answer."""
+    elsewhere. A unit that has one class, as a single pixel, has no prediction: it would be an answer."""
     pool, (classes, done), rows = state.pool, state.stored_label(name), unit_rows(state, name)
-    mask = mask_to_label(state, name) & np.append(np.bincount(rows[rows >= 0]) > 1, False)[rows]
+    size = np.bincount(rows[rows >= 0], minlength=1) * (not is_one_class(state))
+    mask = mask_to_label(state, name) & np.append(size > 1, False)[rows]
     asked = np.where(mask, pred_HW, pool.ignore_index)
     write_label(png_path(state, 'prediction', name), pool, name, np.where(done, classes, asked))
 
@@ -1743,8 +1812,9 @@ def label_studio_interface(state: State) -> str:
     classes, colours = tool_labels(state)
     labels = ''.join(f'    <Label value={quoteattr(c)} background="#{bytes(colour).hex()}"/>\n'
                      for c, colour in zip(classes, colours))
+    points = f'  <KeyPointLabels name="point" toName="image">\n{labels}  </KeyPointLabels>\n' * is_one_class(state)
     return ('<View>\n  <Header value="$task" size="5"/>\n  <Image name="image" value="$image" zoom="true"/>\n'
-            f'  <BrushLabels name="label" toName="image">\n{labels}  </BrushLabels>\n'
+            f'  <BrushLabels name="label" toName="image">\n{labels}  </BrushLabels>\n{points}'
             '  <PolygonLabels name="asked" toName="image" opacity="0" strokeWidth="2">\n'
             f'    <Label value={quoteattr(asked_label(state))} background="#ffe600"/>\n  </PolygonLabels>\n</View>\n')
 
@@ -1780,9 +1850,14 @@ def encode_rle(mask_HW: np.ndarray) -> list[int]:
 
 def instructions(state: State) -> str:
     """What annotators are told."""
-    unit, classes = state.al.unit.type, tool_labels(state)[0]
-    what = 'each image, all of it' if not state.counts_pixels else f'each {unit} that is outlined as "' \
-        f'{asked_label(state)}", all of it' if unit != 'pixel' else 'the pixel in the middle of each circle'
+    unit, classes, how = state.al.unit.type, tool_labels(state)[0], 'all of it'
+    if is_one_class(state):
+        how = 'by one stroke or point inside it'
+    what = f'each {unit} that is outlined as "{asked_label(state)}", {how}'
+    if not state.counts_pixels:
+        what = 'all of each image'
+    if unit == 'pixel':
+        what = 'the pixel in the middle of each circle'
     return (f'Label {what}, as one of: {", ".join(classes)}. '
             + f'Where none of them fits, it is "{UNLABELABLE}". ' * (UNLABELABLE in classes)
             + 'What is labelled elsewhere is not used.' * state.counts_pixels + '\n')
@@ -1927,6 +2002,27 @@ def unit_rows(state: State, name: str) -> np.ndarray:
     return rows
 
 
+def is_human(state: State) -> bool:
+    return state.al.oracle.type == 'human'
+
+
+def is_one_class(state: State) -> bool:
+    """Whether an answer is one class for all of a unit."""
+    return state.al.unit.get('label') == 'dominant'
+
+
+def unit_numbers(state: State, name: str) -> tuple[np.ndarray, list[int]]:
+    """For each pixel of an image the position of its unit among all that rounds have asked for in it, or -1, (H, W);
+    and their ids."""
+    numbers, ids = np.full(state.pool.sizes[name], -1), []
+    for entry in state.rounds:
+        if new := entry.get('ids', {}).get(name):
+            positions, pixels = state.units(name).members(np.array(new, int))
+            numbers.reshape(-1)[pixels] = positions + len(ids)
+            ids += new
+    return numbers, ids
+
+
 def mask_to_label(state: State, name: str) -> np.ndarray:
     """What the newest round asks people for in an image: not what the store has already, (H, W)."""
     return asked_mask(state, name) & ~state.stored_label(name)[1]
@@ -1975,6 +2071,7 @@ def exported_path(state: State) -> str:
     return osp.join(state.work_dir, 'labels', 'exported.json')
 
 
+TRUTH = types.SimpleNamespace(unlabelable=None, accept_unchanged=True)  # how the data set's own labels are read
 DATA_SET, UNLABELABLE, POLL_SECONDS = 'data set', 'unlabelable', 10
 TOOLS = {'cvat': cvat_files, 'label-studio': label_studio_files, 'png': lambda *_: {}}
 

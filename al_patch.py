@@ -239,7 +239,7 @@ def start_or_resume(runner: Runner) -> State:
         add_round(state, initial_images(state) or query(state, None))
     if not found or state.phase == 'label':  # where the run was killed before, or a hook failed
         tell_hooks(state, 'after_al_ask', None)
-    if found and state.is_human:
+    if found and state.keeps_labels:
         accept_labels(state)
         state.save()
     return state
@@ -326,7 +326,7 @@ def add_round(state: State, asked: dict) -> None:
     def ask(name: str) -> tuple:
         old = state.mask(name)
         new = state.mask_of(name, asked[name]) & ~old
-        void = 0 if state.is_human else state.count_void(name, new)
+        void = 0 if state.keeps_labels else state.count_void(name, new)
         if asked[name] is not None:
             write_png(state.mask_path(k, name), old | new)
         return asked[name] is not None and len(asked[name]), int(new.sum()), void
@@ -335,13 +335,11 @@ def add_round(state: State, asked: dict) -> None:
     entry = dict(asked={name: [n, pixels] if n else None for name, (n, pixels, _) in figures.items()},
                  strategy=state.strategy_of(k).record)
     if state.counts_pixels:
-        entry.update(pixels=sum(figure[1] for figure in figures.values()),
-                     void_pixels=sum(figure[2] for figure in figures.values()))
-    if state.is_human:
-        entry['ids'] = {name: ids.tolist() for name, ids in asked.items() if ids is not None}
+        _, entry['pixels'], entry['void_pixels'] = map(sum, zip(*figures.values()))
     state.rounds.append(entry)
     state.phase, state.is_resumed = 'train', False
-    if state.is_human:  # images that `initial` names have their labels
+    if state.keeps_labels:  # images that `initial` names have their labels
+        entry['ids'] = {name: ids.tolist() for name, ids in asked.items() if ids is not None}
         state.phase = 'label'
         accept_labels(state, is_asking=k > 0 or not isinstance(state.al.initial, (str, list)))
     entry.update(hold_out(state), spent=state.spent())
@@ -787,7 +785,7 @@ def build_labelled_dataloader(build: Callable, dataloader: dict, *args, **kwargs
     where, kept = dataloader.pop('al'), []
     content = read_state(where['state'])
     state = State(content, osp.dirname(where['state']), ConfigDict(content['settings']))
-    have = {name: Shown(k is not None and state.mask_path(k, name), *(state.stored(name) if state.is_human else ()))
+    have = {name: Shown(k is not None and state.mask_path(k, name), *(state.stored(name) if state.keeps_labels else ()))
             for name, k in state.labelled(where['round']).items()
             if name not in (state.rounds[where['round']].get('held_out') or ())}
 
@@ -2057,9 +2055,9 @@ class State:
         return unwrap(self.runner.model)
 
     @property
-    def is_human(self) -> bool:
-        """Whether people give the labels."""
-        return split_setting(self.al.oracle)[0] == 'human'
+    def keeps_labels(self) -> bool:
+        """Whether labels are in the store, and not the data set's own: people's, and those of one class a unit."""
+        return split_setting(self.al.oracle)[0] == 'human' or self.al.unit.get('label') == 'dominant'
 
     @property
     def classes(self) -> list[str]:
@@ -2136,7 +2134,7 @@ class State:
 
     def load_label(self, name: str) -> np.ndarray:
         """The label map of an image that was asked for, (H, W): what people have given, or what is on disk."""
-        return self.stored_label(name)[0] if self.is_human else self.pool.load_label(name)
+        return self.stored_label(name)[0] if self.keeps_labels else self.pool.load_label(name)
 
     def stored_label(self, name: str) -> tuple[np.ndarray, np.ndarray]:
         """The classes of an image in the label store, and what of it is done, (H, W) both."""
@@ -2157,7 +2155,7 @@ class State:
         path = png_path(osp.join(self.work_dir, 'labels', kind), name, self.work_dir)
         return path.removesuffix('.png') + suffix
 
-    def count_void(self, name: str, mask_HW: np.ndarray | slice = slice(None)) -> int:
+    def count_void(self, name: str, mask_HW: np.ndarray) -> int:
         """How many pixels of what was asked for are void, after checking their labels."""
         label = self.pool.check_label(name, self.class_count, mask_HW)
         return int((label[mask_HW] == self.pool.ignore_index).sum())
@@ -2169,14 +2167,13 @@ class State:
         return classes and max(2, classes)
 
     def spent(self) -> dict:
-        """What is labelled by now, as figures for log and table: images and, below image level, units, clicks (one a
-        unit) and pixels."""
+        """What is labelled by now, as figures for log and table: images and, below image level, units and pixels."""
         figures = dict(images=len({name for entry in self.rounds for name in entry['asked']}))
         if not self.counts_pixels:
             return {**figures, '% of images': round(100 * figures['images'] / len(self.pool), 2)}
         pixels, void = (sum(entry[key] for entry in self.rounds) for key in ('pixels', 'void_pixels'))
         units = sum(units[0] for entry in self.rounds for units in entry['asked'].values() if units)
-        return {**figures, f'{self.al.unit.type}s': units, 'clicks': units, 'pixels': pixels,
+        return {**figures, f'{self.al.unit.type}s': units, 'pixels': pixels,
                 '% of pixels': round(100 * pixels / self.pool.pixels, 3),
                 '% void': round(100 * void / max(1, pixels), 1)}
 

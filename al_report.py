@@ -1468,7 +1468,8 @@ def report_asked(state: al_patch.State, trainer) -> None:
         classes, np.array([each or [0] * len(classes) for each in kept(state, 'asked_classes.json', rounds)]),
         np.array([[iou.get(name, math.nan) for name in classes] for iou in kept(state, 'class_iou.json', rounds)]),
         np.array([ranking_overlap(*pair) for pair in zip(queries, queries[1:])]).reshape(-1, 2),
-        units_per_image(state.rounds, len(pool)), predicted_classes(state, trainer) if state.al.visualize else None)
+        units_per_image(state.rounds, len(pool)), predicted_classes(state, trainer) if state.al.visualize else None,
+        np.array([entry['spent'].get('% pure', math.nan) for entry in state.rounds]))
     add_scalars(state, asked.newest())
     if state.al.reports:
         show(state, draw_asked(asked), osp.join(state.work_dir, 'asked.png'), 'asked')
@@ -1483,6 +1484,10 @@ def look_at_labels(state: al_patch.State) -> None:
     shown = np.array([(each > 0).sum() for each in counts.values()])
     total = sum(counts.values(), np.zeros(len(classes), int))
     keep(state, 'asked_classes.json', total.tolist())
+    if state.al.unit.type == 'pixel' or state.al.unit.get('label') == 'dominant':  # one click answers for a unit
+        state.entry['spent']['clicks'] = sum(map(units_of, state.rounds))
+    if state.counts_pixels and state.al.oracle.type != 'human' and (pure := purity(state, names)):
+        state.entry['spent']['% pure'] = round(pure, 2)
     many = units_of(state.entry) > 9 if state.counts_pixels else len(counts) > 1  # a few units may well be of one
     if (total > 0).sum() <= 1 and many:
         absent = [name for name, n in zip(classes, total) if not n]
@@ -1493,6 +1498,21 @@ def look_at_labels(state: al_patch.State) -> None:
         odd = [name for name, n in zip(counts, shown) if n <= 1]
         state.warn(f'Labelled with one class or none, where most images have {np.median(shown):.0f}: '
                    f'{", ".join(odd[:10])}')
+
+
+def purity(state: al_patch.State, names: list[str]) -> float | None:
+    """How much of what the newest round asked for has the most frequent class of its unit, void being one, in percent;
+    None where units are no fixed areas. Exact labels tell it: those of the data set."""
+    pure = pixels = 0
+    for name in names:
+        units, new = state.units(name), state.mask(name) & ~state.mask(name, state.round - 1)
+        if not isinstance(units, al_patch.Segments):
+            return None
+        classes = np.unique(state.pool.load_label(name)[new], return_inverse=True)[1].reshape(-1)
+        counts = np.zeros((units.number, int(classes.max(initial=0)) + 1), int)
+        np.add.at(counts, (units.labels[new], classes), 1)
+        pure, pixels = pure + int(counts.max(1).sum()), pixels + len(classes)
+    return 100 * pure / max(1, pixels)
 
 
 def ranking_overlap(before: dict, after: dict) -> tuple[float, float]:
@@ -1523,12 +1543,14 @@ def predicted_classes(state: al_patch.State, trainer, images: int = 32) -> np.nd
 
 
 def draw_asked(asked: Asked) -> figures.Figure:
-    """What was asked for: classes against predictions, IoU of classes, overlap of rankings, and budget over images."""
+    """What was asked for: classes against predictions, IoU of classes, overlap of rankings, budget over images, and the
+    purity of units."""
     rows = [[draw_classes] + [draw_iou] * bool(np.isfinite(asked.iou_RC).any()),
-            [draw_overlaps] * bool(np.isfinite(asked.overlaps_Q2).any()) + [draw_budget] * bool(asked.units_N.any())]
+            [draw_overlaps] * bool(np.isfinite(asked.overlaps_Q2).any()) + [draw_budget] * bool(asked.units_N.any()),
+            [draw_purity] * bool(asked.purity_R is not None and np.isfinite(asked.purity_R).any())]
     shown = np.sort(np.argsort(-asked.pixels_RC.sum(0), kind='stable')[:30])  # more could not be read
     mosaic = [(row * 2)[:2] for row in rows if row]
-    heights = (1.3 + .24 * len(shown), 3.)[:len(mosaic)]
+    heights = (1.3 + .24 * len(shown), 3., 3.)[:len(mosaic)]
     figure = figures.Figure((11, sum(heights)), dpi=110, layout='constrained')
     for draw, axes in figure.subplot_mosaic(mosaic, height_ratios=heights).items():
         draw(axes, asked, shown)
@@ -1578,6 +1600,12 @@ def draw_budget(axes, asked: Asked, shown: np.ndarray) -> None:
          title='do a few images take it all?')
 
 
+def draw_purity(axes, asked: Asked, shown: np.ndarray) -> None:
+    axes.plot(range(len(asked.purity_R)), asked.purity_R, 'o-', color=COLOURS[0])
+    tidy(axes, legend=False, xlabel='round that asked', ylabel='% of pixels', xticks=range(len(asked.purity_R)),
+         title='do units have one class?')
+
+
 class Asked(NamedTuple):
     """What a run has asked for in R rounds, by Q + 1 queries, and what came of it."""
     classes: list
@@ -1586,6 +1614,7 @@ class Asked(NamedTuple):
     overlaps_Q2: np.ndarray  # of consecutive queries, see `ranking_overlap`
     units_N: np.ndarray  # of each image, see `units_per_image`
     predicted_C: np.ndarray | None  # pixels of each class that the model predicts in the pool
+    purity_R: np.ndarray | None = None  # see `purity`; not a number where it is not known
 
     def newest(self) -> dict[str, float]:
         """The last round's numbers, by name."""
@@ -1644,7 +1673,7 @@ def draw_picture(state: al_patch.State, asked: dict, name: str, prediction_HW: n
     classes, image, strength = state.classes, to_rgb(pool.load_image(name)), .5
     new, n = state.mask_of(name, asked[name]) & ~old if name in asked else np.zeros_like(old), len(classes)
     titles = f'asked for now: {100 * new.mean():.3g} %', f'labelled so far: {100 * (old | new).mean():.3g} %'
-    known = old if state.is_human else old | new  # a human has yet to label what is new
+    known = old if state.al.oracle.type == 'human' else old | new  # a human has yet to label what is new
     # that of an image that was not asked for stays closed
     label = state.load_label(name).astype(np.int64) if known.any() else np.full(known.shape, n)
     truth_HW = np.where(known & (label >= 0), label, n).clip(max=n)

@@ -599,7 +599,7 @@ def test_an_image_that_is_too_large_for_pillow_says_what_to_do(make_state, monke
     monkeypatch.setattr('PIL.Image.MAX_IMAGE_PIXELS', 100)
     with pytest.raises(ValueError, match=r'ann/train/a/00.png cannot be used .DecompressionBombError: Image size .* '
                                          r'Set PIL.Image.MAX_IMAGE_PIXELS = None in a module of `custom_imports`'):
-        state.count_void('a/00')
+        state.count_void('a/00', np.ones(tiny.SHAPE, bool))
 
 
 # --- batches ---------------------------------------------------------------------------------------------------------

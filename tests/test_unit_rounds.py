@@ -75,7 +75,8 @@ def test_a_run(make_cfg, train, name):
         assert spent['pixels'] == pixels_of(now) and entry['void_pixels'] == 0 == spent['% void']
         assert spent['% of pixels'] == round(100 * pixels_of(now) / (12 * AREA), 3)
         assert spent['images'] == len(now)
-        assert spent[f'{unit["type"]}s'] == spent['clicks'] == sum(units_of(rounds)[:k + 1])
+        assert spent[f'{unit["type"]}s'] == sum(units_of(rounds)[:k + 1])
+        assert spent.get('clicks') == (sum(units_of(rounds)[:k + 1]) if unit['type'] == 'pixel' else None)
         before = now
     if name == 'grid':
         cells = [mask.reshape(4, 8, 6, 8).transpose(0, 2, 1, 3).reshape(24, 64) for mask in before.values()]
