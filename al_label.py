@@ -216,6 +216,7 @@ def take_file(state: State, file: str, check: bool = False) -> str:
     notes = collections.defaultdict(dict)
     outcome = hand_in(state, read_answers(state, file, notes), notes, check)
     if not outcome.taken:
+        notes.pop('Not yet')
         raise ValueError(f'{file} holds no answer to what round {state.round} asks for ({in_lines(notes, "; ")})')
     return outcome.text
 
@@ -407,7 +408,8 @@ def opened_run(work_dir: str) -> Iterator[State]:
         raise ValueError(f'{work_dir} does not hold the config, a .py file, that mmengine writes there')
     cfg = Config.fromfile(max(configs, key=osp.getmtime))
     with tempfile.TemporaryDirectory() as elsewhere:
-        cfg.update(work_dir=elsewhere, resume=True, launcher='none', log_level='WARNING')
+        cfg.update(work_dir=elsewhere, resume=True, launcher='none', log_level='WARNING',
+                   experiment_name=osp.basename(elsewhere))
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         al_patch.attach_companions(runner)  # keys of the `al` block may be theirs
         al, pool = al_patch.parse_settings(cfg.al), al_patch.Pool(cfg, al_patch.unwrap(runner.model))
@@ -750,16 +752,18 @@ def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_tria
     """
     import al_patch
     inbox, asked, folder = Inbox(state), state.entry['asked'], osp.join(state.folder(), 'labels')
-    with contextlib.nullcontext() if is_trial else lock_inbox(state), tempfile.TemporaryDirectory() as staged:
+    untouched = 'Just as it was exported, which is no answer (but with `al.oracle.accept_unchanged`)'
+    for answer in answers:
+        if not answer.known.any():
+            notes['Nothing is labelled'][answer.name] = None
+        elif not answer.is_submitted and is_as_predicted(state, answer):
+            notes[untouched][answer.name] = None
+    answers = [each for each in answers if each.name not in {**notes['Nothing is labelled'], **notes[untouched]}]
+    with lock_inbox(state) if answers and not is_trial else contextlib.nullcontext(), \
+            tempfile.TemporaryDirectory() as staged:
         inbox.staged = staged
         for answer in answers:
-            if not answer.known.any():
-                notes['Nothing is labelled'][answer.name] = None
-            elif not answer.is_submitted and is_as_predicted(state, answer):
-                notes['Just as it was exported, which is no answer (but with `al.oracle.accept_unchanged`)'][
-                    answer.name] = None
-            else:
-                stage(inbox, answer, al_patch.png_path(folder, answer.name, state.work_dir), notes)
+            stage(inbox, answer, al_patch.png_path(folder, answer.name, state.work_dir), notes)
         paths = {str(path.relative_to(staged)): path for path in sorted(pathlib.Path(staged).rglob('*.png'))}
         reports = {name: inbox.take(name, True, keeps=False) for name in state.labelled()}
         new = {osp.join(folder, path): content for path, file in paths.items()
@@ -804,8 +808,10 @@ def stage(inbox: Inbox, answer: Answer, path: str, notes: dict[str, dict]) -> No
     Raises:
         ValueError: The data set reads neither.
     """
+    from mmengine.dataset import Compose
+
     import al_patch
-    state, pool, (name, classes, known, _) = inbox.state, inbox.state.pool, answer
+    state, (name, classes, known, _) = inbox.state, answer
     classes, known = inbox.spread(name, classes, known)
     before, done = inbox.stored(name)
     if osp.isfile(path):
@@ -814,6 +820,7 @@ def stage(inbox: Inbox, answer: Answer, path: str, notes: dict[str, dict]) -> No
         classes, known = np.where(known, classes, older), known | there
     if differs := int((done & known & (before != classes)).sum()):
         notes['Another label than before, of which the newer counts'][f'{name} ({differs} pixels)'] = None
+    pool = state.pool
     is_void = known & (classes == pool.ignore_index)
     palette = np.zeros((len(label_values(pool, name)[1]), 3), np.uint8)
     palette[:] = 1  # no class, where a palette has no such colour
@@ -825,7 +832,9 @@ def stage(inbox: Inbox, answer: Answer, path: str, notes: dict[str, dict]) -> No
         picture = values[classes]
         picture[is_void] = state.al.oracle.unlabelable or 0
         al_patch.write_png(staged, picture)
-        with contextlib.suppress(ValueError):
+        pool.steps.clear()  # they are found by a file: not by one that training does not take
+        with contextlib.suppress(Exception), al_patch.undisturbed():
+            Compose(pool.training[pool.where[name][0]])({**pool.info(name), 'seg_map_path': staged})
             if all(map(np.array_equal, inbox.read(name, staged, known), (classes, known))):
                 return
     raise ValueError(f'{name}: the data set reads label files neither as numbers of classes nor in the colours of its '
@@ -836,7 +845,7 @@ def stage(inbox: Inbox, answer: Answer, path: str, notes: dict[str, dict]) -> No
 def lock_inbox(state: State) -> Iterator[None]:
     """Held for as long as it takes to add to the inbox: two may import at once, whatever the run does meanwhile."""
     with open(osp.join(state.work_dir, 'inbox.lock'), 'w') as file:
-        fcntl.lockf(file, fcntl.LOCK_EX)
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import os.path as osp
 import pathlib
+import threading
+import types
 import xml.etree.ElementTree as ET
 import zipfile
 
@@ -17,6 +19,7 @@ from PIL import Image
 from tiny import VOID, People, part
 
 import al_label
+import al_patch
 
 CELL = dict(type='region', size=[8, 8])  # 6 in a row: number 7 is rows 8 to 15 and columns 8 to 15
 CLASSES = ['dark', 'grey', 'bright']
@@ -358,3 +361,136 @@ def test_what_is_asked_for_is_outlined(people, shape):
     root = ET.fromstring(zipfile.ZipFile(io.BytesIO(al_label.cvat_files(run.state, ['a/01'], {})['cvat.zip'])).read(
         'annotations.xml'))
     assert len(root.findall('.//polygon')) == len(found)
+
+
+# --- what is wrong ---------------------------------------------------------------------------------------------------
+
+
+def labelled_task(run: People, **data) -> dict:
+    return task_of(run, 'a/01', [region('brushlabels', 'grey', rle=brush(np.ones(tiny.SHAPE, bool)))], **data)
+
+
+def with_result(run: People, result: dict) -> list:
+    return [task_of(run, 'a/01', [result])]
+
+
+BOX = dict(label='grey', xtl=0, ytl=0, xbr=9, ybr=9)
+WRONG = {  # what a file holds, from a run -> JSON, XML, files of a zip, or bytes; and what is said
+    'a name that leads elsewhere': (lambda run: {'../a/01.png': png(np.zeros(tiny.SHAPE, np.uint8))},
+                                    "names in a zip should stay below its root, but got '../a/01.png'"),
+    'an absolute name': (lambda run: {'/a/01.png': b''}, "should stay below its root, but got '/a/01.png'"),
+    'a zip bomb': (lambda run: {'a/01.png': bytes(2**27)}, 'a zip of labels should unpack to at most 200 times its si'),
+    'a mask of another size': (lambda run: {'a/01.png': png(np.zeros((8, 8), np.uint8))},
+                               r'a/01: labels should be of the size of the image, \(32, 48\), but are of \(8, 8\)'),
+    'a brush of another size': (lambda run: with_result(run, region('brushlabels', 'grey', (8, 8), rle=brush(
+        np.ones((8, 8), bool)))), r'a/01: labels should be of the size of the image, .* but are of \(8, 8\)'),
+    'an image of another size': (lambda run: xml_of({'a/01': [('box', BOX)]}, (8, 8)), r'a/01: .* but are of \(8, 8\)'),
+    'an unknown label': (lambda run: with_result(run, region(
+        'polygonlabels', 'cow', points=[[0, 0], [9, 0], [9, 9]])),
+                         "a/01: labels should be dark, grey, bright, but got 'cow'"),
+    'two labels': (lambda run: with_result(run, dict(region('brushlabels', 'grey'), value=dict(
+        brushlabels=['grey', 'dark']))), 'a region should have one label'),
+    'an unknown form': (lambda run: with_result(run, region('ellipselabels', 'grey', x=1, y=1, radiusX=2, radiusY=2)),
+                        'labels should be brushes, polygons, rectangles or points, but got ellipselabels'),
+    'an unknown shape': (lambda run: xml_of({'a/01': [('cuboid', BOX)]}), 'masks, polygons, boxes or points, but got '),
+    'an unknown image': (lambda run: xml_of({'b/99': [('box', BOX)]}),
+                         "images should be of this run's data set, such as 'a/00', but got 'b/99.png'"),
+    'a task of another project': (lambda run: [labelled_task(run, request='0123')], 'the task of a/01 should be of '
+                                  "what this run asks for in round 1, but is of another run's round 1"),
+    'a task of the future': (lambda run: [labelled_task(run, round=7)], "but is of another run's round 7"),
+    'an older round': (lambda run: [labelled_task(run, round=0)], 'Of an older round than 1, passed over: a/01'),
+    'RLE that ends': (lambda run: with_result(run, region('brushlabels', 'grey', rle=brush(
+        np.ones(tiny.SHAPE, bool))[:-9])), 'its RLE ends too early'),
+    'RLE that is none': (lambda run: with_result(run, region('brushlabels', 'grey', rle=[300, -1])), 'OverflowError'),
+    'RLE of CVAT that ends': (lambda run: xml_of({'a/01': [('mask', dict(
+        label='grey', rle='1, 2', left=0, top=0, width=2, height=2))]}), 'a mask should have 2 x 2 pixels inside'),
+    'a mask outside': (lambda run: xml_of({'a/01': [('mask', dict(
+        label='grey', rle='0, 4', left=47, top=0, width=2, height=2))]}), 'a mask should have 2 x 2 pixels inside'),
+    'empty': (lambda run: [task_of(run, 'a/01', [])], 'Nothing is labelled: a/01'),
+    'not submitted': (lambda run: [task_of(run, 'a/01')], 'Not submitted: a/01'),
+    'cancelled': (lambda run: [dict(labelled_task(run), annotations=[dict(result=[], was_cancelled=True)])],
+                  'Cancelled by an annotator: a/01'),
+    'an untouched export': (lambda run: json.loads(al_label.label_studio_files(
+        run.state, ['a/01'], {})['label_studio.json']), 'Not submitted: a/01'),
+    'another JSON': (lambda run: dict(a=1), 'a JSON should be an export of Label Studio, a list of tasks'),
+    'no JSON': (lambda run: b'{', 'JSONDecodeError'),
+    'another XML': (lambda run: '<html/>', "should be of 'CVAT for images 1.1', but its root is 'html'"),
+    'entities': (lambda run: '<!DOCTYPE a [<!ENTITY b "c">]><annotations/>', 'should have no declarations'),
+    'no labels at all': (lambda run: {'readme.txt': b'hello'}, 'it should be a JSON or .*, but holds readme.txt'),
+    'a colour of no label': (lambda run: {
+        'labelmap.txt': 'background:0,0,0::\ngrey:90,90,90::\n',
+        'SegmentationClass/a/01.png': png(np.full((*tiny.SHAPE, 3), 7, np.uint8))},
+        r'should have the colours of its labelmap.txt, but got \(7, 7, 7\)'),
+    'a value that is no class': (lambda run: {'a/01.png': png(np.full(tiny.SHAPE, 9, np.uint8))},
+                                 'labels should be below 3, .* but got 9'),
+    'a picture that is none': (lambda run: {'a/01.png': b'\x89PNG'}, 'UnidentifiedImageError'),
+    'what people are given': (lambda run: {'to_label.txt': 'a/01', 'mask/a/01.png': png(np.ones(tiny.SHAPE, bool))},
+                              'that is what people are given: import the folder in which they have labelled')}
+
+
+@pytest.mark.parametrize('what', WRONG)
+def test_what_is_wrong_is_told_in_a_line_and_changes_nothing(people, tmp_path, truth, what):
+    """With a right image beside it, which is not taken either."""
+    make, why = WRONG[what]
+    run = people()
+    run.ask({'a/00': None})
+    run.hand_in(run.inbox(0, 'a/00'), truth('a/00'))
+    run.accept()
+    run.ask({'a/01': None, 'a/02': None})
+    given, path = make(run), tmp_path / 'given.json'
+    if isinstance(given, dict) and not {'a'} == {*given}:
+        path = archive(tmp_path / 'given.zip', given)
+    elif isinstance(given, str):
+        path = tmp_path / 'annotations.xml'
+        path.write_text(given)
+    else:
+        path.write_bytes(given if isinstance(given, bytes) else json.dumps(given).encode())
+    before = files_in(run.state.work_dir)
+    for check in (True, False):
+        with pytest.raises(ValueError, match=why) as error:
+            take(run, str(path), check)
+        assert '\n' not in str(error.value) and str(path) in str(error.value)
+    assert files_in(run.state.work_dir) == before
+
+
+def test_one_wrong_image_keeps_all_out(people, tmp_path, truth):
+    run = people()
+    run.ask({'a/01': None, 'a/02': None})
+    tasks = [task_of(run, 'a/02', brushes(truth('a/02'))), *with_result(run, region('brushlabels', 'cow', rle=[]))]
+    (tmp_path / 'both.json').write_text(json.dumps(tasks))
+    with pytest.raises(ValueError, match='RLE ends too early'):
+        take(run, str(tmp_path / 'both.json'))
+    assert not osp.exists(run.path('round_0', 'labels'))
+
+
+def test_a_file_that_is_not_there(people):
+    run = people()
+    run.ask({'a/01': None})
+    with pytest.raises(ValueError, match='nowhere.json cannot be used .there is no such file.'):
+        take(run, '/nowhere.json')
+
+
+def test_label_files_in_colours(people, truth, tmp_path):
+    """A data set whose steps turn the colours of its palette into classes gets such a file."""
+    from test_labels import ColoursToClasses
+    run = people(CELL, [tiny.PLAIN[0], tiny.PLAIN[1], dict(type='ColoursToClasses'), tiny.PLAIN[2]])
+    mask = run.ask({'a/01': [0]})['a/01']
+    take(run, write_json(run, {'a/01': part(truth('a/01'), mask)}, tmp_path))
+    colours = np.array(Image.open(run.inbox(0, 'a/01')))
+    assert (colours[mask] == np.array(ColoursToClasses.COLOURS)[truth('a/01')[mask]]).all()
+    assert run.accept() == 'train'
+    assert np.array_equal(run.trained_on(0)['a/01'], part(truth('a/01'), mask))
+
+
+def test_a_run_that_trains_is_no_hindrance(people, truth, tmp_path):
+    """Its lock is its own; two that import at once wait for each other."""
+    run = people()
+    run.ask({'a/01': None, 'a/02': None})
+    paths = [write(run, {name: truth(name)}, tmp_path) for write, name in ((write_json, 'a/01'), (write_xml, 'a/02'))]
+    with al_patch.only_run(types.SimpleNamespace(work_dir=run.state.work_dir, logger=run.runner.logger)):
+        threads = [threading.Thread(target=take, args=(run, path)) for path in paths]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert run.accept() == 'train'
