@@ -1715,6 +1715,12 @@ def cvat_files(state: State, names: list[str], images: dict) -> dict[str, str | 
               for c, colour in zip([*classes, asked_label(state)], [*colours, np.uint8([255, 230, 0])])]
     root = ET.Element('annotations')
     ET.SubElement(root, 'version').text = '1.1'
+    listed = ET.SubElement(ET.SubElement(ET.SubElement(root, 'meta'), 'task'), 'labels')
+    for label in labels:
+        element = ET.SubElement(listed, 'label')
+        for key in 'name', 'color':
+            ET.SubElement(element, key).text = label[key]
+        ET.SubElement(element, 'attributes')
     for i, name in enumerate(names):
         h, w = state.pool.sizes[name]
         image = ET.SubElement(root, 'image', id=str(i), name=cvat_file(state, name), width=str(w), height=str(h))
