@@ -64,8 +64,8 @@ if TYPE_CHECKING:
 
 @functools.cache
 def hook() -> Hook:
-    """The hook that exports when a round asks. A run that is resumed while it waits asks again: then only what was not
-    finished is exported."""
+    """The hook that exports when a round asks, pushes that to the server that people label on, and may wait for them. A
+    run that is resumed while it waits asks again: then only what was not finished is exported."""
     import mmengine.hooks
 
     import al_patch
@@ -95,8 +95,8 @@ def hook() -> Hook:
                 al_patch.on_rank_0(lambda: push_or_tell(state))
 
         def before_al_run(self, state: State) -> None:
-            if is_human(state) and state.al.oracle.unlabelable is not None:
-                check_unlabelable(state)
+            if is_human(state):
+                check_oracle(state)
 
         def accept_labels(self, state: State, is_asking: bool = False) -> None:
             if is_human(state):
@@ -867,13 +867,14 @@ def read_answers(state: State, path: str, notes: dict[str, dict]) -> list[Answer
     import al_patch
     with al_patch.reading(path):
         files = files_in(path)
-        named = {osp.basename(file): file for file in files}
-        if 'annotations.xml' in named:
-            return read_cvat(state, files[named['annotations.xml']](), notes)
-        if 'labelmap.txt' in named:
-            return read_colours(state, files, named['labelmap.txt'])
-        if jsons := [file for file in files if file.endswith('.json')]:
-            return read_label_studio(state, json.loads(files[jsons[0]]()), notes)
+        labelmap, tasks, shapes = ([file for file in files if file.endswith(end)]
+                                   for end in ('labelmap.txt', '.json', '.xml'))
+        if labelmap:
+            return read_colours(state, files, labelmap[0])
+        if tasks:
+            return read_label_studio(state, json.loads(files[tasks[0]]()), notes)
+        if shapes:
+            return read_cvat(state, files[shapes[0]]())
         return read_maps(state, files, path)
 
 
@@ -976,17 +977,17 @@ def label_studio_pieces(state: State, name: str, result: dict) -> Iterator[tuple
     yield value[kind][0], mask
 
 
-def read_cvat(state: State, content: bytes, notes: dict[str, dict]) -> list[Answer]:
+def read_cvat(state: State, content: bytes) -> list[Answer]:
     """Answers in the ``annotations.xml`` of CVAT's 'CVAT for images 1.1'.
 
     Raises:
         ValueError: It is another XML, or has entities of its own, or an image that is not of this run.
     """
-    if b'<!' in content:
-        raise ValueError('an annotations.xml should have no declarations, but has <!')
+    if b'<!DOCTYPE' in content:
+        raise ValueError('an XML of labels should have no declarations of its own, but has <!DOCTYPE')
     answers, root = [], ET.fromstring(content)
     if root.tag != 'annotations':
-        raise ValueError(f"an annotations.xml should be of 'CVAT for images 1.1', but its root is {root.tag!r}")
+        raise ValueError(f"an XML should be of 'CVAT for images 1.1', but its root is {root.tag!r}")
     for image in root.iter('image'):
         name = image_named(state, image.get('name'))
         size = check_size(name, (int(image.get('height')), int(image.get('width'))), state.pool.sizes[name])
@@ -1191,12 +1192,17 @@ def decode_rle(data: list[int], size: tuple) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def check_unlabelable(state: State) -> None:
+def check_oracle(state: State) -> None:
     """
     Raises:
-        ValueError: The value for what is of no class has a meaning already.
+        ValueError: The run would not wait for what it polls for; or the value for what is of no class has a meaning.
     """
     value, pool = state.al.oracle.unlabelable, state.pool
+    if state.al.oracle.accept_partial and state.al.oracle.wait == 'poll':
+        raise ValueError("`al.oracle.accept_partial` should be False with wait='poll', for it waits for all, but got "
+                         'True')
+    if value is None:
+        return
     names, values = class_colours(pool)[0], label_values(pool, pool.names[0])[1]
     known = {int(values[c]): f'the class {name!r}' for c, name in enumerate(names) if c != pool.ignore_index}
     known[int(values[pool.ignore_index])] = 'no label, `ignore_index`'
@@ -1265,7 +1271,9 @@ def log_request(state: State) -> None:
     note = '' if are_grey(state) else '\nPredictions there are numbers of classes, and not the colours of label files'
     state.logger.info(f'Round {state.round} waits for labels in {len(names)} images{what}: see {folder}{note}\nPut '
                       f'each label map into {state.folder()}/labels, the first as {first}.png, or where the data set '
-                      f'looks for it, the first at {own}\nThen go on with: {al_patch.resume_command()}')
+                      f'looks for it, the first at {own}\nOr let it be done: python al_label.py import '
+                      f'{state.work_dir} FILE, what an annotation tool has exported; or push and pull, to its server\n'
+                      f'Then go on with: {al_patch.resume_command()}')
 
 
 def accept_truth(state: State) -> None:

@@ -22,6 +22,7 @@ import tiny  # noqa: E402
 from mmengine.config import Config  # noqa: E402
 from mmengine.registry import DefaultScope  # noqa: E402
 from mmengine.runner import Runner  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import al_label  # noqa: E402
 import al_patch  # noqa: E402
@@ -164,7 +165,7 @@ def photograph(annotator: Annotator, truth: str, folder: str) -> None:
     assert state['round'] == 1
     al_label.main(['push', cfg.work_dir, '--to', annotator.url])
     project = annotator.project(cfg.work_dir)
-    task = annotator.ask('GET', '/api/tasks', params=dict(project=project, page_size=9))['tasks'][0]['id']
+    task = annotator.ask('GET', '/api/tasks', params=dict(project=project, page_size=9))['tasks'][3]['id']
 
     class Proxy(http.server.BaseHTTPRequestHandler):
         """Chromium's way to the server, logged in."""
@@ -194,6 +195,7 @@ def photograph(annotator: Annotator, truth: str, folder: str) -> None:
         f'--user-data-dir={folder}/chromium', '--window-size=1500,900', '--virtual-time-budget=60000',
         f'--screenshot={picture}', f'http://127.0.0.1:{proxy.server_port}/projects/{project}/data?task={task}'],
         check=True, timeout=300, capture_output=True)
+    Image.open(picture).quantize(128).save(picture, optimize=True)
     print(f'A task in a browser: {picture}')
 
 

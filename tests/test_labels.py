@@ -773,11 +773,16 @@ def test_tools_have_a_label_for_what_is_of_no_class(people, value):
     assert found == [True] * len(names) + [value is not None]
 
 
+def test_a_run_that_polls_waits_for_all(people):
+    with pytest.raises(ValueError, match="^`al.oracle.accept_partial` should be False with wait='poll', for it waits"):
+        al_label.check_oracle(people(wait='poll', accept_partial=True).state)
+
+
 @pytest.mark.parametrize('value, meaning', [(1, "the class 'grey'"), (255, 'no label, `ignore_index`'), (200, None)])
 def test_a_value_for_no_class_that_has_a_meaning_is_refused(people, value, meaning):
     run = people(unlabelable=value)
     if meaning is None:
-        al_label.check_unlabelable(run.state)
+        al_label.check_oracle(run.state)
         return
     with pytest.raises(ValueError, match=f'^`al.oracle.unlabelable` should be .* but got {value}, which is {meaning}$'):
-        al_label.check_unlabelable(run.state)
+        al_label.check_oracle(run.state)

@@ -213,7 +213,7 @@ def test_shapes_of_cvat(people, shape, expected):
     tag, attributes = shape
     xml = xml_of({'a/01': [(tag, dict(attributes, label='grey')), (
         'polygon', dict(label='asked', points='0,0;48,0;48,32;0,32', z_order=-1))]})
-    [answer] = al_label.read_cvat(run.state, xml.encode(), {})
+    [answer] = al_label.read_cvat(run.state, xml.encode())
     assert np.array_equal(answer.known, expected) and (answer.classes == np.where(expected, 1, VOID)).all()
 
 
@@ -223,7 +223,7 @@ def test_a_higher_shape_covers_a_lower_one(people):
     box = dict(xtl=0, ytl=0, xbr=48, ybr=32)
     shapes = [('box', dict(box, label=label, z_order=z)) for label, z in (('grey', 2), ('dark', 10), ('bright', 9))]
     xml = xml_of({'a/01': shapes})
-    assert (al_label.read_cvat(run.state, xml.encode(), {})[0].classes == 0).all()
+    assert (al_label.read_cvat(run.state, xml.encode())[0].classes == 0).all()
     both = [region('brushlabels', label, rle=brush(np.ones(tiny.SHAPE, bool))) for label in ('bright', 'dark')]
     [answer] = al_label.read_label_studio(run.state, [task_of(run, 'a/01', both)], {})
     assert (answer.classes == 0).all()
