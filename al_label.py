@@ -39,6 +39,7 @@ import sys
 import tempfile
 import time
 import types
+import warnings
 import xml.etree.ElementTree as ET
 import zipfile
 from typing import TYPE_CHECKING, Callable, Iterable, Iterator, NamedTuple
@@ -407,7 +408,8 @@ def opened_run(work_dir: str) -> Iterator[State]:
     if not configs:
         raise ValueError(f'{work_dir} does not hold the config, a .py file, that mmengine writes there')
     cfg = Config.fromfile(max(configs, key=osp.getmtime))
-    with tempfile.TemporaryDirectory() as elsewhere:
+    with tempfile.TemporaryDirectory() as elsewhere, warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # the run has told them
         cfg.update(work_dir=elsewhere, resume=True, launcher='none', log_level='WARNING',
                    experiment_name=osp.basename(elsewhere))
         runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
@@ -479,10 +481,12 @@ class Rest:
         except ImportError as error:
             raise ImportError('push and pull need requests: pip install requests') from error
         self.url, self.variable, self.session = url, variable, requests.Session()
-        self.session.trust_env = False  # neither another's password, from .netrc, nor a proxy
-        self.token = os.environ.get(variable, '').strip() if variable else ''
-        if variable and not self.token:
-            raise ValueError(f'{url} needs a token: set it in the environment, as {variable}')
+        self.session.auth = self.sign  # and not with a password out of .netrc
+        self.token, self.authorization = token_in(variable, url) if variable else '', ''
+
+    def sign(self, request):
+        request.headers.update(dict(Authorization=self.authorization) if self.authorization else {})
+        return request
 
     def ask(self, method: str, path: str, **what):
         """What the server answers, out of JSON.
@@ -506,8 +510,7 @@ class Rest:
         if status in (401, 403):
             raise Refused(f'{self.url} does not take the token in {self.variable} for {method} {path} ({status})')
         if not response.ok:
-            said = ' '.join(response.text.split())[:200]
-            said = said.replace(self.token, '...') if self.token else said
+            said = without(response.text, self.token, self.authorization.rpartition(' ')[2])
             raise (Unreachable if status >= 500 or status == 429 else Refused)(
                 f'{self.url} answers {method} {path} with {status}: {said}')
         return content
@@ -524,18 +527,17 @@ class LabelStudio(Rest):
         super().__init__(url, 'LABEL_STUDIO_API_KEY')
         self.title = title
         self.is_personal = self.token.count('.') == 2  # a refresh token; others are 40 hexadecimal digits
-        self.session.headers['Authorization'] = f'Token {self.token}'
+        self.authorization = f'Token {self.token}'
         self.renew()
 
     def renew(self) -> bool:
         if self.is_personal:
-            self.session.headers.pop('Authorization', None)
-            self.is_personal = False  # while asking
+            self.authorization, self.is_personal = '', False  # while asking
             try:
                 access = self.ask('POST', '/api/token/refresh', json=dict(refresh=self.token))['access']
             finally:
                 self.is_personal = True
-            self.session.headers['Authorization'] = f'Bearer {access}'
+            self.authorization = f'Bearer {access}'
         return self.is_personal
 
     def push(self, state: State, names: list[str], upload: bool) -> int:
@@ -620,9 +622,7 @@ class Cvat:
             import cvat_sdk
         except ImportError as error:
             raise ImportError('CVAT needs its SDK: pip install cvat-sdk') from error
-        self.url, self.title, self.token = url, title, os.environ.get('CVAT_ACCESS_TOKEN', '').strip()
-        if not self.token:
-            raise ValueError(f'{url} needs a token: set it in the environment, as CVAT_ACCESS_TOKEN')
+        self.url, self.title, self.token = url, title, token_in('CVAT_ACCESS_TOKEN', url)
         with self.asking('log in'):
             self.client = cvat_sdk.make_client(url, access_token=self.token)
         self.client.logger.setLevel('ERROR')
@@ -640,7 +640,7 @@ class Cvat:
             yield
         except (ApiException, CvatSdkException) as error:
             status = getattr(error, 'status', None) or 0
-            said = ' '.join(str(getattr(error, 'body', None) or error).split())[:200].replace(self.token, '...')
+            said = without(str(getattr(error, 'body', None) or error), self.token)
             said = 'the token in CVAT_ACCESS_TOKEN is not taken' if status in (401, 403) else said
             raise (Unreachable if status >= 500 or status == 429 else Refused)(
                 f'{self.url} cannot {what} ({status}): {said}') from error
@@ -727,6 +727,24 @@ def cvat_xml_shape(shape) -> tuple[str, dict]:
     if kind == 'rectangle':
         return 'box', dict(zip(('xtl', 'ytl', 'xbr', 'ybr'), points), rotation=shape.rotation or 0)
     return kind, dict(points=';'.join(f'{x},{y}' for x, y in zip(points[::2], points[1::2])))
+
+
+def token_in(variable: str, url: str) -> str:
+    """
+    Raises:
+        ValueError: The environment has none.
+    """
+    token = os.environ.get(variable, '').strip()
+    if not token:
+        raise ValueError(f'{url} needs a token: set it in the environment, as {variable}')
+    return token
+
+
+def without(text: str, *secrets: str) -> str:
+    """The beginning of what a server says, in one line."""
+    for secret in filter(None, secrets):
+        text = text.replace(secret, '...')
+    return ' '.join(text.split())[:200]
 
 
 def lots(items: list, title: str, size: int) -> Iterator[list]:

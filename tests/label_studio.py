@@ -134,7 +134,14 @@ def compare(annotator: Annotator, name: str, roots: dict, folder: str) -> None:
             al_label.main(['push', work_dir, *(['--to', annotator.url] + ['--upload'] * (name == 'image')) * (k == 0)])
         n = annotator.answer(work_dir, name == 'dominant')
         assert n == len(state['rounds'][k]['asked']), (n, k)
-        al_label.main(['pull', work_dir, '--wait'])
+        if name == 'superpixel':  # as files, which hold all rounds: JSON and JSON-MIN by turns
+            path = os.path.join(folder, f'export_{k}.json')
+            with open(path, 'w') as file:
+                json.dump(annotator.ask('GET', f'/api/projects/{annotator.project(work_dir)}/export', params=dict(
+                    exportType=['JSON', 'JSON_MIN'][k % 2])), file)
+            al_label.main(['import', work_dir, path])
+        else:
+            al_label.main(['pull', work_dir, '--wait'])
         k += 1
         state = train(human, f'{name}_human_{k}', resume=True)
     for key in ('asked', 'pixels', 'void_pixels'):
