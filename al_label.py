@@ -8,6 +8,10 @@ back to a round, or takes images out of it:
     python al_label.py export WORK_DIR
     python al_label.py rewind WORK_DIR K
     python al_label.py drop WORK_DIR IMAGE ...
+
+And it answers what a team asks without a run:
+
+    python al_label.py ask CONFIG CHECKPOINT --images FOLDER --budget N --out DIR      which of these images next?
 """
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ import hashlib
 import io
 import itertools
 import json
+import math
 import os
 import os.path as osp
 import pathlib
@@ -27,7 +32,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from typing import TYPE_CHECKING, Iterator
+from typing import TYPE_CHECKING, Callable, Iterator
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
 
@@ -100,6 +105,7 @@ def main(argv: list | None = None) -> None:
             command.add_argument('--train', action='store_true', help='train round K anew, too')
         elif function is drop:
             command.add_argument('names', metavar='IMAGE', nargs='+', help='as the state file spells it')
+    add_team_commands(commands)
     options = vars(parser.parse_args(argv))
     name, function = options.pop('command'), options.pop('function')
     try:
@@ -217,6 +223,137 @@ def waiting_run(work_dir: str) -> State:
     for check in al_patch.methods_of(runner, 'check_resume'):
         check(state, content)
     return state
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a team asks without a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_team_commands(commands: argparse._SubParsersAction) -> None:
+    import al_report
+
+    def command(function: Callable, what: str) -> argparse.ArgumentParser:
+        parser = commands.add_parser(function.__name__, help=what, description=what)
+        parser.set_defaults(function=function)
+        return parser
+
+    asking = command(ask, 'which of these images to label next, by any model of mmseg\'s; DIR is then a run that waits')
+    al_report.add_model_arguments(asking)
+    asking.add_argument('--images', required=True, metavar='FOLDER', help='to choose from')
+    asking.add_argument('--budget', required=True, type=lambda text: al_report.option_of(f'={text}')[1], metavar='N',
+                        help='units, or a fraction, as `al.budget`')
+    asking.add_argument('--labelled', metavar='FOLDER|SPLIT', help='what is labelled: a folder of other images; or of '
+                        'label maps, or masks, <name>.png of some of the same; or a file of names')
+    for option, default in dict(strategy='entropy', unit='image').items():
+        asking.add_argument(f'--{option}', nargs='+', action=al_report.Setting, default=default, metavar='NAME',
+                            help=f'as `al.{option}`: a name, and options as key=value')
+    asking.add_argument('--seed', type=int, help="by default the config's, or 0")
+
+
+def ask(config: str, checkpoint: str, images: str, budget: float, out: str, labelled: str | None = None,
+        strategy: str | dict = 'entropy', unit: str | dict = 'image', seed: int | None = None,
+        cfg_options: list = ()) -> str:
+    """Choose what to label next, as a run's first query would with this checkpoint. ``out`` is then the work_dir of a
+    run whose round 1 waits for labels, with all exports, ``scores.csv`` and ``contact_sheet.png``.
+
+    Raises:
+        ValueError: A setting or a file that cannot be used; nothing is left in ``out`` then.
+    """
+    import al_patch
+    import al_report
+    hook()
+    if al_patch.resolve_strategy(strategy).calibration:
+        raise ValueError('--strategy should do without labels that were held out of the training, but got '
+                         f'{al_patch.split_setting(strategy)[0]!r}')
+    with al_report.new_folder(out):
+        others = labelled and osp.isdir(labelled) and not is_of(images, labelled)
+        state = al_report.state_of_model(config, checkpoint, out, [images, labelled] if others else [images],
+                                         cfg_options, seed, strategy=strategy, unit=unit, budget=budget, oracle='human')
+        al_report.check_model(state)
+        note_labelled(state, labelled, others)
+        asked = al_patch.query(state, state.runner)
+        units = sum(units_in(asked, name) for name in asked)
+        if not asked or isinstance(budget, int) and units < budget and not state.collector.is_capped:
+            raise ValueError(f'--budget should be at most the {units} {state.al.unit.type}s that are not labelled, but '
+                             f'got {budget}')
+        request(state, asked)
+    return al_report.last_words(f'{units} {state.al.unit.type}s in {len(asked)} images, see {folder_of(state)}')
+
+
+def is_of(images: str, labelled: str) -> bool:
+    """Whether the files in a folder are of images in another one, by their names.
+
+    Raises:
+        ValueError: Some are.
+    """
+    import al_report
+    have, given = ({osp.splitext(file)[0] for file in al_report.image_files(folder)} for folder in (images, labelled))
+    strange = sorted(given - have)
+    if not given or 0 < len(strange) < len(given):
+        raise ValueError(f'--labelled should hold label maps of images in {images}, or other images, but '
+                         f'{len(strange)} of {len(given)} files have names of no image there' + (
+                             f', such as {strange[0]!r}' if strange else ''))
+    return not strange
+
+
+def note_labelled(state: State, labelled: str | None, others: bool) -> None:
+    """Put what is labelled already into a state's first round: whole images, or masks."""
+    import al_patch
+    pool, entry = state.pool, state.entry
+    if labelled and osp.isdir(labelled) and not others:
+
+        def note(name: str) -> list | None:
+            path = osp.join(labelled, f'{name}.png')
+            if not osp.isfile(path):
+                return [0, 0]
+            with al_patch.reading(path):
+                with Image.open(path) as image:
+                    mask = np.array(image) if image.mode == '1' else load_label(pool, name, path) != pool.ignore_index
+                if mask.shape != pool.sizes[name]:
+                    raise ValueError(f'its size should be that of its image, {pool.sizes[name]}, but is {mask.shape}')
+            if mask.all() or mask.any() and not state.counts_pixels:
+                return None
+            if mask.any():
+                al_patch.write_png(state.mask_path(0, name), mask)
+            return [0, int(mask.sum())]
+
+        asked = {name: units for name, units in al_patch.on_all_ranks(note, pool.names).items() if units != [0, 0]}
+    elif others:
+        asked = {name: None for name in pool.names if pool.where[name][0] == 1}
+    elif labelled:
+        before, state.al.initial = state.al.initial, labelled
+        asked, state.al.initial = al_patch.initial_images(state), before
+    else:
+        return
+    entry['asked'] = asked
+    if state.counts_pixels:
+        entry['pixels'] = sum(units[1] if units else math.prod(pool.sizes[name]) for name, units in asked.items())
+    entry['spent'] = state.spent()
+
+
+def request(state: State, asked: dict) -> None:
+    """Write what a state's first query has asked for: the state, the exports, scores and a contact sheet."""
+    import al_patch
+    import al_report
+    al_patch.add_round(state, asked)
+    export(state, state.runner)
+
+    def write_lists() -> None:
+        first = sorted(state.pool.names, key=lambda name: -state.scores.get(name, 0))
+        al_report.write_csv(osp.join(state.work_dir, 'scores.csv'), [
+            ['image', 'score', f'{state.al.unit.type}s asked'], *(
+                [name, state.scores.get(name, ''), units_in(asked, name)] for name in first
+                if name in state.scores or name in asked)])
+        sheet = al_report.draw_contact_sheet(state.pool, [name for name in first if name in asked], state.scores)
+        al_report.save_figure(sheet, osp.join(state.work_dir, 'contact_sheet.png'))
+
+    al_patch.on_rank_0(write_lists)
+
+
+def units_in(asked: dict, name: str) -> int:
+    """How many units a query asks for in an image."""
+    return len([None] if asked.get(name, ()) is None else asked.get(name, ()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
