@@ -1663,17 +1663,21 @@ def draw_pictures(state: al_patch.State, trainer, asked: dict) -> None:
         show(state, figure, osp.join(state.folder(), 'contact_sheet.png'), 'contact_sheet')
 
 
-def look(state: al_patch.State, trainer, names: list[str], strategy: al_patch.Strategy | None = None,
-         shared: bool = False) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
-    """The classes that the model predicts in images, or in this rank's share of them, and, if the strategy has any, its
-    score map, (H, W) each, in the image's own coordinates, from the enlarged logits."""
+def look(state: al_patch.State, trainer, names: list[str], strategy: al_patch.Strategy | None = None
+         ) -> Iterator[tuple[str, np.ndarray, np.ndarray | None]]:
+    """The classes that the model predicts in images and, if the strategy has any, its score map, (H, W) each, in the
+    image's own coordinates, from the enlarged logits."""
     network = al_patch.Network(trainer, strategy, state.al.logits)
-    for name, seen in network.look(state, names, [al_patch.to_image], shared=shared):
-        score_HW, means = None, seen.means[-1]
-        if strategy and strategy.score is not al_patch.random_scores:
-            score_HW = al_patch.call_offering(strategy.score, means['probs_NCHW'], **means, **state.thresholds)[0]
-            score_HW = score_HW.float().cpu().numpy()
-        yield name, network.classify(seen), score_HW
+    for name, seen in network.look(state, names, [al_patch.to_image], shared=False):
+        has_map = strategy and strategy.score is not al_patch.random_scores
+        yield name, network.classify(seen), score_map(state, strategy, seen) if has_map else None
+
+
+def score_map(state: al_patch.State, strategy: al_patch.Strategy, seen: al_patch.Seen) -> np.ndarray:
+    """The score of each pixel of an image, by what the network sees in it, (H, W)."""
+    means = seen.means[-1]
+    scores_NHW = al_patch.call_offering(strategy.score, means['probs_NCHW'], **means, **state.thresholds)
+    return scores_NHW[0].float().cpu().numpy()
 
 
 def draw_picture(state: al_patch.State, asked: dict, name: str, prediction_HW: np.ndarray,
@@ -1786,9 +1790,10 @@ def write_maps(state: al_patch.State) -> dict[str, tuple]:
         Name of an image -> mean, highest and lowest score, the highest mean first.
     """
     names, figures = state.pool.names, {}
-    looks = look(state, state.runner, names, state.strategy, shared=True)
+    looks = al_patch.Network(state.runner, state.strategy, state.al.logits).look(state, names, [al_patch.to_image])
     total = sum(map(len, al_patch.deal_batches(state, names)))
-    for name, _, score_HW in al_patch.watched(state, 'maps', looks, total):
+    for name, seen in al_patch.watched(state, 'maps', looks, total):
+        score_HW = score_map(state, state.strategy, seen)
         if not np.isfinite(score_HW).all():
             raise ValueError(f'the score of image {name!r} is not finite: the model, or --score, gives no finite '
                              'numbers')
@@ -1893,15 +1898,10 @@ def state_of_model(config: str, checkpoint: str, out: str, folders: list[str] | 
     cfg.al.setdefault('seed', (cfg.get('randomness', {}).get('seed') if seed is None else seed) or 0)
     cfg.update(work_dir=osp.abspath(out), resume=False, load_from=None, visualizer=None,
                train_dataloader=copy.deepcopy(dict(loader if folders else test)))
-    level, cfg.log_level = cfg.get('log_level', 'INFO'), 'WARNING'  # environment and config are not what it has to say
     for key, default in dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=.01)),
                              train_cfg=dict(type='IterBasedTrainLoop', max_iters=1)).items():
         cfg[key] = cfg.get(key) or default  # what is not there is not used
-    launcher = 'pytorch' if 'TORCHELASTIC_RUN_ID' in os.environ else 'none'
-    runner = importlib.import_module('al_train').start(cfg, launcher)
-    runner.cfg.log_level = level
-    for each in (runner.logger, *runner.logger.handlers):
-        each.setLevel(level)
+    runner = start_quietly(cfg)
     if folders:
         leaf = next(iter(al_patch.leaf_configs(loader['dataset']).values()))
         sets = [folder_dataset(leaf, folder, osp.join(out, f'images_{i}.txt')) for i, folder in enumerate(folders)]
@@ -1928,6 +1928,18 @@ def state_of_model(config: str, checkpoint: str, out: str, folders: list[str] | 
     return state
 
 
+def start_quietly(cfg: mmengine.Config):
+    """The runner of a config, which does not say what the environment and the config are; of one of ``torchrun``'s
+    processes or, without it, of this one."""
+    level, cfg.log_level = cfg.get('log_level', 'INFO'), 'WARNING'
+    runner = importlib.import_module('al_train').start(
+        cfg, 'pytorch' if 'TORCHELASTIC_RUN_ID' in os.environ else 'none')
+    runner.cfg.log_level = level
+    for each in (runner.logger, *runner.logger.handlers):
+        each.setLevel(level)
+    return runner
+
+
 def last_words(text: str) -> str:
     """What a command has to say; of ``torchrun``'s processes, which end with it, the first says it."""
     if 'TORCHELASTIC_RUN_ID' in os.environ:
@@ -1937,8 +1949,7 @@ def last_words(text: str) -> str:
 
 
 def folder_dataset(leaf: dict, folder: str, listed: str) -> dict:
-    """The config of a data set of all images below a folder, with classes and pipeline as another's; where that finds
-    its images in another way than mmseg's own do, it is mmseg's plain one.
+    """The config of a data set of all images below a folder, with classes and pipeline as another's.
 
     Args:
         leaf: The config of the other.
@@ -1947,22 +1958,28 @@ def folder_dataset(leaf: dict, folder: str, listed: str) -> dict:
     Raises:
         ValueError: There is no image.
     """
-    from mmseg.datasets import BaseSegDataset
     files = image_files(folder)
     if not files:
         raise ValueError(f'--images should be a folder of images, but {folder} holds none')
-    known = al_patch.DATASETS.build({**leaf, 'pipeline': [], 'lazy_init': True})
-    if type(known).load_data_list is not BaseSegDataset.load_data_list:
-        meta = {key: known.metainfo[key] for key in ('classes', 'palette') if known.metainfo.get(key)}
-        leaf = dict(type='BaseSegDataset', metainfo=meta, pipeline=leaf.get('pipeline', []),
-                    reduce_zero_label=getattr(known, 'reduce_zero_label', False))
-    suffix = getattr(known, 'img_suffix', None) or ''
+    leaf, suffix = listing(leaf)
     suffix = suffix if all(file.endswith(suffix) for file in files) else ''
     if al_patch.is_main_process():
         al_patch.write_atomically(listed, ''.join(f'{file[:len(file) - len(suffix)]}\n' for file in files))
     al_patch.barrier()
     return {**leaf, 'data_root': None, 'data_prefix': dict(img_path=osp.abspath(folder)), 'img_suffix': suffix,
-            'ann_file': osp.abspath(listed), 'indices': None}
+            'ann_file': osp.abspath(listed)}
+
+
+def listing(leaf: dict) -> tuple[dict, str]:
+    """The config of a data set that finds its images by a list, with classes and pipeline as another's, and what its
+    images' names end with: the other itself or, if it finds images in a way of its own, mmseg's plain one."""
+    from mmseg.datasets import BaseSegDataset
+    known = al_patch.DATASETS.build({**leaf, 'pipeline': [], 'lazy_init': True})
+    if type(known).load_data_list is not BaseSegDataset.load_data_list:
+        meta = {key: known.metainfo[key] for key in ('classes', 'palette') if known.metainfo.get(key)}
+        leaf = dict(type='BaseSegDataset', metainfo=meta, pipeline=leaf.get('pipeline', []), seg_map_suffix='.png',
+                    reduce_zero_label=getattr(known, 'reduce_zero_label', False))
+    return {**leaf, 'indices': None}, getattr(known, 'img_suffix', None) or ''
 
 
 def image_files(folder: str) -> list[str]:
