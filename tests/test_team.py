@@ -1,6 +1,9 @@
-"""What a team asks without a run: where any model is unsure, which images next; and a round's model in stock tools."""
+"""What a team asks without a run: where any model is unsure, which images next, where the paid labels are; and a
+round's model in stock tools."""
+import copy
 import csv
 import glob
+import itertools
 import json
 import os
 import os.path as osp
@@ -16,6 +19,7 @@ import torch
 from mmengine.config import Config
 from mmengine.runner import Runner
 from mmseg.apis import inference_model, init_model
+from mmseg.registry import DATASETS
 from PIL import Image
 
 import al_label
@@ -253,6 +257,202 @@ def test_bad_input_is_named_and_leaves_nothing(model, tmp_path, wrong, why):
     left = [*(tmp_path / 'ask').rglob('*')] if (tmp_path / 'ask').exists() else []
     assert [path.name for path in left] == ['mine.txt'] * (wrong is something_there)
     assert torch.is_grad_enabled()
+
+
+# --- what was paid for -----------------------------------------------------------------------------------------------
+
+
+def read_png(*path) -> np.ndarray:
+    with Image.open(osp.join(*map(str, path))) as image:
+        return np.array(image)
+
+
+def stock_labels(config) -> dict:
+    """Name of an image -> the label map that mmseg reads in training on it, by the data set of a config."""
+    leaf = Config.fromfile(config).train_dataloader.dataset
+    leaf.pipeline = [dict(type='LoadImageFromFile'), dict(type='LoadAnnotations')]
+    return {osp.relpath(item['img_path'], osp.join(osp.dirname(config), 'img'))[:-4]: item['gt_seg_map']
+            for item in DATASETS.build(leaf)}
+
+
+@pytest.mark.parametrize('al', [
+    dict(), dict(unit=CELL, initial=12, budget=9), dict(unit='pixel', initial=60, budget=30, strategy='margin'),
+    dict(unit=dict(type='region', window=1), initial=20, budget=10)], ids=['image', 'region', 'pixel', 'window'])
+def test_the_data_set_of_a_run(make_cfg, train, build, shared_data, tmp_path, al):
+    """Stock reads what is labelled, and void elsewhere; each label has its round; the invoice's sums are the table's;
+    its config trains."""
+    cfg = make_cfg(al, custom_imports=dict(imports=['al_patch', 'tiny']), changes={'train_dataloader.num_workers': 0})
+    runner, rounds = train(cfg)
+    out = tmp_path / 'out'
+    al_label.main(['dataset', cfg.work_dir, '--out', str(out)])
+    state = al_patch.State(al_patch.read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE)), cfg.work_dir,
+                           al_patch.parse_settings(cfg.al), runner, al_patch.Pool(cfg))
+    labels = stock_labels(str(out / 'config.py'))
+    assert list(labels) == [name for name in tiny.NAMES if name in state.labelled()]  # in the pool's order
+    for name, label in labels.items():
+        truth = read_png(shared_data, 'ann', 'train', f'{name}.png')
+        assert (label == np.where(state.mask(name), truth, 255)).all()
+        assert (read_png(out, 'round', f'{name}.png') == np.select(
+            [state.mask(name, 0), state.mask(name, 1)], [0, 1], 255)).all()
+        assert osp.realpath(out / 'img' / f'{name}.png') == osp.join(shared_data, 'img', 'train', f'{name}.png')
+    invoice = read_csv(out, 'invoice.csv')
+    for k, entry in enumerate(rounds):
+        row, = [row for row in invoice if (row['round'], row['class']) == (str(k), 'all')]
+        pixels = sum(units[1] if units else 32 * 48 for units in entry['asked'].values())
+        units = sum(units[0] if units else 1 for units in entry['asked'].values())
+        assert (int(row['images']), int(row['pixels'])) == (len(entry['asked']), pixels)
+        assert row['units'] == ('' if 'window' in str(al) else str(units))
+        assert sum(int(row['pixels']) for row in invoice if row['round'] == str(k)) == 2 * pixels
+    text = open(out / 'config.py').read()
+    assert 'al_patch' not in text.replace('needs al_patch', '') and 'work_dir' not in text
+    assert ('avg_non_ignore=True' in text) == bool(al)
+    stock = Config.fromfile(out / 'config.py')
+    stock.work_dir = str(tmp_path / 'stock')
+    trained = build(stock)
+    trained.train()
+    assert trained.iter == 4 and len(trained.train_dataloader.dataset) == len(labels)
+
+
+def test_label_files_have_the_values_of_the_runs_own(make_cfg, train, shared_data, tmp_path):
+    """With `reduce_zero_label`, images copied, and without the suffix of a data set's class."""
+    root = shutil.copytree(shared_data, tmp_path / 'data')
+    for name in tiny.NAMES:
+        cv2.imwrite(str(root / 'ann' / 'train' / f'{name}.png'), 1 + read_png(root, 'ann', 'train', f'{name}.png'))
+    cfg = make_cfg(dict(initial=['b/08', 'a/03'], rounds=0), root=str(root), changes={
+        **tiny.NO_VAL, 'train_dataloader.dataset.reduce_zero_label': True})
+    train(cfg)
+    al_label.dataset(cfg.work_dir, str(tmp_path / 'out'), copy=True)
+    for name in ('a/03', 'b/08'):
+        assert (read_png(tmp_path / 'out', 'ann', f'{name}.png') == read_png(root, 'ann', 'train', f'{name}.png')).all()
+        assert not osp.islink(tmp_path / 'out' / 'img' / f'{name}.png')
+    assert [*stock_labels(str(tmp_path / 'out' / 'config.py'))] == ['a/03', 'b/08']
+
+
+def test_what_people_have_handed_in_is_taken_first(make_cfg, train, tmp_path):
+    """In shares; with the times of asking and accepting; a data set without any label is refused, and nothing is left.
+    """
+    al = dict(oracle='human', unit=CELL, initial=12, budget=9)
+    cfg = make_cfg(al)
+    train(cfg)
+    names = open(osp.join(cfg.work_dir, 'round_0', 'to_label', 'to_label.txt')).read().split()
+    root = shutil.copytree(cfg.train_dataloader.dataset.data_root, tmp_path / 'data')
+    inbox = osp.join(cfg.work_dir, 'round_0', 'labels')
+    pool = al_patch.Pool(cfg)
+    paths = {name: pool.info(name)['seg_map_path'] for name in names}
+    blind = tmp_path / 'blind.py'
+    blind.write_text(open(glob.glob(osp.join(cfg.work_dir, '*.py'))[0]).read() +
+                     "\ntrain_dataloader['dataset']['data_prefix']['seg_map_path'] = 'nowhere'\n")
+    shutil.copy(blind, glob.glob(osp.join(cfg.work_dir, '*.py'))[0])
+    with pytest.raises(ValueError, match='nothing is labelled in .* yet'):
+        al_label.dataset(cfg.work_dir, str(tmp_path / 'out'))
+    assert not (tmp_path / 'out').exists() and root
+    for name, path in paths.items():
+        os.makedirs(osp.dirname(osp.join(inbox, name)), exist_ok=True)
+        shutil.copy(path, osp.join(inbox, f'{name}.png'))
+    al_label.dataset(cfg.work_dir, str(tmp_path / 'out'), parts=2)
+    entry, = rounds_of(cfg.work_dir)
+    assert al_patch.read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE))['phase'] == 'train'
+    rows = [row for row in read_csv(tmp_path, 'out', 'invoice.csv') if row['class'] == 'all']
+    assert [row['share'] for row in rows] == ['1/2', '2/2'] and sum(int(row['clicks']) for row in rows) == 12
+    assert {(row['asked'], row['accepted']) for row in rows} == {(entry['asked_at'], entry['accepted_at'])}
+    shares = {row['image']: row['share'] for row in read_csv(tmp_path, 'out', 'labels.csv')}
+    assert shares == {name: f'{1 + i % 2}/2' for i, name in enumerate(names)}
+    assert {row['newest file'] for row in read_csv(tmp_path, 'out', 'labels.csv')} == {'round_0'}
+
+
+def test_two_data_sets_stay_two(make_cfg, train, shared_data, tmp_path):
+    """Beside a labelled source that is not of the pool, which stays as it is."""
+    leaf = make_cfg().train_dataloader.dataset.to_dict()
+    parts = [dict(leaf, data_prefix=dict(img_path=f'img/train/{part}', seg_map_path=f'ann/train/{part}'))
+             for part in 'ab']
+    source = dict(leaf, data_prefix=dict(img_path='img/val', seg_map_path='ann/val'))
+    cfg = make_cfg(dict(initial=['00', '07'], rounds=0, pool='dataset.datasets.0'), changes={
+        **tiny.NO_VAL, 'train_dataloader.dataset': dict(_delete_=True, type='ConcatDataset', datasets=[
+            dict(type='ConcatDataset', datasets=parts), source])})
+    train(cfg)
+    al_label.dataset(cfg.work_dir, str(tmp_path / 'out'))
+    stock = DATASETS.build(Config.fromfile(tmp_path / 'out' / 'config.py').train_dataloader.dataset)
+    assert [osp.relpath(stock.get_data_info(i)['img_path'], tmp_path / 'out') for i in range(2)] == [
+        'img/00.png', 'img/07.png'] and len(stock) == 6
+
+
+# --- second looks ----------------------------------------------------------------------------------------------------
+
+
+def losses_of(cfg, rounds: list, shared_data: str, name: str, k: int) -> np.ndarray:
+    """What mmseg predicts for an image with the model that asked for round k, as a cross entropy a pixel."""
+    stock = copy.deepcopy(cfg)
+    stock.test_pipeline = cfg.test_dataloader.dataset.pipeline
+    network = init_model(stock, tiny.checkpoint_of(cfg, rounds, max(0, k - 1)), 'cpu')
+    logits = inference_model(network, osp.join(shared_data, 'img', 'train', f'{name}.png')).seg_logits.data.double()
+    label = torch.from_numpy(read_png(shared_data, 'ann', 'train', f'{name}.png')).long()
+    return torch.nn.functional.cross_entropy(logits[None], label[None], reduction='none')[0].numpy()
+
+
+@pytest.mark.parametrize('al', [dict(rounds=2), dict(unit=CELL, initial=24, budget=9, rounds=2),
+                                dict(unit='pixel', initial=60, budget=30)], ids=['image', 'region', 'pixel'])
+def test_suspects_are_what_contradicts_the_model_that_did_not_see_it(make_cfg, train, shared_data, tmp_path, al):
+    """Ranked by mean losses of mmseg's own probabilities; in the list, the request and the pictures."""
+    cfg = make_cfg(al, changes={'train_cfg.max_iters': 12})
+    _, rounds = train(cfg)
+    state = al_patch.State(al_patch.read_state(osp.join(cfg.work_dir, al_patch.STATE_FILE)), cfg.work_dir)
+    al_label.main(['suspects', cfg.work_dir, '--out', str(tmp_path / 'out'), '--budget', '5'])
+    found = read_csv(tmp_path, 'out', 'suspects.csv')
+    expected = {}
+    for k, entry in enumerate(rounds):
+        for name in entry['asked']:
+            loss = losses_of(cfg, rounds, shared_data, name, k)
+            before = [j for j in range(k) if name in rounds[j]['asked']][-1:]
+            new, old = (al_patch.read_mask(state.mask_path(j, name)) if 'unit' in al else np.ones(tiny.SHAPE, bool)
+                        for j in [k, *(before or [k])])
+            new = new & ~old if before else new
+            for i, (y, x) in enumerate(itertools.product(range(0, 32, 8), range(0, 48, 8))):
+                if al.get('unit') == CELL and new[y:y + 8, x:x + 8].all():
+                    expected[name, i] = loss[y:y + 8, x:x + 8].mean()
+            if al.get('unit') == 'pixel':
+                expected.update({(name, int(i)): loss.flat[i] for i in np.flatnonzero(new)})
+            if 'unit' not in al:
+                expected[name, 0] = loss.mean()
+    order = sorted(expected, key=expected.get, reverse=True)[:5]
+    assert [(row['image'], int(row['unit'])) for row in found] == order
+    assert [float(row['loss']) for row in found] == pytest.approx([expected[key] for key in order], rel=2e-3)
+    asked = rounds_of(tmp_path / 'out')[1]['asked']
+    assert {*asked} == {name for name, _ in order} and sum(units[0] if units else 1 for units in asked.values()) == 5
+    assert all((tmp_path / 'out' / 'pictures' / f'{name}.jpg').is_file() for name in asked)
+    assert {row['round'] for row in found} <= {'0', '1', '2'} and {row['label'] for row in found} <= {
+        'dark', 'grey', 'bright'}
+
+
+def test_a_mended_suspect_is_a_label_change(make_cfg, train, shared_data, tmp_path):
+    """It is handed in like any other label; the list has what it was and what the model takes it for."""
+    root = shutil.copytree(shared_data, tmp_path / 'data')
+    path = str(root / 'ann' / 'train' / 'a' / '02.png')
+    wrong = read_png(path)
+    right = wrong.copy()
+    wrong[:8, :8] = (wrong[:8, :8] + 1) % 3
+    cv2.imwrite(path, wrong)
+    cfg = make_cfg(dict(oracle='human', initial=tiny.NAMES[:4], rounds=0), root=str(root), changes={
+        'train_cfg.max_iters': 60, 'train_cfg.val_interval': 60, 'default_hooks.checkpoint.interval': 60})
+    train(cfg)
+    al_label.suspects(cfg.work_dir, str(tmp_path / 'out'), 1)
+    inbox = osp.join(cfg.work_dir, 'round_0', 'labels', 'a', '02.png')
+    os.makedirs(osp.dirname(inbox))
+    cv2.imwrite(inbox, right)
+    cfg.resume = True
+    train(cfg)
+    changes = json.load(open(osp.join(cfg.work_dir, 'labels', 'label_changes.json')))
+    assert {name: [*versions.values()] for name, versions in changes.items()} == {'a/02': [64]}
+
+
+@pytest.mark.parametrize('rounds, budget, why', [
+    (1, 7, '--budget should be at most the 6 images that are labelled in .*, but got 7'),
+    (None, 1, 'no round of .* is trained yet')])
+def test_suspects_that_cannot_be_had(make_cfg, train, tmp_path, rounds, budget, why):
+    cfg = make_cfg(dict(rounds=1, oracle='simulated' if rounds else 'human'))
+    train(cfg)
+    with pytest.raises(ValueError, match=why):
+        al_label.suspects(cfg.work_dir, str(tmp_path / 'out'), budget)
+    assert not (tmp_path / 'out').exists()
 
 
 # --- a round's model in stock tools ----------------------------------------------------------------------------------
