@@ -489,7 +489,7 @@ def reached(state: State, metric: str = 'mIoU', value: MaybeNumber = None, patie
 
 
 ORACLES = dict(simulated=lambda: None)  # and al_label's; what one takes are its options
-COMPANIONS = dict(al_report=['reports', 'visualize', 'keep'], al_label=[])  # and their keys of the `al` block
+COMPANIONS = dict(al_report=['reports', 'visualize', 'keep', 'prices'], al_label=[])  # and their keys of the `al` block
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: one ordinary runner a round, the weights that it starts from, and what comes of it

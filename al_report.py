@@ -128,10 +128,13 @@ def option_of(text: str) -> tuple[str, Any]:
 @functools.cache
 def hook() -> mmengine.hooks.Hook:
     """The hook of every run. With it, these are keys of the ``al`` block: ``reports``, whether to draw the run's curve
-    and what it has asked for, ``visualize``, how many images to draw after each query, and ``keep``, which checkpoints.
-    """
-    al_patch.block_settings().update(reports=(True, al_patch.Flag), visualize=(0, al_patch.Count),
-                                     keep=('all', al_patch.one_of('all', 'needed')))
+    and what it has asked for, ``visualize``, how many images to draw after each query, ``keep``, which checkpoints, and
+    ``prices``, what labels cost."""
+    al_patch.block_settings().update(
+        reports=(True, al_patch.Flag), visualize=(0, al_patch.Count), keep=('all', al_patch.one_of('all', 'needed')),
+        prices=(None, al_patch.or_none(al_patch.rule(
+            'a dict of prices >= 0 of an `image` that is opened, a `click` and a `pixel`, and their `unit`, e.g. '
+            "dict(image=20, click=1.5, unit='s')", are_prices))))
 
     class QuicklyDumped(mmengine.Config):
         """A config that is put into words once, not for each checkpoint, log and dump of a round: yapf takes a quarter
@@ -227,7 +230,7 @@ def hook() -> mmengine.hooks.Hook:
                 report_asked(state, trainer)
 
         def after_al_run(self, state: al_patch.State) -> None:
-            state.logger.info(f'The run, by rounds:\n{rounds_table(state.rounds)}')
+            state.logger.info(f'The run, by rounds:\n{rounds_table(rounds_of(state))}')
 
         @torch.no_grad()
         def after_al_query(self, state: al_patch.State, trainer, asked: dict) -> None:
@@ -237,6 +240,12 @@ def hook() -> mmengine.hooks.Hook:
                 draw_pictures(state, trainer, asked)
 
     return ReportHook()
+
+
+def are_prices(value) -> bool:
+    return isinstance(value, dict) and {*value} <= {'image', 'click', 'pixel', 'unit'} and all(
+        isinstance(price, str) if key == 'unit' else type(price) in (int, float) and price >= 0
+        for key, price in value.items())
 
 
 def delete_checkpoints(state: al_patch.State) -> None:
@@ -1472,20 +1481,24 @@ def trial_losses(trainer, n: int, *fills) -> list[dict]:
 
 def write_table(state: al_patch.State) -> None:
     """Write the run so far, one row a round, into ``learning_curve.csv``."""
-    table = rounds_table(state.rounds)
+    table = rounds_table(rounds_of(state))
     write_csv(osp.join(state.work_dir, 'learning_curve.csv'), [table.field_names, *table.rows])
 
 
 def report_curve(state: al_patch.State) -> None:
     """Draw the run's learning curve, if it validates, and hand the round's figures to its visualizer."""
-    entry, metric = state.entry, main_metric(state.rounds, state.al.stop)
+    entry, metric, rounds = state.entry, main_metric(state.rounds, state.al.stop), rounds_of(state)
     scalars = {**entry['spent'], **entry['metrics'], 'round': state.round, 'train_seconds': entry['train_seconds']}
     add_scalars(state, scalars)
     if metric and state.al.reports:
-        points = curve(state.rounds, metric)
+        points = curve(rounds, metric)
         figure = draw_curves({in_words(state.al.strategy): points[None]}, metric, full_level([points]))
-        mark_changes(figure, state.rounds, metric, points)
+        mark_changes(figure, rounds, metric, points)
         show(state, figure, osp.join(state.work_dir, 'learning_curve.png'), 'learning_curve')
+
+
+def rounds_of(state: al_patch.State) -> list[dict]:
+    return of_one_pool(state.rounds, len(state.pool), state.pool.pixels if state.counts_pixels else None)
 
 
 def mark_changes(figure: figures.Figure, rounds: list[dict], metric: str, points: np.ndarray) -> None:
@@ -2170,6 +2183,7 @@ def status(path: str) -> str:
         f'Round {k} of {al["rounds"]}: {PHASES.get(run["phase"], run["phase"])}; it last wrote {ago:.0f} s ago',
         *labels_of(path, run),
         *([str(rounds_table(done))] if done else []),
+        'What labels cost:', str(costs_table(path, run)),
         *(f'Warning in round {", ".join(rounds)}: {text}' for text, rounds in warned.items()),
         f'{when}: bash dist_al_train.sh {config} <GPUs> --work-dir {path} --resume'])
 
@@ -2222,6 +2236,72 @@ def rounds_table(rounds: list[dict]) -> prettytable.PrettyTable:
     return table
 
 
+def of_one_pool(rounds: list[dict], images: int | None, pixels: int | None) -> list[dict]:
+    """Rounds whose shares are all of the images, or pixels, that there are now: others may have joined since."""
+    totals = {'% of images': ('images', images, 2), '% of pixels': ('pixels', pixels, 3)}
+
+    def share(key: str, spent: dict) -> float:
+        of, total, digits = totals.get(key, (None, None, None))
+        return round(100 * spent[of] / total, digits) if total else spent[key]
+
+    return [{**entry, 'spent': {key: share(key, entry['spent']) for key in entry['spent']}} for entry in rounds]
+
+
+def costs_table(work_dir: str, run: dict) -> prettytable.PrettyTable:
+    """What each round has asked for, in all, and about what the rest will, as queries have been so far: with
+    ``al.prices`` in the user's own money or time, too."""
+    al, sizes = run['settings'], {}
+    prices = al.get('prices') or {}
+    with contextlib.suppress(OSError, ValueError), open(osp.join(work_dir, 'sizes.json')) as file:
+        sizes = {name: size[-2] * size[-1] for name, size in json.load(file).items()}
+    costs = [cost_of_round(entry, sizes) for entry in run['rounds']]
+    rows = {str(k): cost for k, cost in enumerate(costs)}
+    rows['so far'] = [None if None in column else sum(column) for column in zip(*costs)]
+    budget = al.get('budget', ())
+    left = (budget if isinstance(budget, list) else [budget] * al['rounds'])[len(costs) - 1:al['rounds']]
+    if left and not run['ended']:
+        past = [sum(each or 0 for each in column) for column in zip(*(costs[1:] or costs))]
+        rows['to come, about'] = cost_to_come(left, past, run, al.get('per_image'))
+    table = prettytable.PrettyTable(['round', 'images opened', 'units', 'clicks', 'pixels'] + [
+        f'cost in {prices.get("unit", "units")}'] * bool(prices), align='r', none_format='-')
+    for what, (images, units, clicks, pixels) in rows.items():
+        table.add_row([what, images, units, clicks, pixels] + [cost_of(prices, images, clicks, pixels)] * bool(prices))
+    return table
+
+
+def cost_of_round(entry: dict, sizes: dict[str, int]) -> list:
+    """What a round has asked for: images that were opened, units, clicks (one a unit; None for whole images) and
+    pixels (None where sizes of images are not known)."""
+    asked = entry['asked']
+    pixels = sum(units[1] if units else sizes.get(name, math.nan) for name, units in asked.items())
+    clicks = sum(units[0] for units in asked.values() if units) if 'pixels' in entry else None
+    return [len(asked), units_of(entry), clicks, None if pixels != pixels else pixels]
+
+
+def cost_to_come(left: list, past: list, run: dict, per_image: bool) -> list:
+    """What the rounds that are left will ask for.
+
+    Args:
+        left: Their budgets.
+        past: Images, units, clicks and pixels of queries so far.
+    """
+    images, units, clicks, pixels = past
+    each, total, all_pixels = pixels / max(1, units), run['images'], run.get('pixels')
+    if all_pixels is None:
+        n = sum(amount if isinstance(amount, int) else max(1, round(amount * total)) for amount in left)
+        return [n, n, None, round(n * each) if pixels else None]
+    buys = total if per_image else 1
+    n = round(sum(amount * (buys if isinstance(amount, int) else all_pixels / max(1, each)) for amount in left))
+    opened = min(len(left) * total, round(n * images / max(1, units)))
+    return [opened, n, n, round(n * each)]
+
+
+def cost_of(prices: dict, images: int, clicks: int | None, pixels: int | None) -> float:
+    """What that comes to in the user's own prices."""
+    amounts = dict(image=images, click=clicks or 0, pixel=pixels or 0)
+    return round(sum(prices.get(what, 0) * amount for what, amount in amounts.items()), 2)
+
+
 def changes(rounds: list[dict]) -> list[str]:
     """What is another in each round than in the one before: the strategy that asked, from the second query on, and keys
     of the config, of which `model` and the schedule are some."""
@@ -2256,6 +2336,7 @@ def read_run(work_dir: str) -> dict:
                 entry['asked'] = dict.fromkeys(entry['asked'])
             images.update(entry['asked'])
             entry.setdefault('spent', entry.get('labelled', dict(images=len(images))))
+        run['rounds'] = of_one_pool(run['rounds'], run.get('images'), run.get('pixels'))
         all_done = run['phase'] == 'query' and run['round'] >= run['settings']['rounds']
         run.setdefault('ended', f'all {run["round"]} rounds of queries are done' if all_done else None)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
