@@ -703,12 +703,15 @@ def write_tables(state: State, out: str, found: dict[str, dict], parts: int) -> 
     order = {'all': -1, **{name: c for c, name in enumerate(state.classes)}, 'void': len(state.classes)}
     al_report.write_csv(osp.join(out, 'labels.csv'), [
         ['image', 'round', 'share', 'units', 'pixels', 'void pixels', 'newest file'], *lines])
+    prices, table = state.al.get('prices') or {}, []
+    for (k, part, key), (images, units, pixels) in sorted(sums.items(), key=lambda item: (
+            item[0][:2], order.get(item[0][2], 0))):
+        clicks = units if state.counts_pixels else 0
+        cost = al_report.cost_of(prices, images, clicks, pixels) if prices and key == 'all' else ''
+        table.append([k, part, key, images, units or '', clicks or '', pixels, cost,
+                      *(state.rounds[k].get(when, '') for when in ('asked_at', 'accepted_at'))])
     al_report.write_csv(osp.join(out, 'invoice.csv'), [
-        ['round', 'share', 'class', 'images', 'units', 'clicks', 'pixels', 'asked', 'accepted'], *(
-            [k, part, key, images, units or '', (units or '') if state.counts_pixels else '', pixels,
-             state.rounds[k].get('asked_at', ''), state.rounds[k].get('accepted_at', '')]
-            for (k, part, key), (images, units, pixels) in sorted(
-                sums.items(), key=lambda item: (item[0][0], item[0][1], order.get(item[0][2], 0))))])
+        ['round', 'share', 'class', 'images', 'units', 'clicks', 'pixels', 'cost', 'asked', 'accepted'], *table])
 
 
 def part_of(state: State, k: int, name: str, parts: int) -> str:

@@ -455,6 +455,75 @@ def test_suspects_that_cannot_be_had(make_cfg, train, tmp_path, rounds, budget, 
     assert not (tmp_path / 'out').exists()
 
 
+# --- projects that grow, and what they cost --------------------------------------------------------------------------
+
+
+def run_of(tmp_path, asked: list, settings: dict) -> str:
+    """A run's state, with what each round has asked for."""
+    al = {**dict(strategy='entropy', unit='image', budget=2, rounds=3), **settings}
+    content = tiny.saved(asked, 'query', settings=al, pixels=None if al['unit'] == 'image' else 12 * 1536)
+    for entry in content['rounds']:
+        entry.update(spent=dict(images=1), **{} if al['unit'] == 'image' else dict(pixels=1))
+    (tmp_path / al_patch.STATE_FILE).write_text(json.dumps(content))
+    return str(tmp_path)
+
+
+IMAGES = [dict.fromkeys(tiny.NAMES[:4]), dict.fromkeys(tiny.NAMES[4:6])]
+REGIONS = [{'a/00': [6, 384], 'a/01': [6, 384]}, {'a/00': [3, 192], 'b/07': [5, 320]}]
+
+
+@pytest.mark.parametrize('rounds, settings, sizes, rows', [
+    (IMAGES, dict(), False, [[0, 4, 4, '-', '-'], [1, 2, 2, '-', '-'], ['so far', 6, 6, '-', '-'],
+                             ['to come, about', 4, 4, '-', '-']]),
+    (IMAGES, dict(budget=[2, 3, .25], prices=dict(image=20, pixel=.01, unit='s')), True, [
+        [0, 4, 4, '-', 6144, 141.44], [1, 2, 2, '-', 3072, 70.72], ['so far', 6, 6, '-', 9216, 212.16],
+        ['to come, about', 6, 6, '-', 9216, 212.16]]),
+    (REGIONS, dict(unit='region', budget=8, prices=dict(image=10, click=1.5)), False, [
+        [0, 2, 12, 12, 768, 38.], [1, 2, 8, 8, 512, 32.], ['so far', 4, 20, 20, 1280, 70.],
+        ['to come, about', 4, 16, 16, 1024, 64.]]),
+    (REGIONS, dict(unit='region', budget=.0625, rounds=2), False, [  # 1152 of 12 x 1536 pixels, 64 each, 4 an image
+        [0, 2, 12, 12, 768], [1, 2, 8, 8, 512], ['so far', 4, 20, 20, 1280], ['to come, about', 4, 18, 18, 1152]]),
+    (REGIONS, dict(unit='region', budget=2, per_image=True, rounds=2), False, [  # in each of 12 images
+        [0, 2, 12, 12, 768], [1, 2, 8, 8, 512], ['so far', 4, 20, 20, 1280], ['to come, about', 6, 24, 24, 1536]])])
+def test_status_says_what_rounds_cost_and_what_the_rest_will(tmp_path, rounds, settings, sizes, rows, capsys):
+    path = run_of(tmp_path, rounds, settings)
+    if sizes:
+        (tmp_path / 'sizes.json').write_text(json.dumps({name: [1, 'loader', *tiny.SHAPE] for name in tiny.NAMES}))
+    al_report.main(['status', path])
+    table = capsys.readouterr().out.partition('What labels cost:')[2]
+    found = [[cell.strip() for cell in line.split('|')[1:-1]] for line in table.splitlines() if line.startswith('|')]
+    assert found[1:] == [list(map(str, row)) for row in rows]
+    assert found[0][5:] == [f'cost in {prices.get("unit", "units")}' for prices in [settings.get('prices')] if prices]
+
+
+@pytest.mark.parametrize('prices', [5, dict(image='20'), dict(clicks=2), dict(image=-1), dict(image=20, unit=3)])
+def test_prices_that_are_none(prices):
+    with pytest.raises(ValueError, match='`al.prices` should be None or a dict of prices >= 0 of an `image`'):
+        al_patch.parse_settings(dict(prices=prices))
+
+
+def test_a_run_goes_on_next_month(make_cfg, train, shared_data, tmp_path):
+    """With images that have joined, more rounds and another strategy: they are in the next query's pool, and all shares
+    are of as many images."""
+    root = shutil.copytree(shared_data, tmp_path / 'data')
+    cfg = make_cfg(dict(strategy='entropy', prices=dict(image=2)), root=str(root))
+    train(cfg)
+    for kind in ('img', 'ann'):
+        for name in ('0', '1'):
+            shutil.copy(root / kind / 'val' / f'{name}.png', root / kind / 'train' / 'b' / f'new_{name}.png')
+    al = dict(strategy='coreset', rounds=2, budget=[2, 8], prices=dict(image=3))
+    later = make_cfg(al, root=str(root), resume=True)
+    _, rounds = train(later)
+    assert {'b/new_0', 'b/new_1'} <= {*rounds[2]['asked']} and len(rounds[2]['asked']) == 8
+    shares = ['28.57', '42.86', '100.0']  # 4, 6 and 14 of 14
+    assert [row['% of images'] for row in read_csv(cfg.work_dir, 'learning_curve.csv')] == shares
+    run = al_report.read_run(cfg.work_dir)
+    assert [str(row[2]) for row in al_report.rounds_table(run['rounds']).rows] == shares
+    assert list(al_report.curve(run['rounds'], 'mIoU')[0]) == [float(share) for share in shares]
+    costs = [line.split('|')[-2].strip() for line in al_report.status(cfg.work_dir).splitlines() if 'so far' in line]
+    assert costs == ['42']
+
+
 # --- a round's model in stock tools ----------------------------------------------------------------------------------
 
 
