@@ -4358,8 +4358,7 @@ def only_run(runner: Runner):
 
 def checkpoints_are_data():
     """Within it, the maintained fork's mmengine does not read again, without protection, what torch has refused."""
-    name, loads = '_safe_torch_load', mmengine.runner.checkpoint
-    return attribute(loads, name, torch.load) if hasattr(loads, name) else contextlib.nullcontext()
+    return attribute(mmengine.runner.checkpoint, '_safe_torch_load', torch.load)
 
 
 def checkpoint_globals() -> list:
