@@ -155,6 +155,33 @@ def test_what_is_asked_for_is_exported(model, tmp_path, capsys):
     assert f'{tiny.SHAPE[0]}' and osp.isfile(out / 'round_1' / 'to_label' / 'prediction' / f'{names[0]}.png')
 
 
+def test_two_processes_choose_as_one(model, tmp_path):
+    """Under `torchrun`, of which one says what came of it."""
+    command = ['ask', model.config, model.checkpoint, '--images', model.images, '--budget', '9', '--unit', 'region',
+               'size=[8,8]', '--strategy', 'coreset', '--out']
+    al_label.main([*command, str(tmp_path / 'one')])
+    done = tiny.shell('torchrun', '--standalone', '--nproc_per_node', '2', osp.join(tiny.ROOT, 'al_label.py'), *command,
+                      str(tmp_path / 'two'))
+    assert done.stdout.count('9 regions in') == 1
+    one, two = (rounds_of(tmp_path / each)[1] for each in ('one', 'two'))
+    assert one['ids'] == two['ids'] and one['asked'] == two['asked']
+    assert read_csv(tmp_path, 'one', 'scores.csv') == read_csv(tmp_path, 'two', 'scores.csv')
+
+
+def test_what_was_asked_for_trains(model, make_cfg, train, shared_data, tmp_path):
+    """The folder is a run's: with the labels in its inbox it goes on."""
+    out = tmp_path / 'ask'
+    al_label.ask(model.config, model.checkpoint, model.images, 9, str(out), unit=CELL)
+    for name in rounds_of(out)[1]['asked']:
+        path = out / 'round_1' / 'labels' / f'{name}.png'
+        os.makedirs(path.parent, exist_ok=True)
+        shutil.copy(osp.join(shared_data, 'ann', 'train', f'{name}.png'), path)
+    cfg = Config.fromfile(out / 'own.py')
+    cfg.resume = True
+    _, rounds = train(cfg)
+    assert rounds[1]['metrics'] and rounds[1]['spent']['regions'] == 9 and rounds[0]['spent']['regions'] == 0
+
+
 def test_labelled_images_of_another_folder(model, shared_data, tmp_path):
     """They are looked at, and not asked for."""
     for i in range(4):
