@@ -234,7 +234,10 @@ def waiting_run(work_dir: str) -> State:
 
 
 def add_team_commands(commands: argparse._SubParsersAction) -> None:
-    import al_report
+    try:
+        import al_report
+    except ModuleNotFoundError:  # they need it, all else does without
+        return
 
     def command(function: Callable, what: str) -> argparse.ArgumentParser:
         parser = commands.add_parser(function.__name__, help=what, description=what)
@@ -274,11 +277,10 @@ def ask(config: str, checkpoint: str, images: str, budget: float, out: str, labe
     """
     import al_patch
     import al_report
-    hook()
     if al_patch.resolve_strategy(strategy).calibration:
         raise ValueError('--strategy should do without labels that were held out of the training, but got '
                          f'{al_patch.split_setting(strategy)[0]!r}')
-    with al_report.new_folder(out):
+    with al_report.new_folder(out), al_patch.checkpoints_are_data():
         others = labelled and osp.isdir(labelled) and not is_of(images, labelled)
         state = al_report.state_of_model(config, checkpoint, out, [images, labelled] if others else [images],
                                          cfg_options, seed, strategy=strategy, unit=unit, budget=budget, oracle='human')
@@ -300,12 +302,17 @@ def is_of(images: str, labelled: str) -> bool:
         ValueError: Some are.
     """
     import al_report
-    have, given = ({osp.splitext(file)[0] for file in al_report.image_files(folder)} for folder in (images, labelled))
+    files = al_report.image_files(labelled)
+    have, given = ({osp.splitext(file)[0] for file in each} for each in (al_report.image_files(images), files))
     strange = sorted(given - have)
     if not given or 0 < len(strange) < len(given):
         raise ValueError(f'--labelled should hold label maps of images in {images}, or other images, but '
                          f'{len(strange)} of {len(given)} files have names of no image there' + (
                              f', such as {strange[0]!r}' if strange else ''))
+    with Image.open(osp.join(labelled, files[0])) as image:
+        if strange and image.mode in '1P':
+            raise ValueError(f'--labelled should hold label maps of images in {images}, or other images, but '
+                             f'{image.filename} is a map with the name of none there')
     return not strange
 
 
@@ -342,30 +349,6 @@ def note_labelled(state: State, labelled: str | None, others: bool) -> None:
     if state.counts_pixels:
         entry['pixels'] = sum(units[1] if units else math.prod(pool.sizes[name]) for name, units in asked.items())
     entry['spent'] = state.spent()
-
-
-def request(state: State, asked: dict) -> None:
-    """Write what a state's first query has asked for: the state, the exports, scores and a contact sheet."""
-    import al_patch
-    import al_report
-    al_patch.add_round(state, asked)
-    export(state, state.runner)
-
-    def write_lists() -> None:
-        first = sorted(state.pool.names, key=lambda name: -state.scores.get(name, 0))
-        al_report.write_csv(osp.join(state.work_dir, 'scores.csv'), [
-            ['image', 'score', f'{state.al.unit.type}s asked'], *(
-                [name, state.scores.get(name, ''), units_in(asked, name)] for name in first
-                if name in state.scores or name in asked)])
-        sheet = al_report.draw_contact_sheet(state.pool, [name for name in first if name in asked], state.scores)
-        al_report.save_figure(sheet, osp.join(state.work_dir, 'contact_sheet.png'))
-
-    al_patch.on_rank_0(write_lists)
-
-
-def units_in(asked: dict, name: str) -> int:
-    """How many units a query asks for in an image."""
-    return len([None] if asked.get(name, ()) is None else asked.get(name, ()))
 
 
 def suspects(work_dir: str, out: str, budget: int = 50) -> str:
@@ -409,10 +392,11 @@ def doubted(run: State, out: str, budget: int) -> State:
                                   'oracle': 'human', 'seed': run.seed})
     state = al_patch.State(dict(seed=run.seed, config={}), osp.abspath(out), al, run.runner, run.pool)
     state.units = run.units  # superpixels lie there
-    trained = [k for k, entry in enumerate(run.rounds) if entry.get('checkpoints')]
-    if not trained:
-        raise ValueError(f'no round of {run.work_dir} is trained yet: there is no model to contradict a label')
-    checkpoint, asked = run.checkpoint(trained[-1], 'last'), {}
+    kept = [path for k in range(len(run.rounds)) if (path := kept_checkpoint(run, k))]
+    if not kept:
+        raise ValueError(f'no round of {run.work_dir} is trained yet, or no checkpoint is there: there is no model to '
+                         'contradict a label')
+    checkpoint, asked = kept[-1], {}
     os.makedirs(state.folder(0))
     os.symlink(checkpoint, osp.join(state.folder(0), osp.basename(checkpoint)))
     state.rounds.append(dict(asked=asked, strategy={}, spent={}, metrics={}, train_seconds=0,
@@ -430,6 +414,12 @@ def doubted(run: State, out: str, budget: int) -> State:
     cfg.al = al
     cfg.dump(osp.join(out, 'config.py'))
     return state
+
+
+def kept_checkpoint(run: State, k: int) -> str | None:
+    """The last checkpoint of a round, if it is trained and has not been deleted."""
+    with contextlib.suppress(FileNotFoundError, KeyError):
+        return run.checkpoint(k, 'last')
 
 
 def known_mask(run: State, name: str, k: int | None = None) -> np.ndarray:
@@ -451,21 +441,25 @@ def second_look() -> type:
             run: What it doubts.
 
         Attributes:
-            rounds: Round -> the images that it asked for.
+            rounds: Round -> the images that it asked for; ``checkpoints``: of each, the last, if it is there.
             classes: Name and unit -> what it is labelled and predicted as, and its round.
         """
 
         def __init__(self, state: State, run: State):
             super().__init__(state, run.runner)
-            self.run, self.classes, open = run, {}, {*self.names}
-            self.rounds = {k: [name for name in entry['asked'] if name in open] for k, entry in enumerate(run.rounds)}
+            self.run, self.classes, labelled = run, {}, {*self.names}
+            self.rounds = {k: [name for name in entry['asked'] if name in labelled]
+                           for k, entry in enumerate(run.rounds)}
+            self.checkpoints = [kept_checkpoint(run, k) for k in range(len(run.rounds))]
+            newest = [path for path in self.checkpoints if path][-1]
+            self.checkpoints.append(newest)
 
         def look(self) -> Iterator:
-            """The images of each round, as seen by the model that asked for them, which was not trained on them; those
-            of the first by the first."""
+            """The images of each round, as seen by the model that asked for them, which was not trained on them, or by
+            the next that is still there; those of the first by the first."""
             for k, names in self.rounds.items():
                 self.k = k
-                al_patch.load_weights(self.run, self.run.checkpoint(max(0, k - 1), 'last'))
+                al_patch.load_weights(self.run, next(path for path in self.checkpoints[max(0, k - 1):] if path))
                 network = al_patch.Network(self.run.runner, None, self.run.al.logits)
                 yield from network.look(self.state, names, [al_patch.to_image], shared=False)
 
@@ -511,6 +505,31 @@ def draw_suspects(state: State, run: State, name: str) -> None:
     panels = [overlay(panel, mask) for panel in (image, *(colours[label].astype(np.uint8) for label in labels))]
     path = al_patch.png_path(osp.join(state.work_dir, 'pictures'), name, state.work_dir)
     mmcv.imwrite(np.hstack(panels), path[:-len('png')] + 'jpg')
+
+
+def request(state: State, asked: dict) -> None:
+    """Write what a state's first query has asked for: the state, the exports, scores and a contact sheet."""
+    import al_patch
+    import al_report
+    al_patch.add_round(state, asked)
+    export(state, state.runner)
+
+    def write_lists() -> None:
+        first = sorted(state.pool.names, key=lambda name: -state.scores.get(name, 0))
+        al_report.write_csv(osp.join(state.work_dir, 'scores.csv'), [
+            ['image', 'score', f'{state.al.unit.type}s asked'], *(
+                [name, state.scores.get(name, ''), units_in(asked, name)] for name in first
+                if name in state.scores or name in asked)])
+        sheet = al_report.draw_contact_sheet(state.pool, [name for name in first if name in asked], state.scores)
+        al_report.save_figure(sheet, osp.join(state.work_dir, 'contact_sheet.png'))
+
+    al_patch.on_rank_0(write_lists)
+
+
+def units_in(asked: dict, name: str) -> int:
+    """How many units a query asks for in an image."""
+    ids = asked.get(name, ())
+    return 1 if ids is None else len(ids)
 
 
 def dataset(work_dir: str, out: str, copy: bool = False, parts: int = 1) -> str:

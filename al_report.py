@@ -337,6 +337,239 @@ def in_short(names: list[str]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Any model: where it is unsure, as files; and the state of a run that has not been, which a query of it needs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def maps(config: str, checkpoint: str, out: str, images: str | None = None, score: dict | None = None,
+         mc: int | None = None, cfg_options: list = ()) -> str:
+    """Write the score map of every image, in its own coordinates and from the enlarged logits: ``maps/<name>.npy``
+    (H, W) float32, the same as a PNG of 16 bits, from the lowest to the highest score of all images (``scale.json``),
+    and in colours over the image, with a bar. ``scores.csv`` has means and maxima, the highest mean first.
+
+    Raises:
+        ValueError: A setting or a file that cannot be used; a score that makes no map, or is not finite.
+    """
+    score = {**(score or dict(type='entropy')), **({} if mc is None else dict(mc=mc))}
+    with new_folder(out), al_patch.checkpoints_are_data(), torch.no_grad():
+        state = state_of_model(config, checkpoint, out, images and [images], cfg_options, strategy=score)
+        if state.strategy.score is al_patch.random_scores or state.strategy.calibration:
+            raise ValueError(f'--score should make a map of class probabilities alone, but got {score["type"]!r}')
+        check_model(state)
+        figures = write_maps(state)
+    return last_words(f'{len(figures)} score maps are in {out}, the most unsure image is {next(iter(figures))!r}')
+
+
+def write_maps(state: al_patch.State) -> dict[str, tuple]:
+    """The files; all ranks share the images.
+
+    Returns:
+        Name of an image -> mean, highest and lowest score, the highest mean first.
+    """
+    names, figures = state.pool.names, {}
+    looks = al_patch.Network(state.runner, state.strategy, state.al.logits).look(state, names, [al_patch.to_image])
+    total = sum(map(len, al_patch.deal_batches(state, names)))
+    for name, seen in al_patch.watched(state, 'maps', looks, total):
+        score_HW = score_map(state, state.strategy, seen)
+        if not np.isfinite(score_HW).all():
+            raise ValueError(f'the score of image {name!r} is not finite: the model, or --score, gives no finite '
+                             'numbers')
+        content = io.BytesIO()
+        np.save(content, score_HW)
+        al_patch.write_atomically(map_path(state, name), content.getvalue())
+        figures[name] = float(score_HW.mean(dtype=np.float64)), float(score_HW.max()), float(score_HW.min())
+    figures = dict(collections.ChainMap(*al_patch.all_gather_object(figures)))
+    figures = dict(sorted(figures.items(), key=lambda item: (-item[1][0], item[0])))
+    low, high = min(lowest for _, _, lowest in figures.values()), max(highest for _, highest, _ in figures.values())
+    al_patch.on_all_ranks(functools.partial(draw_map, state, low, high), names, 'Pictures')
+    if al_patch.is_main_process():
+        write_csv(osp.join(state.work_dir, 'scores.csv'), [
+            ['image', 'mean', 'max'], *([name, *map('{:.6g}'.format, each[:2])] for name, each in figures.items())])
+        al_patch.write_atomically(osp.join(state.work_dir, 'scale.json'), json.dumps({'0': low, '65535': high}))
+    return figures
+
+
+def map_path(state: al_patch.State, name: str, kind: str = 'maps', suffix: str = '.npy') -> str:
+    path = al_patch.png_path(osp.join(state.work_dir, kind), name, state.work_dir)
+    return path.removesuffix('.png') + suffix
+
+
+def draw_map(state: al_patch.State, low: float, high: float, name: str) -> None:
+    """Write an image's score map, whose file is there, as a PNG of 16 bits, and over the image."""
+    score_HW = np.load(map_path(state, name)).astype(np.float64)
+    share_HW = (score_HW - low) / max(high - low, 1e-12)
+    al_patch.write_png(map_path(state, name, suffix='.png'), (65535 * share_HW).round().astype(np.uint16))
+    image, times = to_rgb(state.pool.load_image(name)), math.ceil(240 / len(score_HW))
+    picture = .4 * image + .6 * heat_colours()[(255 * share_HW).round().astype(int)]
+    picture = np.hstack([picture.repeat(times, 0).repeat(times, 1), colour_bar(times * len(score_HW), low, high)])
+    mmcv.imwrite(picture[..., ::-1].round().astype(np.uint8), map_path(state, name, 'overlays', '.jpg'))
+
+
+@functools.cache
+def heat_colours() -> np.ndarray:
+    """The colours of low to high scores, (256, 3)."""
+    return 255 * importlib.import_module('matplotlib').colormaps['cividis'](range(256))[:, :3]
+
+
+@functools.lru_cache(8)
+def colour_bar(height: int, low: float, high: float) -> np.ndarray:
+    """A bar that tells which colour is which score, (height, 90, 3)."""
+    figure = figures.Figure((.9, height / 100), dpi=100)
+    axes = figure.add_axes((.1, 12 / height, .2, 1 - 24 / height))
+    axes.imshow(np.linspace(1, 0, 256)[:, None], cmap='cividis', aspect='auto',
+                extent=(0, 1, low, max(high, low + 1e-12)))
+    axes.set(xticks=[])
+    axes.yaxis.tick_right()
+    return mmcv.imfrombytes(rendered(figure), channel_order='rgb')
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[None]:
+    """A folder that is new, or was empty, and that goes again if what should fill it fails.
+
+    Raises:
+        ValueError: It holds something.
+    """
+    is_first = 'TORCHELASTIC_RUN_ID' not in os.environ or os.environ['RANK'] == '0'
+    was_there = osp.isdir(path)
+    if is_first and osp.lexists(path) and not (was_there and not os.listdir(path)):
+        raise ValueError(f'--out should be a new or an empty folder, but {path} holds something: choose another, or '
+                         'delete it')
+    try:
+        yield
+    except BaseException:
+        if is_first and osp.isdir(path):
+            shutil.rmtree(path)
+            if was_there:
+                os.mkdir(path)
+        raise
+
+
+def state_of_model(config: str, checkpoint: str, out: str, folders: list[str] | None = None, options: list = (),
+                   seed: int | None = None, **al) -> al_patch.State:
+    """The state of a run that has trained one round, whose checkpoint is the user's own: so all that is asked of a run
+    can be asked of any model. Nothing is labelled in it.
+
+    Args:
+        out: The work_dir.
+        folders: Of images, which are the pool. By default they are those of the config's test_dataloader.
+        options: Pairs of a config's key and its value.
+        seed: By default the config's or 0.
+        al: Settings of the ``al`` block.
+
+    Raises:
+        ValueError: A file cannot be used, or the weights are not this model's: it names parameters.
+    """
+    from mmengine.hub import get_config
+    if not osp.isfile(checkpoint):
+        raise ValueError(f'CHECKPOINT should be a file with weights, but there is no {checkpoint}')
+    with al_patch.reading(config):
+        cfg = get_config(config) if '::' in config else mmengine.Config.fromfile(config)
+    cfg.al = dict(al, rounds=1)
+    with al_patch.reading('--cfg-options'):
+        cfg.merge_from_dict(dict(options))
+    test = al_patch.scoring_loader(cfg)
+    loader = cfg.get('train_dataloader') or test
+    if not (loader and (folders or test)):
+        raise ValueError(f'{config} should have a test_dataloader, which tells how images are loaded, but has none')
+    cfg.al.setdefault('seed', (cfg.get('randomness', {}).get('seed') if seed is None else seed) or 0)
+    cfg.update(work_dir=osp.abspath(out), resume=False, load_from=None, visualizer=None,
+               train_dataloader=copy.deepcopy(dict(loader if folders else test)))
+    for key, default in dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=.01)),
+                             train_cfg=dict(type='IterBasedTrainLoop', max_iters=1)).items():
+        cfg[key] = cfg.get(key) or default  # what is not there is not used
+    runner = start_quietly(cfg)
+    if folders:
+        leaf = next(iter(al_patch.leaf_configs(loader['dataset']).values()))
+        sets = [folder_dataset(leaf, folder, osp.join(out, f'images_{i}.txt')) for i, folder in enumerate(folders)]
+        runner.cfg.train_dataloader.dataset = sets[0] if len(sets) == 1 else dict(type='ConcatDataset', datasets=sets)
+        runner.dump_config()
+    companions = al_patch.attach_companions(runner)
+    state = al_patch.State(dict(seed=runner.cfg.al.seed, config={}), runner.work_dir, al_patch.parse_settings(
+        runner.cfg.al), runner, al_patch.Pool(runner.cfg, al_patch.unwrap(runner.model)))
+    state.companions, state.thresholds = companions, {}
+    check_pool(state)
+    link = osp.join(state.folder(0), osp.basename(checkpoint))
+    if al_patch.is_main_process():
+        os.makedirs(osp.dirname(link))
+        os.symlink(osp.abspath(checkpoint), link)
+    al_patch.barrier()
+    state.rounds.append(dict(asked={}, strategy={}, spent={}, metrics={}, checkpoints=dict(last=osp.basename(link)),
+                             train_seconds=0, **dict(pixels=0, void_pixels=0) if state.counts_pixels else {}))
+    state.entry['spent'], state.phase = state.spent(), 'query'
+    try:
+        al_patch.load_weights(state, link)
+    except ValueError as error:
+        words = str(error).replace(link, checkpoint).partition(': go on with')[0]
+        raise ValueError(f'{words}: give the config that it was trained with') from None
+    return state
+
+
+def start_quietly(cfg: mmengine.Config):
+    """The runner of a config, which does not say what the environment and the config are; of one of ``torchrun``'s
+    processes or, without it, of this one."""
+    level, cfg.log_level = cfg.get('log_level', 'INFO'), 'WARNING'
+    runner = importlib.import_module('al_train').start(
+        cfg, 'pytorch' if 'TORCHELASTIC_RUN_ID' in os.environ else 'none')
+    runner.cfg.log_level = level
+    for each in (runner.logger, *runner.logger.handlers):
+        each.setLevel(level)
+    return runner
+
+
+def last_words(text: str) -> str:
+    """What a command has to say; of ``torchrun``'s processes, which end with it, the first says it."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        print(text * al_patch.is_main_process(), end='\n' * al_patch.is_main_process())
+        importlib.import_module('al_train').end_processes()
+    return text
+
+
+def folder_dataset(leaf: dict, folder: str, listed: str) -> dict:
+    """The config of a data set of all images below a folder, with classes and pipeline as another's.
+
+    Args:
+        leaf: The config of the other.
+        listed: A file to list the images in. Their names are as the other's if they end as its do.
+
+    Raises:
+        ValueError: There is no image.
+    """
+    files = image_files(folder)
+    if not files:
+        raise ValueError(f'--images should be a folder of images, but {folder} holds none')
+    leaf, suffix = listing(leaf)
+    suffix = suffix if all(file.endswith(suffix) for file in files) else ''
+    if al_patch.is_main_process():
+        al_patch.write_atomically(listed, ''.join(f'{file[:len(file) - len(suffix)]}\n' for file in files))
+    al_patch.barrier()
+    return {**leaf, 'data_root': None, 'data_prefix': dict(img_path=osp.abspath(folder)), 'img_suffix': suffix,
+            'ann_file': osp.abspath(listed)}
+
+
+def listing(leaf: dict) -> tuple[dict, str]:
+    """The config of a data set that finds its images by a list, with classes and pipeline as another's, and what its
+    images' names end with: the other itself or, if it finds images in a way of its own, mmseg's plain one."""
+    from mmseg.datasets import BaseSegDataset
+    known = al_patch.DATASETS.build({**leaf, 'pipeline': [], 'lazy_init': True})
+    if type(known).load_data_list is not BaseSegDataset.load_data_list:
+        meta = {key: known.metainfo[key] for key in ('classes', 'palette') if known.metainfo.get(key)}
+        leaf = dict(type='BaseSegDataset', metainfo=meta, pipeline=leaf.get('pipeline', []), seg_map_suffix='.png',
+                    reduce_zero_label=getattr(known, 'reduce_zero_label', False))
+    return {**leaf, 'indices': None}, getattr(known, 'img_suffix', None) or ''
+
+
+def image_files(folder: str) -> list[str]:
+    """The images below a folder, by their paths there."""
+    paths = (osp.relpath(osp.join(where, file), folder) for where, _, files in os.walk(folder, followlinks=True)
+             for file in files if osp.splitext(file)[1].lower() in IMAGES and not file.startswith('.'))
+    return sorted(paths, key=lambda path: osp.join(folder, path))
+
+
+IMAGES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.jp2', '.npy'}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Before a run: what data, config and disk can tell without training
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1769,240 +2002,6 @@ def tint(image_HW3: np.ndarray, masks: dict, strength: float) -> np.ndarray:
     for colour, mask_HW in masks.items():
         result[mask_HW] = (1 - strength) * image_HW3[mask_HW] + strength * 255 * np.array(colors.to_rgb(colour))
     return result.clip(0, 255).astype(np.uint8)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Any model: where it is unsure, as files; and the state of a run that has not been, which a query of it needs
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def maps(config: str, checkpoint: str, out: str, images: str | None = None, score: dict | None = None,
-         mc: int | None = None, cfg_options: list = ()) -> str:
-    """Write the score map of every image, in its own coordinates and from the enlarged logits: ``maps/<name>.npy``
-    (H, W) float32, the same as a PNG of 16 bits, from the lowest to the highest score of all images (``scale.json``),
-    and in colours over the image, with a bar. ``scores.csv`` has means and maxima, the highest mean first.
-
-    Raises:
-        ValueError: A setting or a file that cannot be used; a score that makes no map, or is not finite.
-    """
-    score = {**(score or dict(type='entropy')), **({} if mc is None else dict(mc=mc))}
-    with new_folder(out):
-        state = state_of_model(config, checkpoint, out, images and [images], cfg_options, strategy=score)
-        if state.strategy.score is al_patch.random_scores or state.strategy.calibration:
-            raise ValueError(f'--score should make a map of class probabilities alone, but got {score["type"]!r}')
-        check_model(state)
-        with torch.no_grad():
-            figures = write_maps(state)
-    return last_words(f'{len(figures)} score maps are in {out}, the most unsure image is {next(iter(figures))!r}')
-
-
-def write_maps(state: al_patch.State) -> dict[str, tuple]:
-    """The files; all ranks share the images.
-
-    Returns:
-        Name of an image -> mean, highest and lowest score, the highest mean first.
-    """
-    names, figures = state.pool.names, {}
-    looks = al_patch.Network(state.runner, state.strategy, state.al.logits).look(state, names, [al_patch.to_image])
-    total = sum(map(len, al_patch.deal_batches(state, names)))
-    for name, seen in al_patch.watched(state, 'maps', looks, total):
-        score_HW = score_map(state, state.strategy, seen)
-        if not np.isfinite(score_HW).all():
-            raise ValueError(f'the score of image {name!r} is not finite: the model, or --score, gives no finite '
-                             'numbers')
-        content = io.BytesIO()
-        np.save(content, score_HW)
-        al_patch.write_atomically(map_path(state, name), content.getvalue())
-        figures[name] = float(score_HW.mean(dtype=np.float64)), float(score_HW.max()), float(score_HW.min())
-    figures = dict(collections.ChainMap(*al_patch.all_gather_object(figures)))
-    figures = dict(sorted(figures.items(), key=lambda item: (-item[1][0], item[0])))
-    low, high = min(lowest for _, _, lowest in figures.values()), max(highest for _, highest, _ in figures.values())
-    al_patch.on_all_ranks(functools.partial(draw_map, state, low, high), names, 'Pictures')
-    if al_patch.is_main_process():
-        write_csv(osp.join(state.work_dir, 'scores.csv'), [
-            ['image', 'mean', 'max'], *([name, *map('{:.6g}'.format, each[:2])] for name, each in figures.items())])
-        al_patch.write_atomically(osp.join(state.work_dir, 'scale.json'), json.dumps({'0': low, '65535': high}))
-    return figures
-
-
-def map_path(state: al_patch.State, name: str, kind: str = 'maps', suffix: str = '.npy') -> str:
-    path = al_patch.png_path(osp.join(state.work_dir, kind), name, state.work_dir)
-    return path.removesuffix('.png') + suffix
-
-
-def draw_map(state: al_patch.State, low: float, high: float, name: str) -> None:
-    """Write an image's score map, whose file is there, as a PNG of 16 bits, and over the image."""
-    score_HW = np.load(map_path(state, name)).astype(np.float64)
-    share_HW = (score_HW - low) / max(high - low, 1e-12)
-    al_patch.write_png(map_path(state, name, suffix='.png'), (65535 * share_HW).round().astype(np.uint16))
-    image, times = to_rgb(state.pool.load_image(name)), math.ceil(240 / len(score_HW))
-    picture = .4 * image + .6 * heat_colours()[(255 * share_HW).round().astype(int)]
-    picture = np.hstack([picture.repeat(times, 0).repeat(times, 1), colour_bar(times * len(score_HW), low, high)])
-    mmcv.imwrite(picture[..., ::-1].round().astype(np.uint8), map_path(state, name, 'overlays', '.jpg'))
-
-
-@functools.cache
-def heat_colours() -> np.ndarray:
-    """The colours of low to high scores, (256, 3)."""
-    return 255 * importlib.import_module('matplotlib').colormaps['cividis'](range(256))[:, :3]
-
-
-@functools.lru_cache(8)
-def colour_bar(height: int, low: float, high: float) -> np.ndarray:
-    """A bar that tells which colour is which score, (height, 90, 3)."""
-    figure = figures.Figure((.9, height / 100), dpi=100)
-    axes = figure.add_axes((.1, 12 / height, .2, 1 - 24 / height))
-    axes.imshow(np.linspace(1, 0, 256)[:, None], cmap='cividis', aspect='auto',
-                extent=(0, 1, low, max(high, low + 1e-12)))
-    axes.set(xticks=[])
-    axes.yaxis.tick_right()
-    return mmcv.imfrombytes(rendered(figure), channel_order='rgb')
-
-
-@contextlib.contextmanager
-def new_folder(path: str) -> Iterator[None]:
-    """A folder that is new, or was empty, and that goes again if what should fill it fails.
-
-    Raises:
-        ValueError: It holds something.
-    """
-    is_first, was_there = os.environ.get('RANK', '0') == '0', osp.isdir(path)
-    if is_first and osp.lexists(path) and not (was_there and not os.listdir(path)):
-        raise ValueError(f'--out should be a new or an empty folder, but {path} holds something: choose another, or '
-                         'delete it')
-    try:
-        yield
-    except BaseException:
-        if is_first:
-            for each in glob.glob(osp.join(glob.escape(path), '*'), include_hidden=True):
-                shutil.rmtree(each) if osp.isdir(each) else os.remove(each)
-            if osp.isdir(path) and not was_there:
-                os.rmdir(path)
-        raise
-
-
-def state_of_model(config: str, checkpoint: str, out: str, folders: list[str] | None = None, options: list = (),
-                   seed: int | None = None, **al) -> al_patch.State:
-    """The state of a run that has trained one round, whose checkpoint is the user's own: so all that is asked of a run
-    can be asked of any model. Nothing is labelled in it.
-
-    Args:
-        out: The work_dir.
-        folders: Of images, which are the pool. By default they are those of the config's test_dataloader.
-        options: Pairs of a config's key and its value.
-        seed: By default the config's or 0.
-        al: Settings of the ``al`` block.
-
-    Raises:
-        ValueError: A file cannot be used, or the weights are not this model's: it names parameters.
-    """
-    from mmengine.hub import get_config
-    if not osp.isfile(checkpoint):
-        raise ValueError(f'CHECKPOINT should be a file with weights, but there is no {checkpoint}')
-    with al_patch.reading(config):
-        cfg = get_config(config) if '::' in config else mmengine.Config.fromfile(config)
-    cfg.al = dict(al, rounds=1)
-    with al_patch.reading('--cfg-options'):
-        cfg.merge_from_dict(dict(options))
-    test = al_patch.scoring_loader(cfg)
-    loader = cfg.get('train_dataloader') or test
-    if not (loader and (folders or test)):
-        raise ValueError(f'{config} should have a test_dataloader, which tells how images are loaded, but has none')
-    cfg.al.setdefault('seed', (cfg.get('randomness', {}).get('seed') if seed is None else seed) or 0)
-    cfg.update(work_dir=osp.abspath(out), resume=False, load_from=None, visualizer=None,
-               train_dataloader=copy.deepcopy(dict(loader if folders else test)))
-    for key, default in dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=.01)),
-                             train_cfg=dict(type='IterBasedTrainLoop', max_iters=1)).items():
-        cfg[key] = cfg.get(key) or default  # what is not there is not used
-    runner = start_quietly(cfg)
-    if folders:
-        leaf = next(iter(al_patch.leaf_configs(loader['dataset']).values()))
-        sets = [folder_dataset(leaf, folder, osp.join(out, f'images_{i}.txt')) for i, folder in enumerate(folders)]
-        runner.cfg.train_dataloader.dataset = sets[0] if len(sets) == 1 else dict(type='ConcatDataset', datasets=sets)
-        runner.dump_config()
-    companions = al_patch.attach_companions(runner)
-    state = al_patch.State(dict(seed=runner.cfg.al.seed, config={}), runner.work_dir, al_patch.parse_settings(
-        runner.cfg.al), runner, al_patch.Pool(runner.cfg, al_patch.unwrap(runner.model)))
-    state.companions, state.thresholds = companions, {}
-    check_pool(state)
-    link = osp.join(state.folder(0), osp.basename(checkpoint))
-    if al_patch.is_main_process():
-        os.makedirs(osp.dirname(link))
-        os.symlink(osp.abspath(checkpoint), link)
-    al_patch.barrier()
-    state.rounds.append(dict(asked={}, strategy={}, spent={}, metrics={}, checkpoints=dict(last=osp.basename(link)),
-                             train_seconds=0, **dict(pixels=0, void_pixels=0) if state.counts_pixels else {}))
-    state.entry['spent'], state.phase = state.spent(), 'query'
-    try:
-        al_patch.load_weights(state, link)
-    except ValueError as error:
-        words = str(error).replace(link, checkpoint).partition(': go on with')[0]
-        raise ValueError(f'{words}: give the config that it was trained with') from None
-    return state
-
-
-def start_quietly(cfg: mmengine.Config):
-    """The runner of a config, which does not say what the environment and the config are; of one of ``torchrun``'s
-    processes or, without it, of this one."""
-    level, cfg.log_level = cfg.get('log_level', 'INFO'), 'WARNING'
-    runner = importlib.import_module('al_train').start(
-        cfg, 'pytorch' if 'TORCHELASTIC_RUN_ID' in os.environ else 'none')
-    runner.cfg.log_level = level
-    for each in (runner.logger, *runner.logger.handlers):
-        each.setLevel(level)
-    return runner
-
-
-def last_words(text: str) -> str:
-    """What a command has to say; of ``torchrun``'s processes, which end with it, the first says it."""
-    if 'TORCHELASTIC_RUN_ID' in os.environ:
-        print(text * al_patch.is_main_process(), end='\n' * al_patch.is_main_process())
-        importlib.import_module('al_train').end_processes()
-    return text
-
-
-def folder_dataset(leaf: dict, folder: str, listed: str) -> dict:
-    """The config of a data set of all images below a folder, with classes and pipeline as another's.
-
-    Args:
-        leaf: The config of the other.
-        listed: A file to list the images in. Their names are as the other's if they end as its do.
-
-    Raises:
-        ValueError: There is no image.
-    """
-    files = image_files(folder)
-    if not files:
-        raise ValueError(f'--images should be a folder of images, but {folder} holds none')
-    leaf, suffix = listing(leaf)
-    suffix = suffix if all(file.endswith(suffix) for file in files) else ''
-    if al_patch.is_main_process():
-        al_patch.write_atomically(listed, ''.join(f'{file[:len(file) - len(suffix)]}\n' for file in files))
-    al_patch.barrier()
-    return {**leaf, 'data_root': None, 'data_prefix': dict(img_path=osp.abspath(folder)), 'img_suffix': suffix,
-            'ann_file': osp.abspath(listed)}
-
-
-def listing(leaf: dict) -> tuple[dict, str]:
-    """The config of a data set that finds its images by a list, with classes and pipeline as another's, and what its
-    images' names end with: the other itself or, if it finds images in a way of its own, mmseg's plain one."""
-    from mmseg.datasets import BaseSegDataset
-    known = al_patch.DATASETS.build({**leaf, 'pipeline': [], 'lazy_init': True})
-    if type(known).load_data_list is not BaseSegDataset.load_data_list:
-        meta = {key: known.metainfo[key] for key in ('classes', 'palette') if known.metainfo.get(key)}
-        leaf = dict(type='BaseSegDataset', metainfo=meta, pipeline=leaf.get('pipeline', []), seg_map_suffix='.png',
-                    reduce_zero_label=getattr(known, 'reduce_zero_label', False))
-    return {**leaf, 'indices': None}, getattr(known, 'img_suffix', None) or ''
-
-
-def image_files(folder: str) -> list[str]:
-    """The images below a folder, by their paths there."""
-    paths = (osp.relpath(osp.join(where, file), folder) for where, _, files in os.walk(folder, followlinks=True)
-             for file in files if osp.splitext(file)[1].lower() in IMAGES and not file.startswith('.'))
-    return sorted(paths, key=lambda path: osp.join(folder, path))
-
-
-IMAGES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.jp2', '.npy'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
