@@ -12,6 +12,12 @@ takes images out of it:
     python al_label.py pull WORK_DIR [--wait] [--check]
     python al_label.py rewind WORK_DIR K
     python al_label.py drop WORK_DIR IMAGE ...
+
+And it answers what a team asks without a run:
+
+    python al_label.py ask CONFIG CHECKPOINT --images FOLDER --budget N --out DIR      which of these images next?
+    python al_label.py dataset WORK_DIR --out DIR                                       where is what we have paid for?
+    python al_label.py suspects WORK_DIR --budget N --out DIR                           which labels look wrong?
 """
 from __future__ import annotations
 
@@ -162,6 +168,7 @@ def main(argv: list | None = None) -> None:
         ('--train', dict(action='store_true', help='train round K anew, too')))
     add(drop, 'take images out of a run: their cost stays in its figures, nothing else changes',
         ('names', dict(metavar='IMAGE', nargs='+', help='as the state file spells it')))
+    add_team_commands(commands)
     options = vars(parser.parse_args(argv))
     name, function = options.pop('command'), options.pop('function')
     try:
@@ -392,8 +399,11 @@ def stopped_run(work_dir: str) -> Iterator[dict]:
 
 
 @contextlib.contextmanager
-def opened_run(work_dir: str) -> Iterator[State]:
+def opened_run(work_dir: str, start: Callable | None = None) -> Iterator[State]:
     """The run in a directory, as resuming would open it; what mmengine logs about that goes elsewhere.
+
+    Args:
+        start: Makes a runner of a config.
 
     Raises:
         ValueError: There is no config; or what resuming would raise.
@@ -403,6 +413,7 @@ def opened_run(work_dir: str) -> Iterator[State]:
     from mmengine.runner import Runner
 
     import al_patch
+    start = start or (lambda cfg: RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg))
     content = al_patch.read_state(osp.join(work_dir, al_patch.STATE_FILE))
     configs = glob.glob(osp.join(glob.escape(work_dir), '*.py'))
     if not configs:
@@ -412,11 +423,12 @@ def opened_run(work_dir: str) -> Iterator[State]:
         warnings.simplefilter('ignore')  # the run has told them
         cfg.update(work_dir=elsewhere, resume=True, launcher='none', log_level='WARNING',
                    experiment_name=osp.basename(elsewhere))
-        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+        runner = start(cfg)
         al_patch.attach_companions(runner)  # keys of the `al` block may be theirs
         al, pool = al_patch.parse_settings(cfg.al), al_patch.Pool(cfg, al_patch.unwrap(runner.model))
         pool.sizes, pool.pixels = Sizes(pool), content['pixels']
         state = al_patch.State(content, osp.abspath(work_dir), al, runner, pool)
+        state.ended = content['ended']
         for check in al_patch.methods_of(runner, 'check_resume'):
             check(state, content)
         yield state
@@ -1206,6 +1218,492 @@ def decode_rle(data: list[int], size: tuple) -> np.ndarray:
     return values.reshape(*size, 4)[..., 3] >= 128
 
 # ---------------------------------------------------------------------------------------------------------------------
+# What a team asks without a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def add_team_commands(commands: argparse._SubParsersAction) -> None:
+    try:
+        import al_report
+    except ModuleNotFoundError:  # they need it, all else does without
+        return
+
+    def command(function: Callable, what: str) -> argparse.ArgumentParser:
+        parser = commands.add_parser(function.__name__, help=what, description=what)
+        parser.set_defaults(function=function)
+        return parser
+
+    asking = command(ask, 'which of these images to label next, by any model of mmseg\'s; DIR is then a run that waits')
+    al_report.add_model_arguments(asking)
+    asking.add_argument('--images', required=True, metavar='FOLDER', help='to choose from')
+    asking.add_argument('--budget', required=True, type=lambda text: al_report.option_of(f'={text}')[1], metavar='N',
+                        help='units, or a fraction, as `al.budget`')
+    asking.add_argument('--labelled', metavar='FOLDER|SPLIT', help='what is labelled: a folder of other images; or of '
+                        'label maps, or masks, <name>.png of some of the same; or a file of names')
+    for option, default in dict(strategy='entropy', unit='image').items():
+        asking.add_argument(f'--{option}', nargs='+', action=al_report.Setting, default=default, metavar='NAME',
+                            help=f'as `al.{option}`: a name, and options as key=value')
+    asking.add_argument('--seed', type=int, help="by default the config's, or 0")
+    giving = command(dataset, 'all labels of a run as an ordinary data set of mmseg\'s, with a config and an invoice')
+    giving.add_argument('--copy', action='store_true', help='images are copied, and not linked')
+    giving.add_argument('--parts', type=int, default=1, metavar='N', help='in how many shares people had each round')
+    doubting = command(suspects, 'accepted units that the model contradicts, the most certain first; DIR is then a run '
+                       'that waits')
+    doubting.add_argument('--budget', type=int, default=50, metavar='N', help='units')
+    for parser in (giving, doubting):
+        parser.add_argument('work_dir', metavar='WORK_DIR')
+        parser.add_argument('--out', required=True, metavar='DIR', help='a new folder')
+
+
+def ask(config: str, checkpoint: str, images: str, budget: float, out: str, labelled: str | None = None,
+        strategy: str | dict = 'entropy', unit: str | dict = 'image', seed: int | None = None,
+        cfg_options: list = ()) -> str:
+    """Choose what to label next, as a run's first query would with this checkpoint. ``out`` is then the work_dir of a
+    run whose round 1 waits for labels, with all exports, ``scores.csv`` and ``contact_sheet.png``.
+
+    Raises:
+        ValueError: A setting or a file that cannot be used; nothing is left in ``out`` then.
+    """
+    import al_patch
+    import al_report
+    if al_patch.resolve_strategy(strategy).calibration:
+        raise ValueError('--strategy should do without labels that were held out of the training, but got '
+                         f'{al_patch.split_setting(strategy)[0]!r}')
+    with al_report.new_folder(out), al_patch.checkpoints_are_data():
+        others = labelled and osp.isdir(labelled) and not is_of(images, labelled)
+        state = al_report.state_of_model(config, checkpoint, out, [images, labelled] if others else [images],
+                                         cfg_options, seed, strategy=strategy, unit=unit, budget=budget, oracle='human')
+        al_report.check_model(state)
+        note_labelled(state, labelled, others)
+        asked = al_patch.query(state, state.runner)
+        units = sum(units_in(asked, name) for name in asked)
+        if not asked or isinstance(budget, int) and units < budget and not state.collector.is_capped:
+            raise ValueError(f'--budget should be at most the {units} {state.al.unit.type}s that are not labelled, but '
+                             f'got {budget}')
+        request(state, asked)
+    return al_report.last_words(f'{units} {state.al.unit.type}s in {len(asked)} images, see {folder_of(state)}')
+
+
+def is_of(images: str, labelled: str) -> bool:
+    """Whether the files in a folder are of images in another one, by their names.
+
+    Raises:
+        ValueError: Some are.
+    """
+    import al_report
+    files = al_report.image_files(labelled)
+    have, given = ({osp.splitext(file)[0] for file in each} for each in (al_report.image_files(images), files))
+    strange = sorted(given - have)
+    if not given or 0 < len(strange) < len(given):
+        raise ValueError(f'--labelled should hold label maps of images in {images}, or other images, but '
+                         f'{len(strange)} of {len(given)} files have names of no image there' + (
+                             f', such as {strange[0]!r}' if strange else ''))
+    with Image.open(osp.join(labelled, files[0])) as image:
+        if strange and image.mode in '1P':
+            raise ValueError(f'--labelled should hold label maps of images in {images}, or other images, but '
+                             f'{image.filename} is a map with the name of none there')
+    return not strange
+
+
+def note_labelled(state: State, labelled: str | None, others: bool) -> None:
+    """Put what is labelled already into a state's first round: whole images, or masks."""
+    import al_patch
+    pool, entry = state.pool, state.entry
+    if labelled and osp.isdir(labelled) and not others:
+
+        def note(name: str) -> list | None:
+            path = osp.join(labelled, f'{name}.png')
+            if not osp.isfile(path):
+                return [0, 0]
+            with al_patch.reading(path):
+                with Image.open(path) as image:
+                    mask = np.array(image) if image.mode == '1' else load_label(pool, name, path) != pool.ignore_index
+                if mask.shape != pool.sizes[name]:
+                    raise ValueError(f'its size should be that of its image, {pool.sizes[name]}, but is {mask.shape}')
+            if mask.all() or mask.any() and not state.counts_pixels:
+                return None
+            if mask.any():
+                al_patch.write_png(state.mask_path(0, name), mask)
+            return [0, int(mask.sum())]
+
+        asked = {name: units for name, units in al_patch.on_all_ranks(note, pool.names).items() if units != [0, 0]}
+    elif others:
+        asked = {name: None for name in pool.names if pool.where[name][0] == 1}
+    elif labelled:
+        before, state.al.initial = state.al.initial, labelled
+        asked, state.al.initial = al_patch.initial_images(state), before
+    else:
+        return
+    entry['asked'] = asked
+    if state.counts_pixels:
+        entry['pixels'] = sum(units[1] if units else math.prod(pool.sizes[name]) for name, units in asked.items())
+    entry['spent'] = state.spent()
+
+
+def suspects(work_dir: str, out: str, budget: int = 50) -> str:
+    """Find accepted units that the model contradicts, those of the highest loss first. ``out`` is then the work_dir of
+    a run that asks for them, with all exports; ``suspects.csv`` and ``pictures`` show what they are labelled as.
+
+    Raises:
+        ValueError: Fewer units are labelled, or none; nothing is left in ``out`` then.
+    """
+    import torch
+
+    import al_patch
+    import al_report
+    with al_report.new_folder(out), opened_run(
+            work_dir, al_report.start_quietly) as run, al_patch.checkpoints_are_data(), torch.no_grad():
+        al_report.check_pool(run)
+        state = doubted(run, out, budget)
+        look = second_look()(state, run)
+        look.collector.result = functools.cache(look.collector.result)  # which `asked` asks, too
+        for name, seen in al_patch.watched(state, 'suspects', look.look(), sum(map(len, look.rounds.values()))):
+            look.collector.add(name, *look.candidates(name, seen))
+        asked, chosen = look.asked(), look.collector.result()
+        if len(chosen.id) < budget:
+            raise ValueError(f'--budget should be at most the {len(chosen.id)} {state.al.unit.type}s that are labelled '
+                             f'in {work_dir}, but got {budget}')
+        request(state, asked)
+        order = np.argsort(-chosen.score, kind='stable').tolist()
+        rows = [[look.names[chosen.image[i]], int(chosen.id[i]), f'{chosen.score[i]:.4g}'] for i in order]
+        al_report.write_csv(osp.join(out, 'suspects.csv'), [
+            ['image', 'unit', 'loss', 'label', 'predicted', 'round'], *(
+                [name, i, loss, *look.classes[name, i]] for name, i, loss in rows)])
+        for name in asked:
+            draw_suspects(state, run, name)
+    return (f'{len(rows)} {state.al.unit.type}s in {len(asked)} images, see {out}. Mended label maps go into '
+            f'{run.folder()}/labels, and --resume takes them')
+
+
+def doubted(run: State, out: str, budget: int) -> State:
+    """The state of a run in ``out`` over the same images, where all that is labelled in the other can be asked for, and
+    nothing else."""
+    import al_patch
+    al = al_patch.parse_settings({**{key: run.al[key] for key in ('unit', 'logits')}, 'rounds': 1, 'budget': budget,
+                                  'oracle': 'human', 'seed': run.seed})
+    state = al_patch.State(dict(seed=run.seed, config={}), osp.abspath(out), al, run.runner, run.pool)
+    state.units = run.units  # superpixels lie there
+    kept = [path for k in range(len(run.rounds)) if (path := kept_checkpoint(run, k))]
+    if not kept:
+        raise ValueError(f'no round of {run.work_dir} is trained yet, or no checkpoint is there: there is no model to '
+                         'contradict a label')
+    checkpoint, asked = kept[-1], {}
+    os.makedirs(state.folder(0))
+    os.symlink(checkpoint, osp.join(state.folder(0), osp.basename(checkpoint)))
+    state.rounds.append(dict(asked=asked, strategy={}, spent={}, metrics={}, train_seconds=0,
+                             checkpoints=dict(last=osp.basename(checkpoint)), pixels=0, void_pixels=0))
+    for name in run.pool.names:
+        known = known_mask(run, name) if name in run.labelled() else np.zeros(run.pool.sizes[name], bool)
+        if not known.all():
+            asked[name] = [0, int((~known).sum())] if known.any() and run.counts_pixels else None
+            state.entry['pixels'] += int((~known).sum())
+            if asked[name]:
+                al_patch.write_png(state.mask_path(0, name), ~known)
+    state._labelled.clear()
+    state.entry['spent'], state.phase = state.spent(), 'query'
+    cfg = state.runner.cfg
+    cfg.al = al
+    cfg.dump(osp.join(out, 'config.py'))
+    return state
+
+
+def kept_checkpoint(run: State, k: int) -> str | None:
+    """The last checkpoint of a round, if it is trained and has not been deleted."""
+    with contextlib.suppress(FileNotFoundError, KeyError):
+        return run.checkpoint(k, 'last')
+
+
+def known_mask(run: State, name: str, k: int | None = None) -> np.ndarray:
+    """What is labelled of an image by a round, or now: of people's, what is accepted, (H, W)."""
+    return run.mask(name, k) & (run.stored_label(name)[1] if run.is_human else True)
+
+
+@functools.cache
+def second_look() -> type:
+    """A query of what is labelled, whose score is the loss: the class, which needs al_patch."""
+    import torch
+
+    import al_patch
+
+    class SecondLook(al_patch.Query):
+        """
+        Args:
+            state: See ``doubted``.
+            run: What it doubts.
+
+        Attributes:
+            rounds: Round -> the images that it asked for; ``checkpoints``: of each, the last, if it is there.
+            classes: Name and unit -> what it is labelled and predicted as, and its round.
+        """
+
+        def __init__(self, state: State, run: State):
+            super().__init__(state, run.runner)
+            self.run, self.classes, labelled = run, {}, {*self.names}
+            self.rounds = {k: [name for name in entry['asked'] if name in labelled]
+                           for k, entry in enumerate(run.rounds)}
+            self.checkpoints = [kept_checkpoint(run, k) for k in range(len(run.rounds))]
+            newest = [path for path in self.checkpoints if path][-1]
+            self.checkpoints.append(newest)
+
+        def look(self) -> Iterator:
+            """The images of each round, as seen by the model that asked for them, which was not trained on them, or by
+            the next that is still there; those of the first by the first."""
+            for k, names in self.rounds.items():
+                self.k = k
+                al_patch.load_weights(self.run, next(path for path in self.checkpoints[max(0, k - 1):] if path))
+                network = al_patch.Network(self.run.runner, None, self.run.al.logits)
+                yield from network.look(self.state, names, [al_patch.to_image], shared=False)
+
+        def candidates(self, name: str, seen) -> tuple:
+            state, run, probs_NCHW, units = self.state, self.run, seen.means[-1]['probs_NCHW'], self.state.units(name)
+            mine = known_mask(run, name, self.k)
+            mine &= ~run.mask(name, self.k - 1) if self.k else True
+            label = torch.from_numpy(run.load_label(name).astype(np.int64))
+            known = torch.from_numpy(mine) & (label != state.pool.ignore_index)
+            label = torch.where(known, label, 0).to(probs_NCHW.device)
+            loss_HW = -probs_NCHW[0].gather(0, label[None])[0].clamp_min(1e-12).log().cpu() * known
+            sums, shares = (torch.as_tensor(units.values(each.float(), 'mean')) for each in (loss_HW, known))
+            values = torch.where(shares > 0, sums / shares.clamp_min(1e-12), -1.)  # void contradicts nothing
+            values = values if units.is_dense else values.numpy()
+            draw, taken = self.draw_of(name), ~mine if state.counts_pixels else not mine.any()
+            ids, values, pixels = units.candidates(values, taken, draw, self.limit(name, units), self.collector.floor,
+                                                   self.collector.floor_draw)
+            if len(ids):
+                void, number = probs_NCHW.shape[1], probs_NCHW.shape[1] + 1
+                best = np.argsort(-values, kind='stable')[:self.budget()]
+                best.sort()
+                shown = [units.histograms(ids[best], each, number).argmax(1) for each in (
+                    torch.where(known, label.cpu(), void), torch.where(known, probs_NCHW[0].argmax(0).cpu(), void))]
+                names = [*run.classes, *map(str, range(len(run.classes), void)), 'void']
+                for i, one, other in zip(ids[best].tolist(), *shown):
+                    self.classes[name, i] = names[one], names[other], self.k
+            rows = al_patch.Candidates(np.full(len(ids), np.int32(self.position[name])), ids, values, pixels, draw(ids))
+            return rows, rows.rows(slice(0)), units.number
+
+    return SecondLook
+
+
+def draw_suspects(state: State, run: State, name: str) -> None:
+    """An image, its labels and what the model predicts, with what is doubted in it, side by side."""
+    import mmcv
+
+    import al_patch
+    pool, colours = state.pool, np.append(class_colours(state.pool)[1][:, ::-1], [[255] * 3], 0)
+    predicted = read_label(png_path(state, 'prediction', name), pool, name)
+    labels = [np.where(label == pool.ignore_index, len(colours) - 1, label).clip(0, len(colours) - 1)
+              for label in (run.load_label(name).astype(np.int64), predicted.astype(np.int64))]
+    mask, image = asked_mask(state, name), pool.load_image(name)
+    panels = [overlay(panel, mask) for panel in (image, *(colours[label].astype(np.uint8) for label in labels))]
+    path = al_patch.png_path(osp.join(state.work_dir, 'pictures'), name, state.work_dir)
+    mmcv.imwrite(np.hstack(panels), path[:-len('png')] + 'jpg')
+
+
+def request(state: State, asked: dict) -> None:
+    """Write what a state's first query has asked for: the state, the exports, scores and a contact sheet."""
+    import al_patch
+    import al_report
+    al_patch.add_round(state, asked)
+    export(state, state.runner)
+
+    def write_lists() -> None:
+        first = sorted(state.pool.names, key=lambda name: -state.scores.get(name, 0))
+        al_report.write_csv(osp.join(state.work_dir, 'scores.csv'), [
+            ['image', 'score', f'{state.al.unit.type}s asked'], *(
+                [name, state.scores.get(name, ''), units_in(asked, name)] for name in first
+                if name in state.scores or name in asked)])
+        sheet = al_report.draw_contact_sheet(state.pool, [name for name in first if name in asked], state.scores)
+        al_report.save_figure(sheet, osp.join(state.work_dir, 'contact_sheet.png'))
+
+    al_patch.on_rank_0(write_lists)
+
+
+def units_in(asked: dict, name: str) -> int:
+    """How many units a query asks for in an image."""
+    ids = asked.get(name, ())
+    return 1 if ids is None else len(ids)
+
+
+def dataset(work_dir: str, out: str, copy: bool = False, parts: int = 1) -> str:
+    """Write all that is labelled in a run as a data set: ``img/``, links; ``ann/``, label maps in the values of the
+    run's own, void where nothing is labelled; ``round/``, the round of every label, 255 where there is none;
+    ``splits/``; ``config.py``, to train on it with mmseg alone; ``labels.csv``, a line an image and round, and
+    ``invoice.csv``, a line a round and class. What lies in the inbox is taken first.
+
+    Args:
+        parts: In how many shares people were given each round: the invoice has lines of their own for each.
+
+    Raises:
+        ValueError: Nothing is labelled, or a label file in the inbox or an image cannot be used.
+    """
+    import al_patch
+    import al_report
+    with al_report.new_folder(out), stopped_run(work_dir), opened_run(work_dir, al_report.start_quietly) as state:
+        al_report.check_pool(state)
+        if state.is_human:
+            accept_labels(state)
+            state.save()
+        found = al_patch.on_all_ranks(lambda name: write_image(state, name, out, copy), [*state.labelled()], 'Data set')
+        found = {name: each for name, each in found.items() if each}
+        if not found:
+            raise ValueError(f'nothing is labelled in {work_dir} yet: there is no data set')
+        write_config(state, out, {name: file for name, (file, _) in found.items()})
+        write_tables(state, out, {name: shares for name, (_, shares) in found.items()}, parts)
+    return f'{len(found)} labelled images are in {out}, to train with {osp.join(out, "config.py")}'
+
+
+def write_image(state: State, name: str, out: str, copies: bool) -> tuple[str, dict] | None:
+    """Write an image of a data set, its label map, and the round of each label.
+
+    Returns:
+        Its file below ``img``, and for each round that asked for some of it, for each class there, void, and all
+        together: pixels and units (None where the run has not noted them). None where nothing is labelled.
+
+    Raises:
+        ValueError: The image is several files, or its pipeline reads another label map than was written.
+    """
+    import al_patch
+    pool, past, void = state.pool, copy.copy(state), state.pool.ignore_index
+    info, known = pool.info(name), state.mask(name) & (state.stored_label(name)[1] if state.is_human else True)
+    if not known.any():
+        return None
+    path, leaf = al_patch.image_path(info), pool.leaf_of(name)[0]
+    if info.get('img_path') != path or 'img_path2' in info:
+        raise ValueError(f'the image {name!r} should be one file, to stand in a data set, but is {info["img_path"]!r}')
+    label = np.where(known, state.load_label(name).astype(np.int64), void)
+    rounds, shares = np.full(label.shape, 255, np.uint8), {}
+    for k, entry in enumerate(state.rounds):
+        if name in entry['asked']:
+            new = known & state.mask(name, k) & ~state.mask(name, k - 1)
+            rounds[new], past.rounds = min(k, 254), state.rounds[:k + 1]
+            rows = numbers_of_units(past, name)
+            classes = {state.classes[c] if c != void else 'void': label == c for c in np.unique(label[new]).tolist()}
+            shares[k] = {key: (int((new & where).sum()), rows is not None and len(np.unique(rows[new & where])))
+                         for key, where in {**classes, 'all': new}.items()}
+    target = al_patch.png_path(osp.join(out, 'img'), name).removesuffix('.png')
+    suffix = getattr(leaf, 'img_suffix', None) or osp.splitext(path)[1]
+    os.makedirs(osp.dirname(target), exist_ok=True)
+    (shutil.copyfile if copies else os.symlink)(osp.abspath(path), target + suffix)
+    ann, when = (al_patch.png_path(osp.join(out, kind), name) for kind in ('ann', 'round'))
+    write_label(ann, pool, name, label)
+    al_patch.write_png(when, rounds)
+    if (load_label(pool, name, ann) != label).any():
+        raise ValueError(f'the label map of {name!r} should be one that the pipeline of its data set reads, but {ann} '
+                         'is read as other classes: are label files in colours?')
+    return name + suffix, shares
+
+
+def numbers_of_units(past: State, name: str) -> np.ndarray | None:
+    """The number of the unit of each pixel that the newest round has asked for in an image, (H, W); None where that
+    cannot be told any more."""
+    if past.entry['asked'][name] is None or name in past.entry.get('ids', {}):
+        return unit_rows(past, name)
+    units = past.units(name)
+    numbers = np.arange(math.prod(units.shape)).reshape(units.shape)
+    return getattr(units, 'labels', numbers if getattr(units, 'radius', 0) == 0 else None)
+
+
+def write_config(state: State, out: str, files: dict[str, str]) -> None:
+    """Write the split files of a data set, and the config of training on it with mmseg alone: the run's, with the
+    overrides of its newest round."""
+    import al_patch
+    import al_report
+    cfg, pool = copy.deepcopy(state.runner.cfg), state.pool
+    cfg.merge_from_dict(al_patch.override_of(state, state.round))
+    for key in ('al', 'work_dir', 'experiment_name', 'launcher', 'resume'):
+        cfg.pop(key, None)
+    given = (cfg.pop('custom_imports', None) or {}).get('imports', [])
+    modules = [each for each in ([given] if isinstance(given, str) else given) if each != 'al_patch']
+    if modules:
+        cfg.custom_imports = dict(imports=modules)
+    seed = cfg.get('randomness', {}).get('seed')
+    cfg.randomness = {**cfg.get('randomness', {}), 'seed': state.seed if seed is None else seed}
+
+    def listed(leaf: dict, path: str) -> dict:
+        if path not in pool.paths:
+            return leaf
+        number, (leaf, suffix) = pool.paths.index(path), al_report.listing(leaf)
+        names = [name for name in pool.names if name in files and pool.where[name][0] == number]
+        suffix = suffix if all(files[name] == name + suffix for name in names) else ''
+        split = f'splits/train{f"_{number}" * (len(pool.paths) > 1)}.txt'
+        write_lines(osp.join(out, split), [files[name].removesuffix(suffix) for name in names])
+        if not suffix:  # then a label map is known by the image's whole name
+            for name in names:
+                path = osp.join(out, 'ann', name)
+                os.replace(f'{path}.png', osp.join(out, 'ann', f'{files[name]}.png'))
+        return {**leaf, 'data_root': '{{ fileDirname }}', 'ann_file': split, 'img_suffix': suffix,
+                'data_prefix': dict(img_path='img', seg_map_path='ann'), 'seg_map_suffix': '.png'}
+
+    cfg.train_dataloader.dataset = al_patch.map_leaves(cfg.train_dataloader.dataset, listed)
+    partly = ''
+    if state.counts_pixels:
+        average_labelled(cfg.model)
+        partly = ("# Images are partly labelled: cross entropies are means over labelled pixels here, by mmseg's own "
+                  'avg_non_ignore. What a\n# run does beside that needs al_patch: it leaves out images without labels, '
+                  'draws crops where labels are, keeps\n# labelled pixels in a resize, and lets any other loss see '
+                  'labelled pixels alone.\n')
+    for k in range(len(state.rounds)):
+        write_lines(osp.join(out, 'splits', f'round_{k}.txt'), [
+            name for name in files if name in state.rounds[k]['asked']])
+    al_patch.write_atomically(osp.join(out, 'config.py'), (
+        f'# All that was labelled in {len(state.rounds)} rounds, for mmseg alone; the schedule of round {state.round}. '
+        f'Draws of augmentation are other ones\n# than in the run, and so are the figures, by as much as another seed '
+        f'makes.\n{partly}{cfg.pretty_text}'))
+
+
+def write_lines(path: str, lines: list[str]) -> None:
+    import al_patch
+    al_patch.write_atomically(path, ''.join(f'{line}\n' for line in lines))
+
+
+def average_labelled(model: dict | list) -> None:
+    """Let cross entropies in a model's config be means over labelled pixels."""
+    for part in model.values() if isinstance(model, dict) else model:
+        if isinstance(part, (dict, list)):
+            average_labelled(part)
+    if isinstance(model, dict) and model.get('type') == 'CrossEntropyLoss':
+        model['avg_non_ignore'] = True
+
+
+def write_tables(state: State, out: str, found: dict[str, dict], parts: int) -> None:
+    """Write what each image and what each round and class has: ``labels.csv`` and ``invoice.csv``.
+
+    Args:
+        found: Name of an image -> round -> class, ``void`` or ``all`` -> pixels and units.
+        parts: Shares of a round, by the place of an image in its ``to_label.txt``.
+    """
+    import al_report
+    lines, sums = [], {}
+    for name, rounds in found.items():
+        source = [*read_json(state.label_path('read', name, '.json'))][-1:]
+        for k, shares in rounds.items():
+            pixels, units = shares['all']
+            part = part_of(state, k, name, parts)
+            lines.append([name, k, part, units or '', pixels, shares.get('void', (0, 0))[0], *(source or [''])])
+            for key, (pixels, units) in shares.items():
+                row = sums.setdefault((k, part, key), [0, 0, 0])
+                row[:] = [row[0] + 1, row[1] + units, row[2] + pixels]
+    order = {'all': -1, **{name: c for c, name in enumerate(state.classes)}, 'void': len(state.classes)}
+    al_report.write_csv(osp.join(out, 'labels.csv'), [
+        ['image', 'round', 'share', 'units', 'pixels', 'void pixels', 'newest file'], *lines])
+    prices, table = state.al.get('prices') or {}, []
+    for (k, part, key), (images, units, pixels) in sorted(sums.items(), key=lambda item: (
+            item[0][:2], order.get(item[0][2], 0))):
+        clicks = units if state.counts_pixels else 0
+        cost = al_report.cost_of(prices, images, clicks, pixels) if prices and key == 'all' else ''
+        table.append([k, part, key, images, units or '', clicks or '', pixels, cost,
+                      *(state.rounds[k].get(when, '') for when in ('asked_at', 'accepted_at'))])
+    al_report.write_csv(osp.join(out, 'invoice.csv'), [
+        ['round', 'share', 'class', 'images', 'units', 'clicks', 'pixels', 'cost', 'asked', 'accepted'], *table])
+
+
+def part_of(state: State, k: int, name: str, parts: int) -> str:
+    """The share of a round in which people were given an image."""
+    path = pathlib.Path(state.folder(k), 'to_label', 'to_label.txt')
+    names = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
+    return f'{names.index(name) % parts + 1}/{parts}' if name in names else ''
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # What comes back: label files that people hand in, the store that keeps them, and when a round has enough
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -1242,6 +1740,7 @@ def accept_labels(state: State, is_asking: bool = False) -> None:
     """
     import al_patch
     entry, oracle, inbox = state.entry, state.al.oracle, Inbox(state)
+    entry.setdefault('asked_at', now())
     entry.setdefault('ids', {})  # older states have none: what an image was asked for is one unit
     waits = state.phase == 'label'
     names = entry['asked'] if is_asking else state.labelled()
@@ -1275,7 +1774,11 @@ def accept_labels(state: State, is_asking: bool = False) -> None:
     if state.counts_pixels:
         entry['void_pixels'] = sum(report['void'] for report in newest.values())
     state.phase = 'train'
-    entry.update(al_patch.hold_out(state), spent=state.spent())
+    entry.update(al_patch.hold_out(state), spent=state.spent(), accepted_at=now())
+
+
+def now() -> str:
+    return time.strftime('%Y-%m-%d %H:%M:%S')
 
 
 def log_request(state: State) -> None:

@@ -11,6 +11,7 @@ What is patched, and nothing else (see ``_PATCHES`` at the end; ``remove_patch()
 - ``mmengine.runner.Runner.build_dataloader``: understands a key ``al`` in a dataloader's config.
 - ``mmcv.utils.ext_loader.load_ext``: only where mmcv has no compiled ops (mmcv-lite), so that a missing op fails when
   it is called, by name, and not when mmseg is imported.
+- ``torch.load``'s allow-list: what mmengine's own checkpoints hold, which torch >= 2.6 would refuse.
 
 Read it from the top: the block, ``run_rounds``, which is the whole journey, and then its rooms, each of which uses what
 stands below it: training and the labelled set, query and network; then what all hand on, state and pool; units and
@@ -486,7 +487,7 @@ def reached(state: State, metric: str = 'mIoU', value: MaybeNumber = None, patie
 
 
 ORACLES = dict(simulated=lambda: None)  # and al_label's; what one takes are its options
-COMPANIONS = dict(al_report=['reports', 'visualize', 'keep'], al_label=[])  # and their keys of the `al` block
+COMPANIONS = dict(al_report=['reports', 'visualize', 'keep', 'prices'], al_label=[])  # and their keys of the `al` block
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Training: one ordinary runner a round, the weights that it starts from, and what comes of it
@@ -497,6 +498,10 @@ def build_round(state: State) -> Runner:
     """A fresh runner for the state's round, of the caller's class; the caller's own takes over its model."""
     log_round(state)
     trainer = type(state.runner).from_cfg(round_config(state))
+    labelled = what_is_labelled(state)  # which is not in the config: stock tools read that
+    if 'begin' in labelled and trainer._resume:
+        labelled['begin'] = iteration_of(trainer._load_from)
+    trainer._train_dataloader = {**trainer._train_dataloader, 'al': labelled}
     seed = seed_of(state.seed, 'train', 0 if state.end else state.round)  # rounds that go on are one training
     for hook in [RoundHook(seed, state.begin, state.end), *state.companions]:
         trainer.register_hook(hook)
@@ -531,7 +536,6 @@ def round_config(state: State) -> Config:
         cfg.visualizer.name = cfg.experiment_name  # visualizers are singletons by name: each round gets its own
     seed = cfg.get('randomness', {}).get('seed')
     cfg.randomness = {**cfg.get('randomness', {}), 'seed': state.seed if seed is None else seed}
-    cfg.train_dataloader.al = what_is_labelled(state)
     goes_on = state.al.weights == 'continue' and state.phase == 'train'
     if k > 0 and state.phase == 'train' and state.al.weights != 'scratch':
         cfg.load_from = state.checkpoint(k - 1, 'last' if goes_on else state.al.weights)
@@ -540,7 +544,6 @@ def round_config(state: State) -> Config:
     state.end = end_of(state, k, state.begin) if goes_on else None
     if goes_on:
         cfg.train_cfg.max_iters = state.runner.cfg.train_cfg.max_iters  # schedules end with it, the round by its hook
-        cfg.train_dataloader.al.begin = iteration_of(halfway) if halfway else state.begin
     cfg.resume = halfway is not None or state.begin > 0
     cfg.load_from = halfway or cfg.get('load_from')
     return cfg
@@ -4306,21 +4309,9 @@ def only_run(runner: Runner):
             os.close(file)
 
 
-@contextlib.contextmanager
 def checkpoints_are_data():
-    """Within it, ``torch.load`` by default reads what mmengine's own checkpoints hold, and refuses the rest.
-
-    That is torch >= 2.6, the first that protects by default; before it any checkpoint is read, as by stock mmengine.
-    The maintained fork's mmengine reads again, without protection, what was refused: not here.
-    """
-    fallback = getattr(mmengine.runner.checkpoint, '_safe_torch_load', None)
-    with contextlib.ExitStack() as stack:
-        if hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'):  # came with that default
-            stack.enter_context(torch.serialization.safe_globals(checkpoint_globals()))
-            if fallback is not None:
-                stack.callback(setattr, mmengine.runner.checkpoint, '_safe_torch_load', fallback)
-                mmengine.runner.checkpoint._safe_torch_load = torch.load
-        yield
+    """Within it, the maintained fork's mmengine does not read again, without protection, what torch has refused."""
+    return attribute(mmengine.runner.checkpoint, '_safe_torch_load', torch.load)
 
 
 def checkpoint_globals() -> list:
@@ -4401,6 +4392,9 @@ def apply_patch() -> None:
     _ORIGINALS.update({(owner, name): vars(owner)[name] for owner, name in _PATCHES})
     for (owner, name), wrap in _PATCHES.items():
         setattr(owner, name, wrap(vars(owner)[name]))
+    if hasattr(torch.serialization, 'get_unsafe_globals_in_checkpoint'):  # came with what refuses them by default
+        given = torch.serialization.get_safe_globals()
+        _ALLOWED.enter_context(torch.serialization.safe_globals([x for x in checkpoint_globals() if x not in given]))
 
 
 # (owner, name): how to wrap it
@@ -4421,7 +4415,9 @@ def remove_patch() -> None:
     for (owner, name), original in reversed(_ORIGINALS.items()):
         setattr(owner, name, original)
     _ORIGINALS.clear()
+    _ALLOWED.close()
 
 
+_ALLOWED = contextlib.ExitStack()  # what `torch.load` may read
 _ORIGINALS = {}  # (owner, name): the raw attribute, as `vars(owner)` had it
 apply_patch()

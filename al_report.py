@@ -2,6 +2,7 @@
 
     python al_report.py status WORK_DIR                             where a run stands, and how to go on
     python al_report.py compare WORK_DIR [WORK_DIR ...] [-o FILE]   learning curves, their area, labels needed
+    python al_report.py maps CONFIG CHECKPOINT --out DIR            where any model of mmseg's is unsure, as files
 
 Where this file lies beside ``al_patch.py``, a hook also looks at every run: after a round's training it draws
 ``learning_curve.png`` and ``asked.png`` and, with ``al.visualize``, some images after each query. It keeps what it
@@ -12,6 +13,7 @@ Read it from the top: each uses what stands below it.
 from __future__ import annotations
 
 import argparse
+import ast
 import collections
 import contextlib
 import copy
@@ -70,14 +72,52 @@ def main(argv: list | None = None) -> None:
     comparing.add_argument('--metric', help='by default that of `al.stop`, or mIoU')
     comparing.add_argument('--full', type=float, metavar='VALUE', help='the metric with all labels; by default that '
                            'of a WORK_DIR in which everything is labelled')
+    mapping = commands.add_parser('maps', help='where any model of mmseg\'s is unsure: score maps of images, as files')
+    add_model_arguments(mapping)
+    mapping.add_argument('--images', metavar='FOLDER', help='by default the images of the config\'s test_dataloader')
+    mapping.add_argument('--score', default=dict(type='entropy'), nargs='+', action=Setting, metavar='NAME',
+                         help='a name or package.module:function, and options: ripu k=2')
+    mapping.add_argument('--mc', type=int, help='passes with dropout')
     args = parser.parse_args(argv)
     if args.command == 'report':
         print('al_report.py: `report` is called `compare` now', file=sys.stderr)
     try:
         print(status(args.dir) if args.command == 'status' else
+              maps(args.config, args.checkpoint, args.out, args.images, args.score, args.mc,
+                   args.cfg_options) if args.command == 'maps' else
               compare(args.dirs, args.out, args.metric, args.full))
     except (OSError, ValueError) as error:
         parser.exit(2, f'al_report.py {args.command}: {error}\n')
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a command is told of a model that no run has trained."""
+    parser.add_argument('config', metavar='CONFIG', help='any of mmseg\'s; it needs no `al` block')
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='a file with its weights')
+    parser.add_argument('--out', required=True, metavar='DIR', help='a new folder')
+    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', type=option_of,
+                        help='override config keys, e.g. test_dataloader.batch_size=4')
+
+
+class Setting(argparse.Action):
+    """A setting out of a command line, ``name key=value ...``, as the ``al`` block has it."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        name, *options = values
+        try:
+            setattr(namespace, self.dest, dict(map(option_of, options), type=name))
+        except argparse.ArgumentTypeError as error:
+            parser.error(f'{option_string} {name}: {error}')
+
+
+def option_of(text: str) -> tuple[str, Any]:
+    """An option ``key=value`` of a command line."""
+    key, is_option, value = text.partition('=')
+    if not is_option:
+        raise argparse.ArgumentTypeError(f'should be key=value, but got {text!r}')
+    with contextlib.suppress(ValueError, SyntaxError):
+        value = ast.literal_eval(value)
+    return key, value
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -88,10 +128,13 @@ def main(argv: list | None = None) -> None:
 @functools.cache
 def hook() -> mmengine.hooks.Hook:
     """The hook of every run. With it, these are keys of the ``al`` block: ``reports``, whether to draw the run's curve
-    and what it has asked for, ``visualize``, how many images to draw after each query, and ``keep``, which checkpoints.
-    """
-    al_patch.block_settings().update(reports=(True, al_patch.Flag), visualize=(0, al_patch.Count),
-                                     keep=('all', al_patch.one_of('all', 'needed')))
+    and what it has asked for, ``visualize``, how many images to draw after each query, ``keep``, which checkpoints, and
+    ``prices``, what labels cost."""
+    al_patch.block_settings().update(
+        reports=(True, al_patch.Flag), visualize=(0, al_patch.Count), keep=('all', al_patch.one_of('all', 'needed')),
+        prices=(None, al_patch.or_none(al_patch.rule(
+            'a dict of prices >= 0 of an `image` that is opened, a `click` and a `pixel`, and their `unit`, e.g. '
+            "dict(image=20, click=1.5, unit='s')", are_prices))))
 
     class QuicklyDumped(mmengine.Config):
         """A config that is put into words once, not for each checkpoint, log and dump of a round: yapf takes a quarter
@@ -187,7 +230,7 @@ def hook() -> mmengine.hooks.Hook:
                 report_asked(state, trainer)
 
         def after_al_run(self, state: al_patch.State) -> None:
-            state.logger.info(f'The run, by rounds:\n{rounds_table(state.rounds)}')
+            state.logger.info(f'The run, by rounds:\n{rounds_table(rounds_of(state))}')
 
         @torch.no_grad()
         def after_al_query(self, state: al_patch.State, trainer, asked: dict) -> None:
@@ -197,6 +240,12 @@ def hook() -> mmengine.hooks.Hook:
                 draw_pictures(state, trainer, asked)
 
     return ReportHook()
+
+
+def are_prices(value) -> bool:
+    return isinstance(value, dict) and {*value} <= {'image', 'click', 'pixel', 'unit'} and all(
+        isinstance(price, str) if key == 'unit' else type(price) in (int, float) and price >= 0
+        for key, price in value.items())
 
 
 def delete_checkpoints(state: al_patch.State) -> None:
@@ -285,6 +334,239 @@ def warn_of_draws(state: al_patch.State) -> None:
 
 def in_short(names: list[str]) -> str:
     return ', '.join(names[:10]) + (f' and {len(names) - 10} more' if len(names) > 10 else '')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Any model: where it is unsure, as files; and the state of a run that has not been, which a query of it needs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def maps(config: str, checkpoint: str, out: str, images: str | None = None, score: dict | None = None,
+         mc: int | None = None, cfg_options: list = ()) -> str:
+    """Write the score map of every image, in its own coordinates and from the enlarged logits: ``maps/<name>.npy``
+    (H, W) float32, the same as a PNG of 16 bits, from the lowest to the highest score of all images (``scale.json``),
+    and in colours over the image, with a bar. ``scores.csv`` has means and maxima, the highest mean first.
+
+    Raises:
+        ValueError: A setting or a file that cannot be used; a score that makes no map, or is not finite.
+    """
+    score = {**(score or dict(type='entropy')), **({} if mc is None else dict(mc=mc))}
+    with new_folder(out), al_patch.checkpoints_are_data(), torch.no_grad():
+        state = state_of_model(config, checkpoint, out, images and [images], cfg_options, strategy=score)
+        if state.strategy.score is al_patch.random_scores or state.strategy.calibration:
+            raise ValueError(f'--score should make a map of class probabilities alone, but got {score["type"]!r}')
+        check_model(state)
+        figures = write_maps(state)
+    return last_words(f'{len(figures)} score maps are in {out}, the most unsure image is {next(iter(figures))!r}')
+
+
+def write_maps(state: al_patch.State) -> dict[str, tuple]:
+    """The files; all ranks share the images.
+
+    Returns:
+        Name of an image -> mean, highest and lowest score, the highest mean first.
+    """
+    names, figures = state.pool.names, {}
+    looks = al_patch.Network(state.runner, state.strategy, state.al.logits).look(state, names, [al_patch.to_image])
+    total = sum(map(len, al_patch.deal_batches(state, names)))
+    for name, seen in al_patch.watched(state, 'maps', looks, total):
+        score_HW = score_map(state, state.strategy, seen)
+        if not np.isfinite(score_HW).all():
+            raise ValueError(f'the score of image {name!r} is not finite: the model, or --score, gives no finite '
+                             'numbers')
+        content = io.BytesIO()
+        np.save(content, score_HW)
+        al_patch.write_atomically(map_path(state, name), content.getvalue())
+        figures[name] = float(score_HW.mean(dtype=np.float64)), float(score_HW.max()), float(score_HW.min())
+    figures = dict(collections.ChainMap(*al_patch.all_gather_object(figures)))
+    figures = dict(sorted(figures.items(), key=lambda item: (-item[1][0], item[0])))
+    low, high = min(lowest for _, _, lowest in figures.values()), max(highest for _, highest, _ in figures.values())
+    al_patch.on_all_ranks(functools.partial(draw_map, state, low, high), names, 'Pictures')
+    if al_patch.is_main_process():
+        write_csv(osp.join(state.work_dir, 'scores.csv'), [
+            ['image', 'mean', 'max'], *([name, *map('{:.6g}'.format, each[:2])] for name, each in figures.items())])
+        al_patch.write_atomically(osp.join(state.work_dir, 'scale.json'), json.dumps({'0': low, '65535': high}))
+    return figures
+
+
+def map_path(state: al_patch.State, name: str, kind: str = 'maps', suffix: str = '.npy') -> str:
+    path = al_patch.png_path(osp.join(state.work_dir, kind), name, state.work_dir)
+    return path.removesuffix('.png') + suffix
+
+
+def draw_map(state: al_patch.State, low: float, high: float, name: str) -> None:
+    """Write an image's score map, whose file is there, as a PNG of 16 bits, and over the image."""
+    score_HW = np.load(map_path(state, name)).astype(np.float64)
+    share_HW = (score_HW - low) / max(high - low, 1e-12)
+    al_patch.write_png(map_path(state, name, suffix='.png'), (65535 * share_HW).round().astype(np.uint16))
+    image, times = to_rgb(state.pool.load_image(name)), math.ceil(240 / len(score_HW))
+    picture = .4 * image + .6 * heat_colours()[(255 * share_HW).round().astype(int)]
+    picture = np.hstack([picture.repeat(times, 0).repeat(times, 1), colour_bar(times * len(score_HW), low, high)])
+    mmcv.imwrite(picture[..., ::-1].round().astype(np.uint8), map_path(state, name, 'overlays', '.jpg'))
+
+
+@functools.cache
+def heat_colours() -> np.ndarray:
+    """The colours of low to high scores, (256, 3)."""
+    return 255 * importlib.import_module('matplotlib').colormaps['cividis'](range(256))[:, :3]
+
+
+@functools.lru_cache(8)
+def colour_bar(height: int, low: float, high: float) -> np.ndarray:
+    """A bar that tells which colour is which score, (height, 90, 3)."""
+    figure = figures.Figure((.9, height / 100), dpi=100)
+    axes = figure.add_axes((.1, 12 / height, .2, 1 - 24 / height))
+    axes.imshow(np.linspace(1, 0, 256)[:, None], cmap='cividis', aspect='auto',
+                extent=(0, 1, low, max(high, low + 1e-12)))
+    axes.set(xticks=[])
+    axes.yaxis.tick_right()
+    return mmcv.imfrombytes(rendered(figure), channel_order='rgb')
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[None]:
+    """A folder that is new, or was empty, and that goes again if what should fill it fails.
+
+    Raises:
+        ValueError: It holds something.
+    """
+    is_first = 'TORCHELASTIC_RUN_ID' not in os.environ or os.environ['RANK'] == '0'
+    was_there = osp.isdir(path)
+    if is_first and osp.lexists(path) and not (was_there and not os.listdir(path)):
+        raise ValueError(f'--out should be a new or an empty folder, but {path} holds something: choose another, or '
+                         'delete it')
+    try:
+        yield
+    except BaseException:
+        if is_first and osp.isdir(path):
+            shutil.rmtree(path)
+            if was_there:
+                os.mkdir(path)
+        raise
+
+
+def state_of_model(config: str, checkpoint: str, out: str, folders: list[str] | None = None, options: list = (),
+                   seed: int | None = None, **al) -> al_patch.State:
+    """The state of a run that has trained one round, whose checkpoint is the user's own: so all that is asked of a run
+    can be asked of any model. Nothing is labelled in it.
+
+    Args:
+        out: The work_dir.
+        folders: Of images, which are the pool. By default they are those of the config's test_dataloader.
+        options: Pairs of a config's key and its value.
+        seed: By default the config's or 0.
+        al: Settings of the ``al`` block.
+
+    Raises:
+        ValueError: A file cannot be used, or the weights are not this model's: it names parameters.
+    """
+    from mmengine.hub import get_config
+    if not osp.isfile(checkpoint):
+        raise ValueError(f'CHECKPOINT should be a file with weights, but there is no {checkpoint}')
+    with al_patch.reading(config):
+        cfg = get_config(config) if '::' in config else mmengine.Config.fromfile(config)
+    cfg.al = dict(al, rounds=1)
+    with al_patch.reading('--cfg-options'):
+        cfg.merge_from_dict(dict(options))
+    test = al_patch.scoring_loader(cfg)
+    loader = cfg.get('train_dataloader') or test
+    if not (loader and (folders or test)):
+        raise ValueError(f'{config} should have a test_dataloader, which tells how images are loaded, but has none')
+    cfg.al.setdefault('seed', (cfg.get('randomness', {}).get('seed') if seed is None else seed) or 0)
+    cfg.update(work_dir=osp.abspath(out), resume=False, load_from=None, visualizer=None,
+               train_dataloader=copy.deepcopy(dict(loader if folders else test)))
+    for key, default in dict(optim_wrapper=dict(optimizer=dict(type='SGD', lr=.01)),
+                             train_cfg=dict(type='IterBasedTrainLoop', max_iters=1)).items():
+        cfg[key] = cfg.get(key) or default  # what is not there is not used
+    runner = start_quietly(cfg)
+    if folders:
+        leaf = next(iter(al_patch.leaf_configs(loader['dataset']).values()))
+        sets = [folder_dataset(leaf, folder, osp.join(out, f'images_{i}.txt')) for i, folder in enumerate(folders)]
+        runner.cfg.train_dataloader.dataset = sets[0] if len(sets) == 1 else dict(type='ConcatDataset', datasets=sets)
+        runner.dump_config()
+    companions = al_patch.attach_companions(runner)
+    state = al_patch.State(dict(seed=runner.cfg.al.seed, config={}), runner.work_dir, al_patch.parse_settings(
+        runner.cfg.al), runner, al_patch.Pool(runner.cfg, al_patch.unwrap(runner.model)))
+    state.companions, state.thresholds = companions, {}
+    check_pool(state)
+    link = osp.join(state.folder(0), osp.basename(checkpoint))
+    if al_patch.is_main_process():
+        os.makedirs(osp.dirname(link))
+        os.symlink(osp.abspath(checkpoint), link)
+    al_patch.barrier()
+    state.rounds.append(dict(asked={}, strategy={}, spent={}, metrics={}, checkpoints=dict(last=osp.basename(link)),
+                             train_seconds=0, **dict(pixels=0, void_pixels=0) if state.counts_pixels else {}))
+    state.entry['spent'], state.phase = state.spent(), 'query'
+    try:
+        al_patch.load_weights(state, link)
+    except ValueError as error:
+        words = str(error).replace(link, checkpoint).partition(': go on with')[0]
+        raise ValueError(f'{words}: give the config that it was trained with') from None
+    return state
+
+
+def start_quietly(cfg: mmengine.Config):
+    """The runner of a config, which does not say what the environment and the config are; of one of ``torchrun``'s
+    processes or, without it, of this one."""
+    level, cfg.log_level = cfg.get('log_level', 'INFO'), 'WARNING'
+    runner = importlib.import_module('al_train').start(
+        cfg, 'pytorch' if 'TORCHELASTIC_RUN_ID' in os.environ else 'none')
+    runner.cfg.log_level = level
+    for each in (runner.logger, *runner.logger.handlers):
+        each.setLevel(level)
+    return runner
+
+
+def last_words(text: str) -> str:
+    """What a command has to say; of ``torchrun``'s processes, which end with it, the first says it."""
+    if 'TORCHELASTIC_RUN_ID' in os.environ:
+        print(text * al_patch.is_main_process(), end='\n' * al_patch.is_main_process())
+        importlib.import_module('al_train').end_processes()
+    return text
+
+
+def folder_dataset(leaf: dict, folder: str, listed: str) -> dict:
+    """The config of a data set of all images below a folder, with classes and pipeline as another's.
+
+    Args:
+        leaf: The config of the other.
+        listed: A file to list the images in. Their names are as the other's if they end as its do.
+
+    Raises:
+        ValueError: There is no image.
+    """
+    files = image_files(folder)
+    if not files:
+        raise ValueError(f'--images should be a folder of images, but {folder} holds none')
+    leaf, suffix = listing(leaf)
+    suffix = suffix if all(file.endswith(suffix) for file in files) else ''
+    if al_patch.is_main_process():
+        al_patch.write_atomically(listed, ''.join(f'{file[:len(file) - len(suffix)]}\n' for file in files))
+    al_patch.barrier()
+    return {**leaf, 'data_root': None, 'data_prefix': dict(img_path=osp.abspath(folder)), 'img_suffix': suffix,
+            'ann_file': osp.abspath(listed)}
+
+
+def listing(leaf: dict) -> tuple[dict, str]:
+    """The config of a data set that finds its images by a list, with classes and pipeline as another's, and what its
+    images' names end with: the other itself or, if it finds images in a way of its own, mmseg's plain one."""
+    from mmseg.datasets import BaseSegDataset
+    known = al_patch.DATASETS.build({**leaf, 'pipeline': [], 'lazy_init': True})
+    if type(known).load_data_list is not BaseSegDataset.load_data_list:
+        meta = {key: known.metainfo[key] for key in ('classes', 'palette') if known.metainfo.get(key)}
+        leaf = dict(type='BaseSegDataset', metainfo=meta, pipeline=leaf.get('pipeline', []), seg_map_suffix='.png',
+                    reduce_zero_label=getattr(known, 'reduce_zero_label', False))
+    return {**leaf, 'indices': None}, getattr(known, 'img_suffix', None) or ''
+
+
+def image_files(folder: str) -> list[str]:
+    """The images below a folder, by their paths there."""
+    paths = (osp.relpath(osp.join(where, file), folder) for where, _, files in os.walk(folder, followlinks=True)
+             for file in files if osp.splitext(file)[1].lower() in IMAGES and not file.startswith('.'))
+    return sorted(paths, key=lambda path: osp.join(folder, path))
+
+
+IMAGES = {'.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm', '.pgm', '.jp2', '.npy'}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1432,21 +1714,24 @@ def trial_losses(trainer, n: int, *fills) -> list[dict]:
 
 def write_table(state: al_patch.State) -> None:
     """Write the run so far, one row a round, into ``learning_curve.csv``."""
-    table, text = rounds_table(state.rounds), io.StringIO()
-    csv.writer(text, lineterminator='\n').writerows([table.field_names, *table.rows])
-    al_patch.write_atomically(osp.join(state.work_dir, 'learning_curve.csv'), text.getvalue())
+    table = rounds_table(rounds_of(state))
+    write_csv(osp.join(state.work_dir, 'learning_curve.csv'), [table.field_names, *table.rows])
 
 
 def report_curve(state: al_patch.State) -> None:
     """Draw the run's learning curve, if it validates, and hand the round's figures to its visualizer."""
-    entry, metric = state.entry, main_metric(state.rounds, state.al.stop)
+    entry, metric, rounds = state.entry, main_metric(state.rounds, state.al.stop), rounds_of(state)
     scalars = {**entry['spent'], **entry['metrics'], 'round': state.round, 'train_seconds': entry['train_seconds']}
     add_scalars(state, scalars)
     if metric and state.al.reports:
-        points = curve(state.rounds, metric)
+        points = curve(rounds, metric)
         figure = draw_curves({in_words(state.al.strategy): points[None]}, metric, full_level([points]))
-        mark_changes(figure, state.rounds, metric, points)
+        mark_changes(figure, rounds, metric, points)
         show(state, figure, osp.join(state.work_dir, 'learning_curve.png'), 'learning_curve')
+
+
+def rounds_of(state: al_patch.State) -> list[dict]:
+    return of_one_pool(state.rounds, len(state.pool), state.pool.pixels if state.counts_pixels else None)
 
 
 def mark_changes(figure: figures.Figure, rounds: list[dict], metric: str, points: np.ndarray) -> None:
@@ -1659,11 +1944,15 @@ def look(state: al_patch.State, trainer, names: list[str], strategy: al_patch.St
     image's own coordinates, from the enlarged logits."""
     network = al_patch.Network(trainer, strategy, state.al.logits)
     for name, seen in network.look(state, names, [al_patch.to_image], shared=False):
-        score_HW, means = None, seen.means[-1]
-        if strategy and strategy.score is not al_patch.random_scores:
-            score_HW = al_patch.call_offering(strategy.score, means['probs_NCHW'], **means, **state.thresholds)[0]
-            score_HW = score_HW.float().cpu().numpy()
-        yield name, network.classify(seen), score_HW
+        has_map = strategy and strategy.score is not al_patch.random_scores
+        yield name, network.classify(seen), score_map(state, strategy, seen) if has_map else None
+
+
+def score_map(state: al_patch.State, strategy: al_patch.Strategy, seen: al_patch.Seen) -> np.ndarray:
+    """The score of each pixel of an image, by what the network sees in it, (H, W)."""
+    means = seen.means[-1]
+    scores_NHW = al_patch.call_offering(strategy.score, means['probs_NCHW'], **means, **state.thresholds)
+    return scores_NHW[0].float().cpu().numpy()
 
 
 def draw_picture(state: al_patch.State, asked: dict, name: str, prediction_HW: np.ndarray,
@@ -1922,6 +2211,7 @@ def status(path: str) -> str:
         f'Round {k} of {al["rounds"]}: {PHASES.get(run["phase"], run["phase"])}; it last wrote {ago:.0f} s ago',
         *labels_of(path, run),
         *([str(rounds_table(done))] if done else []),
+        'What labels cost:', str(costs_table(path, run)),
         *(f'Warning in round {", ".join(rounds)}: {text}' for text, rounds in warned.items()),
         f'{when}: bash dist_al_train.sh {config} <GPUs> --work-dir {path} --resume'])
 
@@ -1974,6 +2264,72 @@ def rounds_table(rounds: list[dict]) -> prettytable.PrettyTable:
     return table
 
 
+def of_one_pool(rounds: list[dict], images: int | None, pixels: int | None) -> list[dict]:
+    """Rounds whose shares are all of the images, or pixels, that there are now: others may have joined since."""
+    totals = {'% of images': ('images', images, 2), '% of pixels': ('pixels', pixels, 3)}
+
+    def share(key: str, spent: dict) -> float:
+        of, total, digits = totals.get(key, (None, None, None))
+        return round(100 * spent[of] / total, digits) if total else spent[key]
+
+    return [{**entry, 'spent': {key: share(key, entry['spent']) for key in entry['spent']}} for entry in rounds]
+
+
+def costs_table(work_dir: str, run: dict) -> prettytable.PrettyTable:
+    """What each round has asked for, in all, and about what the rest will, as queries have been so far: with
+    ``al.prices`` in the user's own money or time, too."""
+    al, sizes = run['settings'], {}
+    prices = al.get('prices') or {}
+    with contextlib.suppress(OSError, ValueError), open(osp.join(work_dir, 'sizes.json')) as file:
+        sizes = {name: size[-2] * size[-1] for name, size in json.load(file).items()}
+    costs = [cost_of_round(entry, sizes) for entry in run['rounds']]
+    rows = {str(k): cost for k, cost in enumerate(costs)}
+    rows['so far'] = [None if None in column else sum(column) for column in zip(*costs)]
+    budget = al.get('budget', ())
+    left = (budget if isinstance(budget, list) else [budget] * al['rounds'])[len(costs) - 1:al['rounds']]
+    if left and not run['ended']:
+        past = [sum(each or 0 for each in column) for column in zip(*(costs[1:] or costs))]
+        rows['to come, about'] = cost_to_come(left, past, run, al.get('per_image'))
+    table = prettytable.PrettyTable(['round', 'images opened', 'units', 'clicks', 'pixels'] + [
+        f'cost in {prices.get("unit", "units")}'] * bool(prices), align='r', none_format='-')
+    for what, (images, units, clicks, pixels) in rows.items():
+        table.add_row([what, images, units, clicks, pixels] + [cost_of(prices, images, clicks, pixels)] * bool(prices))
+    return table
+
+
+def cost_of_round(entry: dict, sizes: dict[str, int]) -> list:
+    """What a round has asked for: images that were opened, units, clicks (one a unit; None for whole images) and
+    pixels (None where sizes of images are not known)."""
+    asked = entry['asked']
+    pixels = sum(units[1] if units else sizes.get(name, math.nan) for name, units in asked.items())
+    clicks = sum(units[0] for units in asked.values() if units) if 'pixels' in entry else None
+    return [len(asked), units_of(entry), clicks, None if pixels != pixels else pixels]
+
+
+def cost_to_come(left: list, past: list, run: dict, per_image: bool) -> list:
+    """What the rounds that are left will ask for.
+
+    Args:
+        left: Their budgets.
+        past: Images, units, clicks and pixels of queries so far.
+    """
+    images, units, clicks, pixels = past
+    each, total, all_pixels = pixels / max(1, units), run['images'], run.get('pixels')
+    if all_pixels is None:
+        n = sum(amount if isinstance(amount, int) else max(1, round(amount * total)) for amount in left)
+        return [n, n, None, round(n * each) if pixels else None]
+    buys = total if per_image else 1
+    n = round(sum(amount * (buys if isinstance(amount, int) else all_pixels / max(1, each)) for amount in left))
+    opened = min(len(left) * total, round(n * images / max(1, units)))
+    return [opened, n, n, round(n * each)]
+
+
+def cost_of(prices: dict, images: int, clicks: int | None, pixels: int | None) -> float:
+    """What that comes to in the user's own prices."""
+    amounts = dict(image=images, click=clicks or 0, pixel=pixels or 0)
+    return round(sum(prices.get(what, 0) * amount for what, amount in amounts.items()), 2)
+
+
 def changes(rounds: list[dict]) -> list[str]:
     """What is another in each round than in the one before: the strategy that asked, from the second query on, and keys
     of the config, of which `model` and the schedule are some."""
@@ -2008,6 +2364,7 @@ def read_run(work_dir: str) -> dict:
                 entry['asked'] = dict.fromkeys(entry['asked'])
             images.update(entry['asked'])
             entry.setdefault('spent', entry.get('labelled', dict(images=len(images))))
+        run['rounds'] = of_one_pool(run['rounds'], run.get('images'), run.get('pixels'))
         all_done = run['phase'] == 'query' and run['round'] >= run['settings']['rounds']
         run.setdefault('ended', f'all {run["round"]} rounds of queries are done' if all_done else None)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -2062,6 +2419,12 @@ def save_figure(figure: figures.Figure, path: str) -> None:
     with open(temporary, 'wb') as file:
         file.write(content)
     os.replace(temporary, path)
+
+
+def write_csv(path: str, rows: list) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator='\n').writerows(rows)
+    al_patch.write_atomically(path, text.getvalue())
 
 
 def rendered(figure: figures.Figure, kind: str = 'png') -> bytes:

@@ -70,18 +70,28 @@ def build_runner(args: argparse.Namespace) -> Runner:
         cfg.merge_from_dict(args.cfg_options or {})
     if cfg.get('al') is None:
         raise ValueError(f"{args.config} has no `al` block: add al = dict(strategy='entropy'), or use tools/train.py")
+    cfg.setdefault('custom_imports', dict(imports=[], allow_failed_imports=True))
+    given = cfg.custom_imports.imports
+    cfg.custom_imports.imports = [*dict.fromkeys(  # for stock tools, which are given the configs of rounds
+        ['al_patch', *([given] if isinstance(given, str) else given)])]
     seed = cfg.get('randomness', {}).get('seed')
     if seed is not None and not al_patch.is_int(seed):
         raise ValueError(f'`randomness.seed` should be an int >= 0, but got {seed!r}')
-    cfg.launcher, cfg.resume = args.launcher, args.resume
+    cfg.resume = args.resume
     cfg.work_dir = args.work_dir or cfg.get('work_dir') or osp.join(
         'work_dirs', osp.splitext(osp.basename(args.config))[0])
     if args.amp:
         if cfg.optim_wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
             raise ValueError(f'--amp needs optim_wrapper.type to be OptimWrapper, but got {cfg.optim_wrapper.type}')
         cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale=cfg.optim_wrapper.get('loss_scale', 'dynamic'))
+    return start(cfg, args.launcher)
+
+
+def start(cfg: Config, launcher: str) -> Runner:
+    """The runner of a config, on the device that there is or ``AL_DEVICE`` names."""
+    cfg.launcher = launcher
     device = mmengine.device.utils.DEVICE = os.environ.get('AL_DEVICE') or mmengine.device.get_device()
-    if args.launcher == 'pytorch' and device not in ('cuda', 'npu', 'mlu', 'musa'):  # mmengine has no group for others
+    if launcher == 'pytorch' and device not in ('cuda', 'npu', 'mlu', 'musa'):  # mmengine has no group for others
         if device == 'cpu' or os.environ['WORLD_SIZE'] != '1':
             init_cpu_processes(cfg)
         else:
@@ -94,12 +104,7 @@ def main() -> None:
     try:
         runner = build_runner(parse_args())
         runner.train()
-        if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'gloo':
-            torch.distributed.barrier()
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)  # gloo's threads can abort a process that Python ends
+        end_processes()
     except KeyboardInterrupt:  # the log said when the round started how to go on: no traceback
         raise SystemExit(130) from None
     except Exception as error:
@@ -120,6 +125,16 @@ def main() -> None:
             os._exit(0)  # gloo can hang where its process group is destroyed
         print(in_one_line(error), file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def end_processes() -> None:
+    """End those of gloo, if this is one, all at once: its threads can abort a process that Python ends."""
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'gloo':
+        torch.distributed.barrier()
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def all_fail(error: Exception) -> bool:

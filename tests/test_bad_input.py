@@ -400,7 +400,8 @@ def test_the_value_that_the_loss_ignores_hides_what_is_not_labelled(make_cfg, tr
     changes = {LOSS: 7, FILL: 7, **SHORT}
     runner, rounds = train(make_cfg(dict(unit='pixel', initial=30, rounds=0), changes=changes))
     state = state_of(runner, read_state(osp.join(runner.work_dir, STATE_FILE)))
-    for sample in runner.build_dataloader(al_patch.round_config(state).train_dataloader).dataset:
+    loader = dict(runner.cfg.train_dataloader, al=al_patch.what_is_labelled(state))
+    for sample in runner.build_dataloader(loader).dataset:
         label, name = sample['data_samples'].gt_sem_seg.data[0].numpy(), sample['data_samples'].img_path[-8:-4]
         assert (label != 7).sum() == rounds[0]['asked'][name][1] and 255 not in label
     assert state.pool.ignore_index == Pool(runner.cfg).ignore_index == 7

@@ -9,7 +9,9 @@ import mmcv.ops.psa_mask
 import mmcv.utils.ext_loader
 import pytest
 import tiny
+import torch
 from conftest import TARGETS, raw
+from mmengine.logging import HistoryBuffer
 from mmengine.runner import Runner
 
 import al_patch
@@ -22,6 +24,7 @@ def unpatched():
     al_patch.remove_patch()
     yield originals
     al_patch.remove_patch()
+    al_patch._ALLOWED.enter_context(torch.serialization.safe_globals(al_patch.checkpoint_globals()))
     al_patch._ORIGINALS.update(originals)
     for (owner, name), wrapper in zip(TARGETS, wrappers):
         setattr(owner, name, wrapper)
@@ -64,6 +67,19 @@ def test_removing_after_patching_again(unpatched):
     assert isinstance(vars(Runner)['build_dataloader'], staticmethod)
     al_patch.remove_patch()
     assert all(vars(owner)[name] is unpatched[owner, name] for owner, name in TARGETS)
+
+
+def test_checkpoints_of_mmengines_are_read_while_the_patch_is_in_place(unpatched, tmp_path):
+    """By stock's `torch.load`, on a torch that refuses them by default; what others have allowed stays so."""
+    torch.save(dict(loss=HistoryBuffer([1.], [1])), tmp_path / 'checkpoint.pth')
+    with pytest.raises(Exception, match='Unsupported global'):
+        torch.load(tmp_path / 'checkpoint.pth')
+    with torch.serialization.safe_globals([HistoryBuffer]):
+        before = {*torch.serialization.get_safe_globals()}
+        al_patch.apply_patch()
+        assert torch.load(tmp_path / 'checkpoint.pth')['loss'].mean() == 1
+        al_patch.remove_patch()
+        assert {*torch.serialization.get_safe_globals()} == before and HistoryBuffer in before
 
 
 def test_a_target_that_is_not_there_is_an_error_and_nothing_is_patched(unpatched, monkeypatch):
