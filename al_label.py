@@ -1415,7 +1415,7 @@ def kept_checkpoint(run: State, k: int) -> str | None:
 
 def known_mask(run: State, name: str, k: int | None = None) -> np.ndarray:
     """What is labelled of an image by a round, or now: of people's, what is accepted, (H, W)."""
-    return run.mask(name, k) & (run.stored_label(name)[1] if run.is_human else True)
+    return run.mask(name, k) & (run.stored_label(name)[1] if run.keeps_labels else True)
 
 
 @functools.cache
@@ -1539,7 +1539,7 @@ def dataset(work_dir: str, out: str, copy: bool = False, parts: int = 1) -> str:
     import al_report
     with al_report.new_folder(out), stopped_run(work_dir), opened_run(work_dir, al_report.start_quietly) as state:
         al_report.check_pool(state)
-        if state.is_human:
+        if state.keeps_labels:
             accept_labels(state)
             state.save()
         found = al_patch.on_all_ranks(lambda name: write_image(state, name, out, copy), [*state.labelled()], 'Data set')
@@ -1563,7 +1563,7 @@ def write_image(state: State, name: str, out: str, copies: bool) -> tuple[str, d
     """
     import al_patch
     pool, past, void = state.pool, copy.copy(state), state.pool.ignore_index
-    info, known = pool.info(name), state.mask(name) & (state.stored_label(name)[1] if state.is_human else True)
+    info, known = pool.info(name), state.mask(name) & (state.stored_label(name)[1] if state.keeps_labels else True)
     if not known.any():
         return None
     path, leaf = al_patch.image_path(info), pool.leaf_of(name)[0]

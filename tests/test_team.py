@@ -146,7 +146,8 @@ def test_what_is_asked_for_is_exported(model, tmp_path, capsys):
     with Image.open(out / 'contact_sheet.png') as sheet:
         assert sheet.width == 1100
     files = {path.name: path.read_bytes() for path in (out / 'round_1' / 'to_label').iterdir() if path.is_file()}
-    assert {*files} == {'to_label.txt', 'cvat.zip', 'cvat_labels.json', 'label_studio.json', 'label_studio.xml'}
+    assert {*files} == {
+            'to_label.txt', 'instructions.txt', 'cvat.zip', 'cvat_labels.json', 'label_studio.json', 'label_studio.xml'}
     shutil.rmtree(out / 'round_1' / 'to_label')
     al_label.main(['export', str(out)])
     again = {path.name: path.read_bytes() for path in (out / 'round_1' / 'to_label').iterdir() if path.is_file()}
