@@ -663,6 +663,7 @@ class Cvat:
                               ) from error
 
     def push(self, state: State, names: list[str], upload: bool) -> int:
+        from cvat_sdk.core.helpers import DeferredTqdmProgressReporter
         from cvat_sdk.core.proxies.tasks import ResourceType
         task = self.task(state)
         is_new = not (task and task.size)
@@ -681,7 +682,8 @@ class Cvat:
                     files = [osp.join(folder, quote(file, safe='')) for file in files]
                     for file, name in zip(files, names):
                         shutil.copy(image_path(state, name), file)  # the SDK takes a link's target's name
-                task.upload_data(files, resource_type=ResourceType.LOCAL if upload else ResourceType.SHARE)
+                task.upload_data(files, resource_type=ResourceType.LOCAL if upload else ResourceType.SHARE,
+                                 pbar=DeferredTqdmProgressReporter() if sys.stdout.isatty() else None)
         with self.asking('take what is to be labelled'):
             labels = {label.name: label.id for label in task.get_labels()}
             shapes = [cvat_api_shape(drawing, frame, labels) for frame, info in enumerate(task.get_frames_info())
@@ -768,8 +770,7 @@ def lots(items: list, title: str, size: int) -> Iterator[list]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_trial: bool = False
-            ) -> Outcome:
+def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_trial: bool = False) -> Outcome:
     """Put answers into the inbox of the newest round, beside what is in it, all or none. What the run will make of them
     is found by what it will use.
 
@@ -795,14 +796,16 @@ def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_tria
         for answer in answers:
             stage(inbox, answer, al_patch.png_path(folder, answer.name, state.work_dir), notes)
         paths = {str(path.relative_to(staged)): path for path in sorted(pathlib.Path(staged).rglob('*.png'))}
-        reports = {name: inbox.take(name, True, keeps=False) for name in state.labelled()}
+        reports = {name: inbox.take(name, True, keeps=False) for name in state.labelled()
+                   if name in asked or f'{name}.png' in paths}
         new = {osp.join(folder, path): content for path, file in paths.items()
                if (content := file.read_bytes()) != read_bytes(osp.join(folder, path))}
         for path, content in {} if is_trial else new.items():
             al_patch.write_atomically(path, content)
-    newest = [reports[name] for name in asked if name in reports]
-    accepted, total, unchanged = (sum(each[key] for each in newest) for key in ('accepted', 'asked', 'unchanged'))
-    missing = {name: reports[name]['missing'] for name in asked if name in reports and reports[name]['missing']}
+    newest = {name: reports[name] for name in asked if name in reports}
+    accepted, total, unchanged = (sum(report[key] for report in newest.values())
+                                  for key in ('accepted', 'asked', 'unchanged'))
+    missing = {name: report['missing'] for name, report in newest.items() if report['missing']}
     notes['Not yet'] = unit_words(state, missing)
     notes['Outside what was asked for, kept aside'] = {
         f'{name} ({report["outside"]} pixels)': None for name, report in reports.items() if report['outside']}
@@ -841,26 +844,23 @@ def stage(inbox: Inbox, answer: Answer, path: str, notes: dict[str, dict]) -> No
     from mmengine.dataset import Compose
 
     import al_patch
-    state, (name, classes, known, _) = inbox.state, answer
+    state, pool, (name, classes, known, _) = inbox.state, inbox.state.pool, answer
     classes, known = inbox.spread(name, classes, known)
     before, done = inbox.stored(name)
     if osp.isfile(path):
         older, there = inbox.read(name, path, state.mask(name))
         before, done = np.where(there, older, before), done | there
         classes, known = np.where(known, classes, older), known | there
+    classes = np.where(known, classes, pool.ignore_index)
     if differs := int((done & known & (before != classes)).sum()):
         notes['Another label than before, of which the newer counts'][f'{name} ({differs} pixels)'] = None
-    pool = state.pool
-    is_void = known & (classes == pool.ignore_index)
-    palette = np.zeros((len(label_values(pool, name)[1]), 3), np.uint8)
-    palette[:] = 1  # no class, where a palette has no such colour
-    own = np.array(pool.leaves[0].metainfo.get('palette') or [], np.uint8).reshape(-1, 3)
-    palette[:len(own)] = own
-    classes = np.where(known, classes, pool.ignore_index)
+    values, palette = label_values(pool, name)[1], pool.leaves[0].metainfo.get('palette') or [[1, 1, 1]]
+    colours = np.full((len(values), 3), 1, np.uint8)  # no class, unless a palette has it: then it is not read as meant
+    colours[:len(palette)] = palette
     staged = al_patch.png_path(inbox.staged, name)
-    for values in (label_values(pool, name)[1], palette, palette[:, ::-1]):
-        picture = values[classes]
-        picture[is_void] = state.al.oracle.unlabelable or 0
+    for table in values, colours, colours[:, ::-1]:
+        picture = table[classes]
+        picture[known & (classes == pool.ignore_index)] = state.al.oracle.unlabelable or 0
         al_patch.write_png(staged, picture)
         pool.steps.clear()  # they are found by a file: not by one that training does not take
         with contextlib.suppress(Exception), al_patch.undisturbed():
