@@ -79,7 +79,7 @@ def test_a_wrong_value_is_refused_by_its_key(block, key, should_be):
     (dict(strategies='entropy'), 'al.strategies', '.* `al.strategy`'),
     (dict(xyzzy=1), 'al.xyzzy', 'known keys: unit, strategy, initial, budget, .*, seed'),
     (dict(unit=dict(type='region', sise=3)), 'al.unit.sise', 'did you mean `al.unit.size`'),
-    (dict(unit=dict(type='region', xyzzy=3)), 'al.unit.xyzzy', 'known keys: size, window; '),
+    (dict(unit=dict(type='region', xyzzy=3)), 'al.unit.xyzzy', 'known keys: size, window, label; '),
     (dict(unit=dict(type='image', size=[1, 1])), 'al.unit.size', 'known keys: none'),
     (dict(stop=dict(value=1, until=2)), 'al.stop.until', 'known keys: metric, value, patience'),
     (dict(strategy=dict(type='ripu', kk=2)), 'al.strategy.kk', 'did you mean `al.strategy.k`'),
@@ -192,9 +192,9 @@ def test_equal_units_come_out_equal_with_all_options(units):
 
 def test_a_units_options():
     assert parse_settings(dict(unit=dict(type='region', window=1))).unit == dict(
-        type='region', size=[32, 32], window=1)
+        type='region', size=[32, 32], window=1, label='exact')
     assert parse_settings(dict(unit=dict(type='superpixel', compactness=1))).unit == dict(
-        type='superpixel', n_segments=1024, compactness=1, folder=None)
+        type='superpixel', n_segments=1024, compactness=1, folder=None, label='exact')
     assert parse_settings(dict(unit='pixel')).unit == dict(type='pixel', radius=0)
 
 
