@@ -2254,10 +2254,11 @@ PHASES = dict(train='training on what is labelled', query='scoring the pool',
 def rounds_table(rounds: list[dict]) -> prettytable.PrettyTable:
     """Finished rounds, one row each."""
     metrics = list(dict.fromkeys(key for entry in rounds for key in entry['metrics']))
-    columns = ['round', *rounds[-1]['spent'], *metrics, 'train s', 'query s', 'changed']
+    spent = [*rounds[-1]['spent']]  # an older version's may be others
+    columns = ['round', *spent, *metrics, 'train s', 'query s', 'changed']
     table, marks = prettytable.PrettyTable(columns, align='r', none_format='-'), changes(rounds)
     for k, (entry, words) in enumerate(zip(rounds, marks)):
-        table.add_row([k, *entry['spent'].values(), *map(entry['metrics'].get, metrics), entry['train_seconds'],
+        table.add_row([k, *map(entry['spent'].get, spent), *map(entry['metrics'].get, metrics), entry['train_seconds'],
                        entry.get('query_seconds'), words])
     if not any(marks):
         table.del_column('changed')
