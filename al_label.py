@@ -783,13 +783,16 @@ def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_tria
     """
     import al_patch
     inbox, asked, folder = Inbox(state), state.entry['asked'], osp.join(state.folder(), 'labels')
+    empty, old = 'Nothing is labelled', 'Labelled just so before'
     untouched = 'Just as it was exported, which is no answer (but with `al.oracle.accept_unchanged`)'
     for answer in answers:
         if not answer.known.any():
-            notes['Nothing is labelled'][answer.name] = None
+            notes[empty][answer.name] = None
         elif not answer.is_submitted and is_as_predicted(state, answer):
             notes[untouched][answer.name] = None
-    answers = [each for each in answers if each.name not in {**notes['Nothing is labelled'], **notes[untouched]}]
+        elif answer.name in state.labelled() and not is_new(inbox, answer):
+            notes[old][answer.name] = None
+    answers = [each for each in answers if not any(each.name in notes[what] for what in (empty, untouched, old))]
     with lock_inbox(state) if answers and not is_trial else contextlib.nullcontext(), \
             tempfile.TemporaryDirectory() as staged:
         inbox.staged = staged
@@ -816,7 +819,7 @@ def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_tria
         f'{accepted} of the {total} {state.al.unit.type}s that round {state.round} asks for are answered'
         f'{f", {unchanged} of them exactly as predicted" if unchanged else ""}', *in_lines(notes, '\n').splitlines(),
         f'{len(new)} label maps {"would be" if is_trial else "are"} new in {folder}' if new else 'Nothing is new'])
-    return Outcome(text, len(paths), total - accepted)
+    return Outcome(text, len(paths) + len(notes[old]), total - accepted)
 
 
 class Outcome(NamedTuple):
@@ -832,6 +835,12 @@ def is_as_predicted(state: State, answer: Answer) -> bool:
     return not state.al.oracle.accept_unchanged and osp.isfile(path) and np.array_equal(
         answer.classes, read_label(path, state.pool, answer.name)) and bool(
         (answer.classes != state.pool.ignore_index)[answer.known].all())
+
+
+def is_new(inbox: Inbox, answer: Answer) -> bool:
+    """Whether an answer says more of what is asked for, or something else, than the label store has."""
+    classes, done = inbox.stored(answer.name)
+    return bool((answer.known & inbox.state.mask(answer.name) & ~(done & (classes == answer.classes))).any())
 
 
 def stage(inbox: Inbox, answer: Answer, path: str, notes: dict[str, dict]) -> None:
@@ -2224,7 +2233,7 @@ def write_prediction(state: State, name: str, pred_HW: np.ndarray) -> None:
 
 
 def check_names(state: State) -> None:
-    """Refuse image names that files with a name a line cannot hold: to_label.txt, and CVAT's default.txt.
+    """Refuse image names that files with a name a line cannot hold: to_label.txt, and the default.txt of CVAT.
 
     Raises:
         ValueError: It names the image.

@@ -170,6 +170,26 @@ def test_an_export_is_in_the_inbox_and_the_run_accepts_it(people, truth, tmp_pat
     assert all(np.array_equal(label, part(truth(name), masks[name])) for name, label in run.trained_on(0).items())
 
 
+@pytest.mark.parametrize('write', WRITERS)
+def test_an_export_of_an_older_round_changes_nothing(people, truth, tmp_path, write):
+    """One of Label Studio says so; of others, what was labelled just so before is passed over."""
+    run = people(CELL)
+    mask = run.ask({'a/01': [0]})['a/01']
+    path = write(run, {'a/01': part(truth('a/01'), mask)}, tmp_path)
+    take(run, path)
+    run.accept()
+    run.ask({'a/01': [7]})
+    before = files_in(run.state.work_dir)
+    if write in (write_json, write_min):
+        with pytest.raises(ValueError, match='Of an older round than 1, passed over: a/01'):
+            take(run, path)
+    else:
+        assert take(run, path).splitlines() == [
+            '0 of the 1 regions that round 1 asks for are answered', 'Labelled just so before: a/01',
+            'Not yet: a/01 (region 7)', 'Nothing is new']
+    assert files_in(run.state.work_dir) == before
+
+
 def rectangle(top: int, bottom: int, left: int, right: int) -> np.ndarray:
     mask = np.zeros(tiny.SHAPE, bool)
     mask[top:bottom, left:right] = True
