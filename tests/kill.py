@@ -399,7 +399,7 @@ def without_seconds(value: Any) -> Any:
     """A state without times, and with checkpoints by name."""
     if isinstance(value, dict):
         return {key: {which: osp.basename(path) for which, path in each.items()} if key == 'checkpoints' else
-                without_seconds(each) for key, each in value.items() if not key.endswith('_seconds')}
+                without_seconds(each) for key, each in value.items() if not key.endswith(('_seconds', '_at'))}
     return [*map(without_seconds, value)] if isinstance(value, list) else value
 
 

@@ -579,7 +579,7 @@ def final(work_dir) -> list:
     """What a run came to, but for times, and what it took from where."""
     content = read_state(osp.join(work_dir, STATE_FILE))
     return content['phase'], content['ended'], [
-        {key: value for key, value in entry.items() if not key.endswith('seconds') and
+        {key: value for key, value in entry.items() if not key.endswith(('seconds', '_at')) and
          key not in ('from_store', 'unchanged')}
         for entry in content['rounds']]
 
