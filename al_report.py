@@ -37,7 +37,8 @@ import sys
 import tempfile
 import time
 import warnings
-from typing import Any, Callable, Iterator, NamedTuple
+import zlib
+from typing import Any, Callable, Iterable, Iterator, NamedTuple
 
 
 class Lazy:
@@ -53,7 +54,8 @@ class Lazy:
 
 al_patch, mmcv, mmengine, ndimage, np, prettytable, torch = map(Lazy, (
     'al_patch', 'mmcv', 'mmengine', 'scipy.ndimage', 'numpy', 'prettytable', 'torch'))
-colors, figures, patches = map(Lazy, ('matplotlib.colors', 'matplotlib.figure', 'matplotlib.patches'))
+colors, figures, patches, transforms = map(Lazy, (
+    'matplotlib.colors', 'matplotlib.figure', 'matplotlib.patches', 'matplotlib.transforms'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,7 +70,7 @@ def main(argv: list | None = None) -> None:
     comparing = commands.add_parser('compare', aliases=['report'],
                                     help='compare runs: learning curves, their area, labels needed')
     comparing.add_argument('dirs', nargs='+', metavar='WORK_DIR', help='those that differ in seeds are averaged')
-    comparing.add_argument('-o', '--out', default='compare.png', metavar='FILE', help='figure: .png, .pdf or .svg')
+    comparing.add_argument('-o', '--out', metavar='FILE', help='draw the curves: .png, .pdf or .svg')
     comparing.add_argument('--metric', help='by default that of `al.stop`, or mIoU')
     comparing.add_argument('--full', type=float, metavar='VALUE', help='the metric with all labels; by default that '
                            'of a WORK_DIR in which everything is labelled')
@@ -1802,13 +1804,15 @@ def purity(state: al_patch.State, names: list[str]) -> float | None:
 
 def ranking_overlap(before: dict, after: dict) -> tuple[float, float]:
     """How alike two queries rank the images that both scored: Spearman's rank correlation, and the share of the highest
-    tenth of the one that is in the highest tenth of the other. Not a number where there are fewer than two."""
+    tenth of the one that is in the highest tenth of the other. Not a number where there are fewer than two images, and
+    fewer than ten in a tenth."""
     names = [name for name in before if name in after]
     if len(names) < 2:
         return math.nan, math.nan
     orders = [np.argsort([-scores[name] for name in names], kind='stable') for scores in (before, after)]
-    tops = [set(order[:max(1, len(names) // 10)].tolist()) for order in orders]
-    return float(np.corrcoef(*map(np.argsort, orders))[0, 1]), len(tops[0] & tops[1]) / len(tops[0])
+    first, second = (set(order[:len(names) // 10].tolist()) for order in orders)
+    return (float(np.corrcoef(*map(np.argsort, orders))[0, 1]),
+            len(first & second) / len(first) if len(first) >= 10 else math.nan)
 
 
 def units_per_image(rounds: list[dict], images: int) -> np.ndarray:
@@ -1831,7 +1835,8 @@ def draw_asked(asked: Asked) -> figures.Figure:
     """What was asked for: classes against predictions, IoU of classes, overlap of rankings, budget over images, and the
     purity of units."""
     rows = [[draw_classes] + [draw_iou] * bool(np.isfinite(asked.iou_RC).any()),
-            [draw_overlaps] * bool(np.isfinite(asked.overlaps_Q2).any()) + [draw_budget] * bool(asked.units_N.any()),
+            [draw_overlaps] * bool(np.isfinite(asked.overlaps_Q2[1:]).any())
+            + [draw_budget] * bool(asked.units_N.any()),
             [draw_purity] * bool(asked.purity_R is not None and np.isfinite(asked.purity_R).any())]
     shown = np.sort(np.argsort(-asked.pixels_RC.sum(0), kind='stable')[:30])  # more could not be read
     mosaic = [(row * 2)[:2] for row in rows if row]
@@ -1871,7 +1876,8 @@ def draw_overlaps(axes, asked: Asked, shown: np.ndarray) -> None:
     queries = [f'{q + 1} → {q + 2}' for q in range(len(asked.overlaps_Q2))]
     for values, label, colour, marker in zip(asked.overlaps_Q2.T, ('rank correlation', 'share of the top tenth kept'),
                                              COLOURS, MARKERS):
-        axes.plot(queries, values, marker + '-', color=colour, label=label)
+        if np.isfinite(values).any():
+            axes.plot(queries, values, marker + '-', color=colour, label=label)
     tidy(axes, xlabel='queries', ylim=(min(-.05, np.nanmin(asked.overlaps_Q2) - .05), 1.05),
          title='do consecutive queries rank images alike?')
 
@@ -1927,15 +1933,14 @@ def draw_pictures(state: al_patch.State, trainer, asked: dict) -> None:
         return
     if not strategy.needs_model:  # then the query has not loaded it
         al_patch.load_weights(state, state.checkpoint(state.round, state.al.query_with))
+    folder = state.folder(state.round + 1)  # of the round that asks for it
     first = sorted(asked, key=lambda name: -(scores.get(name, 0) if asked[name] is None else len(asked[name])))
-    names = dict.fromkeys(first[:n - n // 2] + state.shuffled(pool.names, 'pictures')[:n // 2])
-    for name, prediction_HW, score_HW in look(state, trainer, list(names), strategy):
+    names = list(dict.fromkeys(first[:n - n // 2] + state.shuffled(pool.names, 'pictures')))[:n]
+    for name, prediction_HW, score_HW in look(state, trainer, names, strategy):
         figure = draw_picture(state, asked, name, prediction_HW, score_HW)
-        show(state, figure, al_patch.png_path(osp.join(state.folder(), 'pictures'), name, state.work_dir),
-             f'picture_{name}')
+        show(state, figure, al_patch.png_path(osp.join(folder, 'pictures'), name, state.work_dir), f'picture_{name}')
     if not state.counts_pixels:
-        figure = draw_contact_sheet(pool, first, scores)
-        show(state, figure, osp.join(state.folder(), 'contact_sheet.png'), 'contact_sheet')
+        show(state, draw_contact_sheet(pool, first, scores), osp.join(folder, 'contact_sheet.png'), 'contact_sheet')
 
 
 def look(state: al_patch.State, trainer, names: list[str], strategy: al_patch.Strategy | None = None
@@ -1957,42 +1962,57 @@ def score_map(state: al_patch.State, strategy: al_patch.Strategy, seen: al_patch
 
 def draw_picture(state: al_patch.State, asked: dict, name: str, prediction_HW: np.ndarray,
                  score_HW: np.ndarray | None) -> figures.Figure:
-    """An image in six panels: input, prediction, scores, asked for now, labelled so far, and the labels asked for."""
+    """An image in panels: input, prediction, scores if there are any, below image level what is asked for and, as far
+    as there are labels, these and where the prediction differs."""
     pool, old = state.pool, state.mask(name)
     classes, image, strength = state.classes, to_rgb(pool.load_image(name)), .5
     new, n = state.mask_of(name, asked[name]) & ~old if name in asked else np.zeros_like(old), len(classes)
-    titles = f'asked for now: {100 * new.mean():.3g} %', f'labelled so far: {100 * (old | new).mean():.3g} %'
     known = old if state.al.oracle.type == 'human' else old | new  # a human has yet to label what is new
     # that of an image that was not asked for stays closed
     label = state.load_label(name).astype(np.int64) if known.any() else np.full(known.shape, n)
     truth_HW = np.where(known & (label >= 0), label, n).clip(max=n)
+    wrong, shares = (truth_HW < n) & (truth_HW != prediction_HW), [100 * mask.mean() for mask in (new, old)]
+    wrong_share = 100 * wrong.sum() / max(1, (truth_HW < n).sum())
     if state.unit.kind.is_dense:  # make single pixels large enough to be seen
         radius, strength = max(old.shape) // 120, 1
         where = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
         truth_HW = np.where(al_patch.dilate(known, radius), truth_HW[tuple(where)], n)
-        old, new = al_patch.dilate(old, radius), al_patch.dilate(new, radius)
+        old, new, wrong = (al_patch.dilate(mask, radius) for mask in (old, new, wrong))
     colours = np.r_[pool.leaves[0].metainfo['palette'], [[255] * 3]].astype(np.uint8)  # mmseg's; white is no class
-    figure = draw_panels({
-        'input': image, 'prediction': colours[prediction_HW], f'score: {in_words(state.al.strategy)}': score_HW,
-        titles[0]: tint(image, {COLOURS[1]: new}, strength),
-        titles[1]: tint(image, {COLOURS[0]: old, COLOURS[1]: new}, strength), 'labels asked for': colours[truth_HW]})
-    figure.suptitle(f'round {state.round}: {name}')
+    panels = {'input': image, 'prediction': colours[prediction_HW]}
+    if score_HW is not None:
+        panels[f'score: {in_words(state.al.strategy)}'] = score_HW
+    if state.counts_pixels:
+        panels['asked for now, {:.3g} % (orange);\nbefore, {:.3g} % (blue)'.format(*shares)] = tint(
+            image, {COLOURS[0]: old, COLOURS[1]: new}, strength)
+    if (truth_HW < n).any():
+        panels['labels'] = colours[truth_HW]
+        panels[f'wrong: {wrong_share:.3g} % of the labels (pink)'] = tint(image, {COLOURS[3]: wrong}, max(strength, .8))
+    figure = draw_panels(panels)
+    asks = 'asks for' if name in asked else 'does not ask for'
+    figure.suptitle(f'round {state.round + 1} {asks} {name}')
     number = class_counts(np.r_[prediction_HW.flat, truth_HW.flat], n)
     biggest = np.sort(np.argsort(-number, kind='stable')[:min(16, np.count_nonzero(number))])
     figure.legend(handles=[patches.Patch(facecolor=colours[c] / 255, edgecolor='k', label=classes[c]) for c in biggest],
-                  ncols=8, loc='outside lower center', frameon=False, fontsize=9)
+                  ncols=8 if len(panels) > 4 else 5, loc='outside lower center', frameon=False, fontsize=9)
     return figure
 
 
-def draw_panels(panels: dict[str, np.ndarray | None]) -> figures.Figure:
-    """Six panels by title: colours (H, W, 3), of which the first is, scores (H, W), or None for no scores."""
+def draw_panels(panels: dict[str, np.ndarray]) -> figures.Figure:
+    """Two to six panels by title: colours (H, W, 3), of which the first is, or scores (H, W)."""
     h, w, _ = next(iter(panels.values())).shape
-    figure = figures.Figure((11, 1. + 2 * (.25 + 3.4 * h / w)), dpi=100, layout='constrained')
-    for axes, (title, panel) in zip(figure.subplots(2, 3).flat, panels.items()):
-        axes.set(xticks=[], yticks=[])
+    rows = 1 + (len(panels) > 3)
+    columns = math.ceil(len(panels) / rows)
+    figure = figures.Figure((11 / 3 * columns, 1. + rows * (.4 + 3.4 * h / w)), dpi=100, layout='constrained')
+    grid = figure.add_gridspec(rows, 2 * columns)
+    for i, (title, panel) in enumerate(panels.items()):
+        row, column = divmod(i, columns)
+        left = 2 * column + row * (rows * columns - len(panels))  # a last row that is shorter stands in the middle
+        axes = figure.add_subplot(grid[row, left:left + 2], xticks=[], yticks=[])
         axes.set_title(title, size=10)
-        if panel is None:
-            axes.text(.5, .5, 'no score map', ha='center', va='center')
+        if panel.ndim == 2 and np.ptp(panel) <= .01 * abs(panel).max():  # stretched, noise would look like structure
+            axes.set_title(f'{title}, {panel.mean():.3g} everywhere', size=10)
+            axes.imshow(np.zeros_like(panel), cmap='cividis', vmin=-1, vmax=1)
         elif panel.ndim == 2:
             figure.colorbar(axes.imshow(panel, cmap='cividis'), ax=axes, shrink=.8)
         else:
@@ -2004,9 +2024,12 @@ def draw_contact_sheet(pool: al_patch.Pool, names: list[str], scores: dict, at_m
     """Small pictures of the images that a query asks for, those with the highest scores, if any, first."""
     images = {name: to_rgb(pool.load_image(name)) for name in names[:at_most]}
     rows, (h, w) = math.ceil(len(images) / 8), np.mean([image.shape[:2] for image in images.values()], 0)
-    figure = figures.Figure((11, .4 + rows * (.45 + 1.3 * h / w)), dpi=100, layout='constrained')
-    figure.suptitle(f'{len(images)} of {len(names)} images asked for' + ', highest scores first' * bool(scores))
-    for axes in figure.subplots(rows, 8, squeeze=False).flat:
+    columns = math.ceil(len(images) / rows)
+    width = min(11 / columns, 3)  # of an image, in inches
+    figure = figures.Figure((columns * width, .6 + rows * (.45 + .95 * width * h / w)), dpi=100, layout='constrained')
+    order = ',\nhighest scores first' * bool(scores)
+    figure.suptitle(f'{len(images)} of {len(names)} images asked for{order}', size=10)
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
     for axes, (name, image) in zip(figure.axes, images.items()):
         score = f'{scores[name]:.4g}' if name in scores else ''
@@ -2038,11 +2061,8 @@ def tint(image_HW3: np.ndarray, masks: dict, strength: float) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compare(dirs: list[str], out: str, metric: str | None = None, full: float | None = None) -> str:
-    """Draw the learning curves of finished or running runs into one figure.
-
-    Returns:
-        Their table.
+def compare(dirs: list[str], out: str | None = None, metric: str | None = None, full: float | None = None) -> str:
+    """The table of finished or running runs; their learning curves in one figure, where ``out`` says.
 
     Raises:
         ValueError: No run has finished a round with the metric.
@@ -2056,8 +2076,9 @@ def compare(dirs: list[str], out: str, metric: str | None = None, full: float | 
         raise ValueError(f'no run has finished a round with {metric or "a validation"}: --metric should be one of '
                          f'{", ".join(known)}')
     full = full_level([curve(run['rounds'], metric) for run in runs.values()]) if full is None else full
-    save_figure(draw_curves(groups, metric, full), out)
-    return f'{groups_table(groups, metric, full)}\nCurves: {out}'
+    if out:
+        save_figure(draw_curves(groups, metric, full), out)
+    return f'{groups_table(groups, metric, full)}\nCurves: {out or "--out FILE draws them"}'
 
 
 def group_runs(runs: dict, metric: str) -> dict[str, np.ndarray]:
@@ -2137,22 +2158,48 @@ def draw_curves(groups: dict[str, np.ndarray], metric: str, full: float | None) 
     xlabels = ['labelled share (%)', 'clicks'][:1 + has_clicks]
     figure = figures.Figure((5.6 * len(xlabels), 3.8), dpi=120, layout='constrained')
     for row, axes in enumerate(figure.subplots(1, len(xlabels), squeeze=False)[0]):
-        for i, (label, curves) in enumerate(groups.items()):
-            draw_curve(axes, curves[:, row].mean(0), curves[:, 2], COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)],
-                       f'{label} ({len(curves)} seeds)' if len(curves) > 1 else label)
-        if full is not None:
-            axes.axhline(full, color='#555555', linestyle=':', label=f'all labels: {full:.2f}')
+        for shift, ((label, curves), style) in enumerate(zip(groups.items(), styles(groups)), -(len(groups) // 2)):
+            draw_curve(axes, curves[:, row].mean(0), curves[:, 2], 3 * shift, **style,
+                       label=f'{label} ({len(curves)} seeds)' if len(curves) > 1 else label)
         tidy(axes, legend=row == 0, xlabel=xlabels[row], ylabel=metric)
+        draw_levels(axes, {} if full is None else {f'full supervision: {full:.2f}': full})
     return figure
 
 
-def draw_curve(axes, x_R: np.ndarray, values_SR: np.ndarray, colour: str, marker: str, label: str) -> None:
-    """The mean over seeds and, of several, one standard deviation around it."""
+def draw_curve(axes, x_R: np.ndarray, values_SR: np.ndarray, shift: float, **style) -> None:
+    """The mean over seeds and, of several, one standard deviation as bars, which other curves' do not hide: all of it
+    stands some points (1/72 inch) aside."""
     mean_R = values_SR.mean(0)
-    axes.plot(x_R, mean_R, marker + '-', color=colour, label=label)
-    if len(values_SR) > 1:
-        std_R = values_SR.std(0, ddof=1)
-        axes.fill_between(x_R, mean_R - std_R, mean_R + std_R, color=colour, alpha=.2, linewidth=0)
+    std_R = values_SR.std(0, ddof=1) if len(values_SR) > 1 else 0 * mean_R
+    aside = transforms.ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans)
+    axes.errorbar(x_R, mean_R, std_R if std_R.any() else None, elinewidth=1, transform=axes.transData + aside, **style)
+    # the axes know nothing of what stands aside
+    axes.update_datalim(np.c_[[*x_R, *x_R], [*(mean_R - std_R), *(mean_R + std_R)]])
+    axes.autoscale_view()
+
+
+def draw_levels(axes, levels: dict[str, float]) -> None:
+    """Lines at some heights, and above each what it is. Then the axis gets room for that, and shows at least a quarter
+    of what it reaches: else a run that stands still would look like a crash."""
+    for text, level in levels.items():
+        axes.axhline(level, color='#606060', linestyle=':', zorder=1)
+        axes.annotate(text, (.01, level), (0, 2), ('axes fraction', 'data'), 'offset points', size=8, color='#606060')
+    low, high = axes.get_ylim()
+    high = max(high, max(levels.values(), default=low) + .1 * (high - low))
+    axes.set_ylim(min(low, high - abs(high) / 4), high)
+
+
+def styles(labels: Iterable[str]) -> list[dict]:
+    """Colour, marker and line of each label: of the strategy that it begins with, or else by its letters. One that is
+    taken gives way to the next whose colour is free."""
+    taken, result = {}, {}
+    for label in sorted(labels, key=lambda label: re.match(r'\w*', label)[0] not in STYLED):  # the known ones first
+        name = re.match(r'\w*', label)[0]
+        i = STYLED.index(name) if name in STYLED else zlib.crc32(label.encode())
+        i = min(range(i, i + 56), key=lambda i: (i % 56 in taken, i % 7 in taken.values(), i)) % 56
+        taken[i] = i % 7
+        result[label] = dict(color=COLOURS[i % 7], marker=MARKERS[i % 8], linestyle=('-', '--', '-.', ':')[i // 7 % 4])
+    return [result[label] for label in labels]
 
 
 def tidy(axes, legend: bool = True, **labels) -> None:
@@ -2163,8 +2210,14 @@ def tidy(axes, legend: bool = True, **labels) -> None:
         axes.legend(frameon=False)
 
 
-COLOURS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'  # Okabe & Ito, less the yellow
+# Okabe & Ito's, which colour-blind people tell apart, with a grey for their black, and less the yellow
+COLOURS = '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#606060'
 MARKERS = 'os^Dv<>X'
+STYLED = [  # strategies by colour, one row a kind of line: seven columns and eight markers
+    'entropy', 'real', 'margin', 'coreset', 'badge', 'bald', 'random',
+    'crc', 'least_confidence', 'classbal', 'power_entropy', 'stochastic_batches', 'ripu', 'variation_ratio',
+    'ratio', 'mean_std', 'pixelpick', 'ripu_pixel', 'powerbald', 'contextual_diversity', 'softmaxbald',
+    'softrankbald', 'clasp_pe']
 
 
 def curve(rounds: list[dict], metric: str) -> np.ndarray:

@@ -340,7 +340,7 @@ def shapes(monkeypatch):
 
 def pictures(make_cfg) -> int:
     """How many pictures of images the first query has left."""
-    return sum(len(files) for *_, files in os.walk(osp.join(make_cfg().work_dir, 'round_0', 'pictures')))
+    return sum(len(files) for *_, files in os.walk(osp.join(make_cfg().work_dir, 'round_1', 'pictures')))
 
 
 @pytest.mark.parametrize('unit', ['image', 'region'])

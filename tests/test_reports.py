@@ -28,6 +28,7 @@ from al_report import area_under_curve, group_runs, main, mean_and_std, ranking_
 
 al_report.hook()  # `visualize` is now a key of the `al` block
 ROOT = osp.dirname(osp.dirname(osp.abspath(__file__)))
+NAN = pytest.approx(math.nan, nan_ok=True)
 CELL = dict(type='region', size=[8, 8])  # 24 of them in each of 12 images
 
 
@@ -108,11 +109,16 @@ def test_void_is_no_class_whatever_its_value(void):
 
 def test_ranking_overlap():
     before = dict(zip('abcde', [5, 4, 3, 2, 1]), gone=9)
-    assert ranking_overlap(before, dict(zip('abcde', [.5, .4, .3, .2, .1]))) == (pytest.approx(1), 1.)
-    assert ranking_overlap(before, dict(zip('abcde', [1, 2, 3, 4, 5]))) == (pytest.approx(-1), 0.)
+    assert ranking_overlap(before, dict(zip('abcde', [.5, .4, .3, .2, .1]))) == (pytest.approx(1), NAN)
+    assert ranking_overlap(before, dict(zip('abcde', [1, 2, 3, 4, 5]))) == (pytest.approx(-1), NAN)
     # ranks 1 2 3 4 5 against 1 3 2 4 5: 1 - 6 (1 + 1) / (5 * 24)
-    assert ranking_overlap(before, dict(zip('abcde', [5, 3, 4, 2, 1]))) == (pytest.approx(.9), 1.)
-    assert all(map(math.isnan, ranking_overlap(before, dict(a=1, new=2))))
+    assert ranking_overlap(before, dict(zip('abcde', [5, 3, 4, 2, 1]))) == (pytest.approx(.9), NAN)
+    assert ranking_overlap(before, dict(a=1, new=2)) == (NAN, NAN)
+    # of 109 a tenth are the first 10, of which 7 have stayed; a tenth of 99 would be too few to tell
+    many = {f'{i}': -i for i in range(109)}
+    moved = {**many, **{f'{i}': -200 for i in range(3)}}
+    assert ranking_overlap(many, moved)[1] == .7
+    assert ranking_overlap({f'{i}': -i for i in range(99)}, moved)[1] == NAN
 
 
 def test_runs_are_grouped_by_all_but_their_seeds():
@@ -248,12 +254,14 @@ def test_what_cannot_be_shown_is_an_error_in_words(tmp_path, monkeypatch, capsys
     assert sorted(os.listdir(tmp_path)) == ['a', 'cut', 'newer']
 
 
-@pytest.mark.parametrize('command, needs', [('status', ()), ('compare', ('numpy', 'matplotlib'))])
+@pytest.mark.parametrize('command, needs', [
+    (['status'], ()), (['compare'], ('numpy', )), (['compare', '-o', 'curves.png'], ('numpy', 'matplotlib'))])
 def test_the_command_line_imports_only_what_it_needs(tmp_path, command, needs):
     path = write_state(tmp_path / 'a', make_state([10, 20], [40, 60]))
+    script = osp.join(ROOT, 'al_report.py')
     code = ('import runpy, sys; script = sys.argv[1]; del sys.argv[0]; runpy.run_path(script, run_name="__main__"); '
             'print(sorted({"al_patch", "torch", "mmengine", "mmcv", "numpy", "matplotlib"} & set(sys.modules)))')
-    done = subprocess.run([sys.executable, '-c', code, osp.join(ROOT, 'al_report.py'), command, path], cwd=tmp_path,
+    done = subprocess.run([sys.executable, '-c', code, script, command[0], path, *command[1:]], cwd=tmp_path,
                           capture_output=True, text=True, timeout=170)
     assert done.returncode == 0 and 'entropy' in done.stdout, done.stderr
     assert done.stdout.splitlines()[-1] == str(sorted(needs))
@@ -301,17 +309,18 @@ def test_whole_images(make_cfg, train, shared_data, tmp_path, no_failure):
         assert list(iou) == ['dark', 'grey', 'bright']
         assert np.mean(list(iou.values())) == pytest.approx(entry['metrics']['mIoU'], abs=.01)
     for k in range(2):
-        folder = osp.join(cfg.work_dir, f'round_{k}')
-        scores = mmengine.load(osp.join(folder, 'query_scores.json'))
+        folder = osp.join(cfg.work_dir, f'round_{k + 1}')  # of the round that asks
+        scores = mmengine.load(osp.join(cfg.work_dir, f'round_{k}', 'query_scores.json'))
         assert set(rounds[k + 1]['asked']) == set(sorted(scores, key=scores.get)[-2:])
         assert set(scores) == set(tiny.NAMES) - {name for asked in asked_of(rounds[:k + 1]) for name in asked}
         names = {osp.relpath(osp.join(where, file), osp.join(folder, 'pictures'))[:-4]
                  for where, _, files in os.walk(osp.join(folder, 'pictures')) for file in files}
         fixed = names if k == 0 else fixed & names  # noqa: F821
-        assert set(rounds[k + 1]['asked']) <= names and 2 <= len(names) <= 4
-        assert all(size_of(osp.join(folder, 'pictures', f'{name}.png'))[0] == 1100 for name in names)
-        assert size_of(osp.join(folder, 'contact_sheet.png'))[0] == 1100
-    assert len(fixed) >= 2 and not osp.exists(osp.join(cfg.work_dir, 'round_2', 'pictures'))
+        assert set(rounds[k + 1]['asked']) <= names and len(names) == 4
+        for name in names:  # input, prediction and score in a row, or these, label and errors
+            assert size_of(osp.join(folder, 'pictures', f'{name}.png'))[0] == 1100
+        assert size_of(osp.join(folder, 'contact_sheet.png'))[0] == 600  # two images
+    assert len(fixed) >= 2 and not osp.exists(osp.join(cfg.work_dir, 'round_0', 'pictures'))
 
 
 @pytest.mark.parametrize('al', [
@@ -331,8 +340,8 @@ def test_below_image_level(make_cfg, train, shared_data, no_failure, al):
     panels = 1 + (al['unit'] == 'pixel')  # one more for clicks
     assert size_of(osp.join(cfg.work_dir, 'learning_curve.png')) == (672 * panels, 456)
     first = max(rounds[1]['asked'], key=lambda name: rounds[1]['asked'][name][0])
-    assert size_of(osp.join(cfg.work_dir, 'round_0', 'pictures', f'{first}.png'))[0] == 1100
-    assert not osp.exists(osp.join(cfg.work_dir, 'round_0', 'contact_sheet.png'))
+    assert size_of(osp.join(cfg.work_dir, 'round_1', 'pictures', f'{first}.png'))[0] == 1100
+    assert not osp.exists(osp.join(cfg.work_dir, 'round_1', 'contact_sheet.png'))
     units = units_per_image(rounds, 12)
     assert sorted(filter(None, units)) == sorted(n for n, _ in rounds[1]['asked'].values())
     assert len(units) == 12 and units[0] == units.max()
@@ -367,7 +376,7 @@ def test_no_label_is_opened_that_was_not_asked_for(make_cfg, train, shared_data,
     monkeypatch.setattr(Pool, 'load_label', lambda pool, name, *more: opened.append(name) or load(pool, name, *more))
     cfg = make_cfg(dict(visualize=24), root=str(root), work_dir=str(tmp_path / 'blind_work'))
     assert asked_of(train(cfg)[1]) == asked_of(rounds) and set(opened) == set(asked)
-    drawn = [file for _, _, files in os.walk(osp.join(cfg.work_dir, 'round_0', 'pictures')) for file in files]
+    drawn = [file for _, _, files in os.walk(osp.join(cfg.work_dir, 'round_1', 'pictures')) for file in files]
     assert len(drawn) == 12
 
 
@@ -380,9 +389,156 @@ def test_a_human_has_yet_to_label_what_is_drawn(make_cfg, train, shared_data, tm
     cfg = make_cfg(dict(unit=unit, oracle='human', initial=kept, budget=2, visualize=24), root=str(root))
     _, rounds = train(cfg)
     assert len(rounds) == 2 and 'metrics' not in rounds[1] and not set(rounds[1]['asked']) & set(kept)
-    drawn = [file for _, _, files in os.walk(osp.join(cfg.work_dir, 'round_0', 'pictures')) for file in files]
+    drawn = [file for _, _, files in os.walk(osp.join(cfg.work_dir, 'round_1', 'pictures')) for file in files]
     assert len(drawn) == 12
     main(['status', cfg.work_dir])
+
+
+def drawn_panels(monkeypatch) -> dict:
+    """Title -> panels of all pictures to be drawn, by title."""
+    pictures, draw = {}, al_report.draw_panels
+
+    def draw_panels(panels):
+        figure = draw(panels)
+        figure.suptitle = lambda title: pictures.update({title: panels})
+        return figure
+
+    monkeypatch.setattr(al_report, 'draw_panels', draw_panels)
+    return pictures
+
+
+@pytest.mark.parametrize('oracle', ['simulated', 'human'])
+@pytest.mark.parametrize('unit, strategy', [('image', 'entropy'), ('image', 'coreset'), (CELL, 'entropy'),
+                                            (CELL, 'random')])
+def test_every_panel_shows_something(make_cfg, train, shared_data, monkeypatch, no_failure, unit, strategy, oracle):
+    """Scores where there are any, labels and errors where labels are known, and of a person's only what is labelled."""
+    pictures = drawn_panels(monkeypatch)
+    cfg = make_cfg(dict(unit=unit, strategy=strategy, oracle=oracle, initial=tiny.NAMES[:4], budget=2, visualize=12))
+    _, rounds = train(cfg)
+    asked = rounds[1]['asked']
+    assert len(pictures) == 12
+    for title, panels in pictures.items():
+        verb, name = re.fullmatch('round 1 (asks for|does not ask for) (.*)', title).groups()
+        assert (verb == 'asks for') == (name in asked)
+        known = name in tiny.NAMES[:4] or name in asked and oracle == 'simulated'
+        titles = ['input', 'prediction', *['score: entropy'] * (strategy == 'entropy')]
+        if unit != 'image':
+            new = 100 * sum(asked.get(name, [0, 0])[1:]) / 1536
+            titles += [f'asked for now, {new:.3g} % (orange);\nbefore, {100 * (name in tiny.NAMES[:4])} % (blue)']
+        assert list(panels)[:len(titles)] == titles and len(panels) == len(titles) + 2 * known
+        if known:
+            label, wrong = labels_of(shared_data, [name])[0], list(panels)[-1]
+            shown = (panels['labels'] != 255).any(-1)
+            colours = np.array([[0, 0, 0], [90, 90, 90], [200, 200, 200]])
+            assert (panels['labels'][shown] == colours[label[shown]]).all()
+            errors = (panels['prediction'] != panels['labels']).any(-1)[shown].mean()
+            assert wrong == f'wrong: {100 * errors:.3g} % of the labels (pink)'
+
+
+def test_flat_scores_are_not_stretched():
+    """Over noise a colour bar would show structure; over scores that differ it stands beside them."""
+    noise = .7 + 1e-6 * np.random.default_rng(0).random((8, 8))
+    image, steps = np.zeros((8, 8, 3), np.uint8), np.linspace(0, 1, 64).reshape(8, 8)
+    figure = al_report.draw_panels(dict(input=image, flat=noise, zero=0 * noise, scores=steps))
+    by_title = {axes.get_title(): axes for axes in figure.axes}
+    assert list(by_title) == ['input', 'flat, 0.7 everywhere', 'zero, 0 everywhere', 'scores', '']  # '': the only bar
+    assert len(np.unique(by_title['flat, 0.7 everywhere'].images[0].get_array())) == 1
+    assert by_title['scores'].images[0].get_clim() == (0, 1)
+
+
+@pytest.mark.parametrize('images', [1, 2, 4, 8, 9, 20, 48])
+def test_a_contact_sheet_fills_its_canvas(images):
+    """As many rows as needed, and as many columns; a row is short by one image at most a row."""
+    pool = type('', (), dict(load_image=lambda self, name: np.full((10, 20, 3), 99, np.uint8)))()
+    figure = al_report.draw_contact_sheet(pool, [f'{i}' for i in range(images)], {})
+    rows, columns = figure.axes[0].get_gridspec().get_geometry()
+    assert rows == math.ceil(images / 8) and 0 <= rows * columns - images < rows
+    assert figure.get_figwidth() == pytest.approx(min(11, 3 * columns))
+
+
+def asked_in(rounds: int, units: int = 0) -> al_report.Asked:
+    return al_report.Asked(['a', 'b'], np.ones((rounds, 2), int), np.full((rounds, 2), 50.),
+                           np.full((max(0, rounds - 2), 2), .5), np.array([units, 0]), None)
+
+
+@pytest.mark.parametrize('rounds, units, panels', [
+    (1, 0, {(0, 0), (0, 1)}), (2, 0, {(0, 0), (0, 1)}), (3, 0, {(0, 0), (0, 1)}),  # one pair of queries is no course
+    (2, 5, {(0, 0), (0, 1), (1, 0)}), (4, 0, {(0, 0), (0, 1), (1, 0)}), (4, 5, {(0, 0), (0, 1), (1, 0), (1, 1)})])
+def test_asked_png_fills_its_canvas(rounds, units, panels):
+    figure = al_report.draw_asked(asked_in(rounds, units))
+    spans = [axes.get_subplotspec() for axes in figure.axes if axes.get_subplotspec()]
+    assert {(span.rowspan.start, span.colspan.start) for span in spans} == panels
+    cells = sum(len(span.rowspan) * len(span.colspan) for span in spans)
+    assert cells == np.prod(spans[0].get_gridspec().get_geometry())
+
+
+UNNAMED = {'conformal_risk'}  # the score of `crc`
+
+
+# --- curves: colours and heights -------------------------------------------------------------------------------------
+
+
+def test_every_strategy_has_a_style_of_its_own():
+    assert {*al_report.STYLED} == {*al_patch.AL_STRATEGIES.module_dict, *al_patch.AL_SCORES.module_dict} - UNNAMED
+    shown = al_report.styles([*al_report.STYLED])
+    assert len({tuple(style.values()) for style in shown}) == len(al_report.STYLED)
+    for others in (['random', 'entropy'], ['mine', 'entropy', 'budget=7', 'random']):  # whatever stands beside
+        assert [style for name, style in zip(others, al_report.styles(others)) if name in al_report.STYLED] == [
+            shown[al_report.STYLED.index(name)] for name in others if name in al_report.STYLED]
+    assert al_report.styles(['mine', 'random'])[0] == al_report.styles(['mine'])[0]
+    seven = al_report.styles(['entropy', 'entropy (b)', 'budget=7', 'mine', 'x', 'real', 'random'])
+    assert len({style['color'] for style in seven}) == 7 and seven[0] == shown[0]
+
+
+def contrast(a: str, b: str) -> float:
+    """WCAG's ratio of two colours' luminances."""
+    def luminance(colour: str) -> float:
+        rgb = np.array([int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+        return float(np.where(rgb <= .03928, rgb / 12.92, ((rgb + .055) / 1.055) ** 2.4) @ [.2126, .7152, .0722])
+    dark, bright = sorted([luminance(a), luminance(b)])
+    return (bright + .05) / (dark + .05)
+
+
+@pytest.mark.parametrize('deficit', [  # Viénot et al., 1999: how red- and green-blind people see linear RGB
+    [[.11238, .88762, 0], [.11238, .88762, 0], [.00401, -.00401, 1]],
+    [[.29275, .70725, 0], [.29275, .70725, 0], [-.02234, .02234, 1]], np.eye(3)], ids=['protan', 'deutan', 'none'])
+def test_colours_are_told_apart(deficit):
+    rgb = np.array([[int(colour[i:i + 2], 16) / 255 for i in (1, 3, 5)] for colour in al_report.COLOURS])
+    seen = (rgb ** 2.2 @ np.transpose(deficit)).clip(0) ** (1 / 2.2)
+    distances = np.linalg.norm(seen[:, None] - seen, axis=-1) + np.eye(len(seen))
+    assert distances.min() > .12
+
+
+@pytest.mark.parametrize('values, full, low, high', [
+    ([17.6, 17.3], None, 13.2, 17.62), ([40, 60], None, 39, 61), ([0, 0], None, -.06, .06),
+    ([40, 60], 70, 38.5, 73.3)])
+def test_noise_does_not_look_like_a_crash(values, full, low, high):
+    """An axis shows a quarter of what it reaches at least, and has room for what is written above a line."""
+    points = np.array([[[10., 20.], [math.nan] * 2, values]])
+    axes = al_report.draw_curves(dict(run=points), 'mIoU', full).axes[0]
+    assert axes.get_ylim() == pytest.approx((low, high), abs=.1)
+    texts = [(text.get_text(), text.xy[1]) for text in axes.texts]
+    assert texts == ([] if full is None else [('full supervision: 70.00', 70)])
+
+
+def test_spreads_stand_beside_each_other():
+    """As bars, a few points apart, and inside the axis: bands would hide one another."""
+    seeds = np.array([[[10., 20.], [math.nan] * 2, [40., 60.]], [[10., 20.], [math.nan] * 2, [44., 70.]]])
+    axes = al_report.draw_curves(dict(entropy=seeds, real=seeds), 'mIoU', None).axes[0]
+    bars = [container.lines[2][0] for container in axes.containers]
+    x = [bar.get_transform().transform(bar.get_segments()[0][0])[0] for bar in bars]
+    assert x[1] - x[0] == pytest.approx(3 / 72 * axes.figure.dpi) and not axes.collections[2:]
+    assert [segment[:, 1].tolist() for segment in bars[0].get_segments()] == [
+        [42 - 8**.5, 42 + 8**.5], [65 - 50**.5, 65 + 50**.5]]
+    low, high = axes.get_ylim()
+    assert low < 42 - 8**.5 and high > 65 + 50**.5
+
+
+def test_nothing_is_written_unasked(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(['compare', write_state(tmp_path / 'a', make_state([10, 20], [40, 60]))])
+    assert capsys.readouterr().out.endswith('\nCurves: --out FILE draws them\n')
+    assert [(path.name, os.listdir(path)) for path in tmp_path.iterdir()] == [('a', [STATE_FILE])]
 
 
 @pytest.mark.parametrize('broken, points', [
@@ -522,7 +678,7 @@ def test_a_resumed_run_may_be_looked_at(make_cfg, train):
     del state['settings']['visualize']
     mmengine.dump(state, path)
     again = Config(make_cfg(dict(rounds=2, visualize=2), changes=tiny.NO_VAL, resume=True).to_dict())
-    assert len(train(again)[1]) == 3 and osp.isdir(osp.join(cfg.work_dir, 'round_1', 'pictures'))
+    assert len(train(again)[1]) == 3 and osp.isdir(osp.join(cfg.work_dir, 'round_2', 'pictures'))
 
 
 def test_what_a_kill_leaves_of_a_figure_is_removed_at_the_next_start(tmp_path, monkeypatch):

@@ -45,8 +45,6 @@ RUNS = {  # in the order of their importance
     'superpixel/real': dict(SUPERPIXEL, strategy='real'), 'superpixel/entropy': dict(SUPERPIXEL, strategy='entropy'),
     **{f'pixel/{name}': dict(PIXEL, strategy=name) for name in ('real', 'entropy')},
 }
-COLOURS = dict(random='#555555', entropy=al_report.COLOURS[0], real=al_report.COLOURS[1],  # the same in all panels
-               margin=al_report.COLOURS[2], pixelpick=al_report.COLOURS[2])
 RARE = ('Pole', 'SignSymbol', 'Fence', 'Pedestrian', 'Bicyclist')  # 0.3 to 1.2 % of the training pixels each
 
 
@@ -209,20 +207,17 @@ def draw(curves: dict[str, list[list[dict]]], path: str) -> None:
     figure = Figure((10, 3.9 * height), dpi=120, layout='constrained')
     full = np.mean([rows[-1]['mIoU'] for rows in curves['full']]) if 'full' in curves else None
     for (title, names), axes in zip(panels.items(), figure.subplots(height, 2, sharey=True, squeeze=False).flat):
-        others = iter(al_report.COLOURS[3:])
-        for i, name in enumerate(names):
-            strategy, marker = name.split('/')[1], al_report.MARKERS[i % len(al_report.MARKERS)]
-            colour = COLOURS.get(strategy) or next(others)
+        strategies = [name.split('/')[1] for name in names]
+        for shift, (name, label, style) in enumerate(zip(names, strategies, al_report.styles(strategies)),
+                                                     -(len(names) // 2)):
             share_SR, values_SR = (np.array([[row[key] for row in rows] for rows in curves[name]])
                                    for key in ('share', 'mIoU'))
-            al_report.draw_curve(axes, share_SR.mean(0), values_SR, colour, marker, strategy)
-        for level, text in ((1, 'full supervision'), (.95, '95% of it')) if full else ():
-            axes.axhline(level * full, color='#555555', linestyle=':', alpha=level ** 12)
-            axes.annotate(text, (0, level * full), xycoords=('axes fraction', 'data'), va='bottom', size=8,
-                          color='#555555')
+            al_report.draw_curve(axes, share_SR.mean(0), values_SR, 3 * shift, label=label, **style)
         al_report.tidy(axes, legend=False, title=title, ylabel='mIoU',
                       xlabel='% of images labelled' if title.startswith('image') else '% of pixels labelled')
         axes.legend(frameon=False, loc='lower right')
+    for axes in figure.axes:  # whose height is one, and that of all curves
+        al_report.draw_levels(axes, {'full supervision': full, '95% of it': .95 * full} if full else {})
     al_report.save_figure(figure, path)
 
 
