@@ -1,16 +1,19 @@
 """Train with active learning: ``python al_train.py <config> [options]``, the options being those of tools/train.py.
 
 The config needs an ``al = dict(...)`` block; ``dist_al_train.sh`` starts several processes. An error ends with one
-paragraph and exit code 2; with ``AL_TRACEBACK=1`` its traceback stands before it.
+paragraph and exit code 2; with ``AL_TRACEBACK=1`` its traceback stands before it. A start that came to nothing leaves
+nothing.
 """
 import argparse
 import contextlib
 import datetime
+import glob
 import json
 import logging
 import os
 import os.path as osp
 import re
+import shutil
 import sys
 import time
 import traceback
@@ -63,7 +66,7 @@ def init_cpu_processes(cfg: Config) -> None:
     MODELS.register_module('SyncBN', force=True, module=torch.nn.BatchNorm2d)
 
 
-def build_runner(args: argparse.Namespace) -> Runner:
+def read_config(args: argparse.Namespace) -> Config:
     with al_patch.reading(args.config):
         cfg = Config.fromfile(args.config)
     with al_patch.reading('--cfg-options'):
@@ -96,13 +99,36 @@ def start(cfg: Config, launcher: str) -> Runner:
             init_cpu_processes(cfg)
         else:
             cfg.launcher = 'none'
-    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
+    return cfg
+
+
+def leave(cfg: Config, before: dict | None, whole: str) -> None:
+    """Write an error's traceback into the log or, where the start has come to nothing, remove what it has made: then
+    ``work_dir``, whose entries ``before`` are known, is as it was."""
+    after, before, is_new = entries(cfg.work_dir) or {}, before or {}, before is None
+    made = {name for name in after if name in (al_patch.LOCK_FILE, osp.basename(cfg.filename))
+            or re.fullmatch(r'\d{8}_\d{6}', name) and name not in before}
+    if any(after[name] != before.get(name) for name in after.keys() - made):
+        with open(max(glob.glob(osp.join(glob.escape(cfg.work_dir), '*', '*.log')), key=osp.getmtime), 'a') as log:
+            log.write(whole)
+        return
+    for path in (osp.join(cfg.work_dir, name) for name in made - before.keys()):
+        shutil.rmtree(path) if osp.isdir(path) else os.remove(path)
+    if is_new and after:
+        os.rmdir(cfg.work_dir)
+
+
+def entries(folder: str) -> dict | None:
+    """When what lies in a folder was last written, by name; None where there is no folder."""
+    return {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(folder)} if osp.isdir(folder) else None
 
 
 def main() -> None:
-    runner = None
+    cfg = None
     try:
-        runner = build_runner(parse_args())
+        cfg = read_config(parse_args())
+        before = entries(cfg.work_dir)
+        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
         runner.train()
         end_processes()
     except KeyboardInterrupt:  # the log said when the round started how to go on: no traceback
@@ -112,9 +138,9 @@ def main() -> None:
         whole = traceback.format_exc()
         if '\nKeyboardInterrupt' in whole:  # mmengine makes a SyntaxError of it, while it formats a config
             raise SystemExit(130) from None
-        if runner and al_patch.is_main_process():
-            with contextlib.suppress(OSError), open(osp.join(runner.log_dir, f'{runner.timestamp}.log'), 'a') as log:
-                log.write(whole)
+        if cfg and os.environ.get('RANK', '0') == '0':
+            with contextlib.suppress(OSError, ValueError):
+                leave(cfg, before, whole)
         among_others = 'AL_ERRORS' in os.environ
         if among_others and not all_fail(error):
             raise

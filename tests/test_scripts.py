@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import mmengine
 import mmseg
 import pytest
 import tiny
@@ -145,10 +146,38 @@ def test_an_error_ends_in_one_line(tmp_path, shared_data, gpus, wrong):
     done = launch(write_config(tmp_path, shared_data, al), gpus, tmp_path / 'work', *options, check=False)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f'al_train.py: {line}')
     assert 'Traceback' not in done.stdout + done.stderr and 'Error' not in done.stderr.rpartition('al_train.py: ')[0]
-    assert not (tmp_path / 'work' / STATE_FILE).exists()
-    if wrong == 2:  # what lies behind it is in the log
-        assert re.search("(?s)Traceback .*ModuleNotFoundError: No module named 'no'\n.*ValueError: `al.strategy` shoul",
-                         tiny.log_of(tmp_path / 'work'))
+    assert not (tmp_path / 'work').exists()  # a start that failed leaves nothing
+
+
+@pytest.mark.parametrize('before, made, kept', [
+    (None, ['20261127_101010/a.log', 'my.py', 'al.lock'], None),  # a start that failed leaves no folder,
+    ([], ['20261127_101010/a.log', 'my.py', 'al.lock'], []),
+    (['my.py'], ['20261127_101010/a.log', 'my.py', 'al.lock'], ['my.py']),
+    (['20261127_090909/a.log', STATE_FILE, 'my.py', 'round_0/x', 'al.lock'], ['20261127_101010/a.log', 'my.py'],
+     ['20261127_090909', STATE_FILE, 'al.lock', 'my.py', 'round_0']),  # or that of the run that it should go on with
+    (None, ['20261127_101010/a.log', STATE_FILE, 'al.lock'], ['20261127_101010', STATE_FILE, 'al.lock']),  # it began
+    (['20261127_090909/a.log', 'round_0/x'], ['20261127_101010/a.log', 'round_0/y'],
+     ['20261127_090909', '20261127_101010', 'round_0']),
+    (None, ['20261127_101010/a.log', 'superpixels/b.png'], ['20261127_101010', 'superpixels'])])  # which took long
+def test_what_an_error_leaves(tmp_path, before, made, kept):
+    work_dir = tmp_path / 'work'
+
+    def write(path: str, text: str) -> None:
+        (work_dir / path).parent.mkdir(parents=True, exist_ok=True)
+        (work_dir / path).write_text(text)
+
+    if before is not None:
+        work_dir.mkdir()
+    for i, path in enumerate(before or []):
+        write(path, 'before')
+        os.utime(work_dir / path, ns=(i, i))
+    known = al_train.entries(work_dir)
+    for path in made:
+        write(path, 'made')
+    al_train.leave(mmengine.ConfigDict(work_dir=str(work_dir), filename='configs/my.py'), known, ', the traceback')
+    assert (set(os.listdir(work_dir)) if work_dir.exists() else None) == (None if kept is None else {*kept})
+    if '20261127_101010' in (kept or ()):
+        assert (work_dir / '20261127_101010' / 'a.log').read_text() == 'made, the traceback'
 
 
 def test_a_config_that_cannot_be_read_is_named(tmp_path):
