@@ -3,6 +3,7 @@
     python al_report.py status WORK_DIR                             where a run stands, and how to go on
     python al_report.py compare WORK_DIR [WORK_DIR ...] [-o FILE]   learning curves, their area, labels needed
     python al_report.py maps CONFIG CHECKPOINT --out DIR            where any model of mmseg's is unsure, as files
+    python al_report.py html WORK_DIR [WORK_DIR ...] [-o FILE]      all there is to see of runs: a page in one file
 
 Where this file lies beside ``al_patch.py``, a hook also looks at every run: after a round's training it draws
 ``learning_curve.png`` and ``asked.png`` and, with ``al.visualize``, some images after each query. It keeps what it
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import collections
 import contextlib
 import copy
@@ -52,10 +54,10 @@ class Lazy:
         return getattr(importlib.import_module(self._name), attribute)
 
 
-al_patch, mmcv, mmengine, ndimage, np, prettytable, torch = map(Lazy, (
-    'al_patch', 'mmcv', 'mmengine', 'scipy.ndimage', 'numpy', 'prettytable', 'torch'))
-colors, figures, patches, transforms = map(Lazy, (
-    'matplotlib.colors', 'matplotlib.figure', 'matplotlib.patches', 'matplotlib.transforms'))
+al_patch, jinja2, mmcv, mmengine, ndimage, np, pil, prettytable, torch = map(Lazy, (
+    'al_patch', 'jinja2', 'mmcv', 'mmengine', 'scipy.ndimage', 'numpy', 'PIL.Image', 'prettytable', 'torch'))
+colors, figures, matplotlib, patches, transforms = map(Lazy, (
+    'matplotlib.colors', 'matplotlib.figure', 'matplotlib', 'matplotlib.patches', 'matplotlib.transforms'))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -69,11 +71,14 @@ def main(argv: list | None = None) -> None:
     commands.add_parser('status', help='where a run stands, and how to go on').add_argument('dir', metavar='WORK_DIR')
     comparing = commands.add_parser('compare', aliases=['report'],
                                     help='compare runs: learning curves, their area, labels needed')
-    comparing.add_argument('dirs', nargs='+', metavar='WORK_DIR', help='those that differ in seeds are averaged')
     comparing.add_argument('-o', '--out', metavar='FILE', help='draw the curves: .png, .pdf or .svg')
-    comparing.add_argument('--metric', help='by default that of `al.stop`, or mIoU')
-    comparing.add_argument('--full', type=float, metavar='VALUE', help='the metric with all labels; by default that '
-                           'of a WORK_DIR in which everything is labelled')
+    paging = commands.add_parser('html', help='a page in one file: curves, tables, and what was asked for')
+    paging.add_argument('-o', '--out', metavar='FILE', help='by default report.html in the first WORK_DIR')
+    for several in comparing, paging:
+        several.add_argument('dirs', nargs='+', metavar='WORK_DIR', help='those that differ in seeds are averaged')
+        several.add_argument('--metric', help='by default that of `al.stop`, or mIoU')
+        several.add_argument('--full', type=float, metavar='VALUE', help='the metric with all labels; by default that '
+                             'of a WORK_DIR in which everything is labelled')
     mapping = commands.add_parser('maps', help='where any model of mmseg\'s is unsure: score maps of images, as files')
     add_model_arguments(mapping)
     mapping.add_argument('--images', metavar='FOLDER', help='by default the images of the config\'s test_dataloader')
@@ -87,9 +92,11 @@ def main(argv: list | None = None) -> None:
         print(status(args.dir) if args.command == 'status' else
               maps(args.config, args.checkpoint, args.out, args.images, args.score, args.mc,
                    args.cfg_options) if args.command == 'maps' else
-              compare(args.dirs, args.out, args.metric, args.full))
+              (write_page if args.command == 'html' else compare)(args.dirs, args.out, args.metric, args.full))
     except (OSError, ValueError) as error:
         parser.exit(2, f'al_report.py {args.command}: {error}\n')
+    except ModuleNotFoundError as error:
+        parser.exit(2, f'al_report.py {args.command}: {error}: pip install {error.name}\n')
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -215,6 +222,9 @@ def hook() -> mmengine.hooks.Hook:
         def before_al_train(self, state: al_patch.State, trainer) -> None:
             if al_patch.is_main_process():
                 al_patch.write_atomically(osp.join(state.work_dir, 'sizes.json'), json.dumps(state.seen_files))
+                colours = np.array(state.pool.leaves[0].metainfo['palette'], int).tolist()
+                al_patch.write_atomically(osp.join(state.work_dir, 'palette.json'),
+                                          json.dumps(dict(zip(state.classes, colours))))
                 look_at_labels(state)
 
         def after_al_validate(self, state: al_patch.State, trainer) -> None:
@@ -2068,27 +2078,45 @@ def compare(dirs: list[str], out: str | None = None, metric: str | None = None, 
         ValueError: No run has finished a round with the metric.
     """
     runs = {path: read_run(path) for path in dirs}
-    metrics = (main_metric(run['rounds'], run['settings'].get('stop')) for run in runs.values())
-    metric = metric or next(filter(None, metrics), None)
+    metric = metric_of(runs, metric)
     groups = group_runs(runs, metric)
     if not groups:
         known = sorted({key for run in runs.values() for entry in run['rounds'] for key in entry.get('metrics', ())})
         raise ValueError(f'no run has finished a round with {metric or "a validation"}: --metric should be one of '
                          f'{", ".join(known)}')
-    full = full_level([curve(run['rounds'], metric) for run in runs.values()]) if full is None else full
+    full = full_of(runs, metric) if full is None else full
     if out:
         save_figure(draw_curves(groups, metric, full), out)
     return f'{groups_table(groups, metric, full)}\nCurves: {out or "--out FILE draws them"}'
 
 
+def metric_of(runs: dict, metric: str | None) -> str | None:
+    """The metric to compare runs by: the given one, or that of the first that has any."""
+    metrics = (main_metric(run['rounds'], run['settings'].get('stop')) for run in runs.values())
+    return metric or next(filter(None, metrics), None)
+
+
+def full_of(runs: dict, metric: str) -> float | None:
+    """The metric with all labels, by those runs that have come so far."""
+    return full_level([curve(run['rounds'], metric) for run in runs.values()])
+
+
 def group_runs(runs: dict, metric: str) -> dict[str, np.ndarray]:
+    """Curves of runs that differ in their seeds alone, by what sets them apart, as far as all of them are. (S, 3, R)"""
+    groups = {label: [curve(runs[path]['rounds'], metric) for path in paths]
+              for label, paths in name_groups(runs, metric).items()}
+    return {label: np.stack([points[:, :min(each.shape[1] for each in curves)] for points in curves])
+            for label, curves in groups.items()}
+
+
+def name_groups(runs: dict, metric: str) -> dict[str, list[str]]:
     """Group runs that differ in their seeds alone.
 
     Args:
         runs: Directory -> state. Left out are runs without a finished round, and of a single round on all labels.
 
     Returns:
-        Label that says what sets the group apart -> its curves, as far as all of them are. (S, 3, R)
+        Label that says what sets the group apart -> its directories.
     """
     groups, result = {}, {}
     for path, run in runs.items():
@@ -2099,18 +2127,17 @@ def group_runs(runs: dict, metric: str) -> dict[str, np.ndarray]:
             settings.update(changed='; '.join(f'round {k}: {words}' for k, words in enumerate(changes(run['rounds']))
                                               if words))
             config = {key: value for key, value in run['config'].items() if key != 'randomness'}
-            groups.setdefault(json.dumps([settings, config], sort_keys=True), []).append((path, settings, points))
+            groups.setdefault(json.dumps([settings, config], sort_keys=True), []).append((path, settings))
     every = [members[0][1] for members in groups.values()]
     keys = dict.fromkeys(key for settings in every for key in settings)
     differ = [key for key in keys if any(each.get(key) != every[0].get(key) for each in every)] or ['strategy']
     for members in groups.values():
-        path, settings, _ = members[0]
+        path, settings = members[0]
         label = ', '.join(('' if key in ('strategy', 'unit') else f'{key}=') + in_words(settings.get(key))
                           for key in differ)
         if label in result:  # then their configs differ
             label = f'{label} ({osp.basename(osp.abspath(path))})'
-        rounds = min(points.shape[1] for *_, points in members)
-        result[label] = np.stack([points[:, :rounds] for *_, points in members])
+        result[label] = [path for path, _ in members]
     return result
 
 
@@ -2238,6 +2265,288 @@ def main_metric(rounds: list[dict], stop: dict | None) -> str | None:
     """The metric to look at: that of ``al.stop``, mIoU, or the first there is."""
     have = list(rounds[0].get('metrics', ()))
     return next((metric for metric in ((stop or {}).get('metric'), 'mIoU', *have) if metric in have), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_page(dirs: list[str], out: str | None = None, metric: str | None = None, full: float | None = None) -> str:
+    """Write what there is to see of runs, finished or not, into one HTML file that loads nothing: from their state, the
+    JSON files in the rounds' folders and the pictures there.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: ``full`` is given, and there is no metric; or a state cannot be read.
+    """
+    out = out or osp.join(dirs[0], 'report.html')
+    if osp.isdir(out):
+        raise ValueError(f'--out should be a file, e.g. {osp.join(out, "report.html")}, but {out} is a folder')
+    runs = {osp.normpath(path): read_run(path) for path in dirs}
+    metric = metric_of(runs, metric)
+    groups, members = group_runs(runs, metric), name_groups(runs, metric)
+    full = full_of(runs, metric) if full is None and metric else full
+    looks = dict(zip(groups, styles(groups)))
+    label_of = {path: label for label, paths in members.items() for path in paths}
+    shown = [show_run(path, run, metric, full, looks.get(label_of.get(path), {}).get('color', COLOURS[-1]))
+             for path, run in runs.items()]
+    data = data_uris([path for run in shown for each in [run, *run['rounds']] for path in each['pictures']])
+    figure = draw_curves(groups, metric, full) if groups else None
+    if figure and len(runs) == 1:
+        [run] = runs.values()
+        mark_changes(figure, run['rounds'], metric, curve(run['rounds'], metric))
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE).render(
+        runs=shown, data=data, metric=metric, curves=figure and as_svg(figure),
+        table=len(runs) > 1 and groups and groups_table(groups, metric, full), when=time.strftime('%d %B %Y, %H:%M'),
+        looks=looks, cite=CITE, css=PAGE_CSS)
+    content = page.encode('utf-8', 'replace')  # what is no character in a name would be an error
+    save_file(content, out)
+    return f'{out}: {len(runs)} runs, {len(data)} pictures, {len(content) / 1e6:.1f} MB; open it in any browser'
+
+
+def show_run(path: str, run: dict, metric: str | None, full: float | None, colour: str) -> dict:
+    """What the page says of one run."""
+    rounds, colours = run['rounds'], read_json(osp.join(path, 'palette.json'), {})
+    done = [entry for entry in rounds if 'metrics' in entry]
+    classes = run.get('classes') or [*colours]
+    swatches = {name: '#{:02x}{:02x}{:02x}'.format(*(int(c) & 255 for c in rgb)) for name, rgb in colours.items()}
+    head, stands, *lines = [line for line in status(path).splitlines() if not line.startswith(('|', '+', 'Warning'))]
+    said = [line.partition(': bash ') for line in lines]
+    points = curve(rounds, metric)
+    spent = ', '.join(f'{value} {key}' for key, value in rounds[-1]['spent'].items() if not key.startswith('%'))
+    figures = {'labelled' if run['phase'] != 'label' else 'asked for': spent}
+    if points.size:
+        share, last = points[0, -1], points[2, -1]
+        gained = f' ({last - points[2, 0]:+.2f} since round 0)' if points.shape[1] > 1 else ''
+        figures = {metric: f'{last:.2f}{gained}', 'share': f'{share:.4g} %', **figures}
+        if full:
+            figures['of full supervision'] = f'{100 * last / full:.1f} %'
+    ious = [(k, read_json(osp.join(path, f'round_{k}', 'class_iou.json'), {})) for k in range(len(done))]
+    known = [(k, iou) for k, iou in ious if iou]
+    warned = {}
+    for k, entry in enumerate(rounds):
+        for text in entry.get('warnings', ()):
+            warned.setdefault(text, []).append(k)
+    return dict(
+        name=osp.basename(osp.abspath(path)), colour=colour, stands=stands, figures=figures, warned=warned,
+        settings=head.removeprefix(f'{path}: '), table=rounds_table(done) if done else None,
+        notes=[line for line, is_command, _ in said if not is_command],
+        commands=[(words, f'bash {command}') for words, is_command, command in said if is_command] + [
+            ('This page anew', f'python al_report.py html {shlex.quote(path)}')],
+        iou={name: [iou.get(name) for _, iou in known] for name in classes if any(name in iou for _, iou in known)},
+        iou_rounds=[k for k, _ in known], swatches=swatches,
+        rounds=[show_round(path, k, entry, classes) for k, entry in enumerate(rounds)],
+        pictures=[file for file in [osp.join(path, 'asked.png')] if osp.isfile(file)])
+
+
+def show_round(path: str, k: int, entry: dict, classes: list, at_most: int = 200) -> dict:
+    """What the page says of what round ``k`` asked for."""
+    folder, asked = osp.join(path, f'round_{k}'), entry['asked']
+    counts = read_json(osp.join(folder, 'asked_classes.json'), [])
+    pixels = entry.get('pixels') or sum(counts)
+    counts = sorted(zip(counts, classes), key=lambda pair: -pair[0])
+    scores = read_json(osp.join(path, f'round_{k - 1}', 'query_scores.json'), {}) if k else {}
+    names = sorted(asked, key=lambda name: (-(asked[name] or [0])[0], -scores.get(name, 0)))
+    places = [('contact_sheet.png', folder), ('**/*.png', osp.join(folder, 'pictures')),
+              ('**/*.jpg', osp.join(folder, 'to_label', 'overlay'))]
+    found = [sorted(glob.glob(osp.join(glob.escape(where), files), recursive=True)) for files, where in places]
+    strategy = in_words(entry['strategy']) if k and entry.get('strategy') else 'the start' if not k else ''
+    void = entry.get('void_pixels')
+    if void and pixels:
+        counts = [*counts, (void, 'void')]
+    return dict(
+        k=k, units=units_of(entry), images=len(asked), strategy=strategy, labelled=bool(pixels), pictures=[
+            path for paths in found for path in paths[:12]], left_out=sum(max(0, len(paths) - 12) for paths in found),
+        classes=[(name, 100 * n / pixels) for n, name in counts if n and pixels], bars=bars_of(scores, asked),
+        names=[(name, asked[name], scores.get(name)) for name in names[:at_most]], more=max(0, len(names) - at_most))
+
+
+def bars_of(scores: dict, asked: dict, bins: int = 32) -> dict | None:
+    """A histogram of the highest score in each image: for each bar the height, in percent of the highest, of all images
+    and of those asked for."""
+    if len(scores) < 2 or not np.isfinite([*scores.values()]).all():
+        return None
+    all_N, edges = np.histogram([*scores.values()], bins)
+    asked_N, _ = np.histogram([score for name, score in scores.items() if name in asked], edges)
+    return dict(low=edges[0], high=edges[-1], images=len(scores), bars=[
+        (100 * n / all_N.max(), 100 * a / all_N.max()) for n, a in zip(all_N.tolist(), asked_N.tolist())])
+
+
+def data_uris(paths: list[str], limit: int = 9_000_000) -> dict[str, tuple[str, str]]:
+    """Pictures by path, as data in the page, of ``limit`` characters in all: the more there are, the smaller."""
+    width, uris, paths = 1100, {}, list(dict.fromkeys(paths))
+    while paths:
+        for path in paths:
+            with contextlib.suppress(OSError, SyntaxError, ValueError), pil.open(path) as image:
+                image, content = image.convert('RGB'), io.BytesIO()
+                image.thumbnail((width, 2 * width))
+                image.save(content, 'WEBP', quality=80, method=2)
+                uris[path] = f'data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}'
+        if sum(map(len, uris.values())) <= limit:
+            break
+        print(f'{len(uris)} pictures are too many at {width} pixels: made smaller', file=sys.stderr)
+        width = int(.7 * width)
+    return uris
+
+
+def as_svg(figure: figures.Figure) -> str:
+    """A figure as a part of the page: in its font, and in colours that suit its background."""
+    with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'al'}):
+        svg = rendered(figure, 'svg').decode()
+    svg = re.sub(r'(?s)<metadata>.*?</metadata>| (width|height)="[\d.]+pt"| id="[a-z]+_\d+"', '', svg[svg.index('<svg'):])
+    for colour, ours in {'#000000': 'currentColor', '#ffffff': 'none', '#606060': 'var(--soft)'}.items():
+        svg = svg.replace(f': {colour}', f': {ours}')
+    return svg.replace('<svg', '<svg role="img" aria-label="Learning curves; the tables hold their figures"', 1)
+
+
+def read_json(path: str, default):
+    """What a file holds, if it can be read and is of the kind that it should be."""
+    with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as file:
+        content = json.load(file)
+        return content if isinstance(content, type(default)) else default
+    return default
+
+
+CITE = """@misc{mmseg2020,
+    title={{MMSegmentation}: OpenMMLab Semantic Segmentation Toolbox and Benchmark},
+    author={MMSegmentation Contributors},
+    howpublished={\\url{https://github.com/open-mmlab/mmsegmentation}},
+    year={2020}
+}"""
+PAGE_CSS = """
+:root { color-scheme: light dark; --ink: #1b1d22; --soft: #5b616b; --line: #dfe2e7; --card: #f6f7f9; --back: #fff;
+    --blue: #0072b2; --orange: #d55e00 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e7e9ee; --soft: #a3aab6; --line: #343943; --card: #1f232a;
+    --back: #15181d; --blue: #56b4e9; --orange: #e8873a } img { filter: brightness(.88) } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 3rem) 5rem; max-width: 76rem; color: var(--ink);
+    background: var(--back); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; overflow-wrap: anywhere }
+h1, h2, h3 { line-height: 1.2; text-wrap: balance } h1 { font-size: 1.9rem; margin: .5rem 0 }
+h2 { font-size: 1.45rem; margin: 3.5rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line) }
+h3 { font-size: 1.05rem; margin: 2rem 0 .5rem }
+p { margin: .4rem 0; max-width: 46rem } .soft, figcaption, th { color: var(--soft) }
+a { color: var(--blue) } :focus-visible { outline: 3px solid var(--blue); outline-offset: 2px }
+.skip { position: absolute; left: -99rem } .skip:focus { position: static }
+nav ul { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0; list-style: none }
+nav a { display: block; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: 2rem;
+    text-decoration: none; color: inherit } nav a:hover { background: var(--card) }
+.dot { display: inline-block; width: .75em; height: .75em; border-radius: 50%; margin-right: .4em }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .75rem; margin: 1rem 0 }
+dl div { background: var(--card); border-radius: .6rem; padding: .7rem 1rem } dt { color: var(--soft); font-size: .85rem }
+dd { margin: 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums }
+.scroll { overflow-x: auto; margin: .5rem 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
+th, td { padding: .32rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+th { font-weight: 600 } td:first-child, th:first-child { text-align: left } .iou td + td {
+    background: color-mix(in srgb, var(--blue) calc(var(--v) * .45%), transparent) }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border: 1px solid var(--soft) }
+.warn { border-left: 4px solid var(--orange); background: var(--card); padding: .6rem 1rem; margin: .5rem 0 }
+details { border: 1px solid var(--line); border-radius: .6rem; margin: .6rem 0; padding: 0 1rem }
+details[open] { padding-bottom: 1rem } details details { font-size: .92rem }
+summary { cursor: pointer; padding: .6rem 0; font-weight: 600 } summary span { font-weight: 400; color: var(--soft) }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1.5rem }
+.share { display: grid; grid-template-columns: minmax(5rem, 9rem) 1fr 4rem; align-items: center; gap: .6rem;
+    font-size: .92rem } .share i { height: .7em; border-radius: .2em; background: var(--blue); min-width: 1px }
+.share b { font-weight: 400; text-align: right; font-variant-numeric: tabular-nums }
+.bars { display: flex; align-items: flex-end; height: 6rem; border-bottom: 1px solid var(--soft) }
+.bars i { flex: 1; position: relative; background: var(--line); margin-right: 1px }
+.bars i b { position: absolute; inset: auto 0 0 0; background: var(--orange) }
+.ends { display: flex; justify-content: space-between; font-size: .85rem; color: var(--soft) }
+figure { margin: 1rem 0 } figure div { overflow: auto; border-radius: .4rem } figcaption { font-size: .9rem }
+img { display: block; max-width: 100%; background: #fff; border-radius: .4rem; cursor: zoom-in }
+figure div:focus img { max-width: none; cursor: default }
+svg { display: block; width: 100%; max-width: 60rem; height: auto; max-height: 30rem } svg text { fill: currentColor;
+    font-family: system-ui, sans-serif !important }
+pre { background: var(--card); border-radius: .4rem; padding: .7rem 1rem; margin: .3rem 0 .8rem; white-space: pre-wrap;
+    user-select: all; font-size: .88rem }
+@media print { details:not([open]) { display: none } }
+"""
+PAGE = r"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<title>Active learning: {{ runs | map(attribute='name') | join(', ') | truncate(60) }}</title>
+<style>{{ css | safe }}</style></head><body>
+{% macro grid(table, label, chips={}) %}
+<div class="scroll" tabindex="0" role="region" aria-label="{{ label }}"><table>
+<thead><tr>{% for name in table.field_names %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in table.rows %}<tr>{% for cell in row %}<td>
+{%- if loop.first and cell in chips %}<span class="dot" style="background: {{ chips[cell].color }}"></span>{% endif %}
+{{- '–' if cell is none else cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% endmacro %}
+{% macro picture(path, name) %}{% if path in data %}
+<figure><div tabindex="0" role="group" aria-label="{{ name }}, larger while it has the focus">
+<img src="{{ data[path] }}" alt="{{ name }}" loading="lazy"></div></figure>
+{% endif %}{% endmacro %}
+<a class="skip" href="#main">To the content</a>
+<header><h1>Active learning{% if runs | length == 1 %}: <bdi>{{ runs[0].name }}</bdi>{% endif %}</h1>
+<p class="soft">As of {{ when }}</p>
+{% if runs | length > 1 %}<nav aria-label="Runs"><ul>
+{% for run in runs %}<li><a href="#run-{{ loop.index }}"><span class="dot" style="background: {{ run.colour }}"></span>
+<bdi>{{ run.name }}</bdi></a></li>{% endfor %}
+</ul></nav>{% endif %}</header>
+<main id="main">
+{% if curves %}<div class="scroll" tabindex="0" role="region" aria-label="Learning curves">{{ curves | safe }}</div>
+{% endif %}
+{% if table %}{{ grid(table, 'Runs compared', looks) }}{% endif %}
+{% for run in runs %}{% set number = loop.index %}
+<section id="run-{{ number }}"><h2><span class="dot" style="background: {{ run.colour }}"></span>
+<bdi>{{ run.name }}</bdi></h2>
+<p class="soft">{{ run.settings }}</p><p><strong>{{ run.stands }}</strong></p>
+<dl>{% for name, value in run.figures.items() %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+{% for line in run.notes %}<p>{{ line }}</p>{% endfor %}
+{% for text, ks in run.warned.items() %}
+<p class="warn"><strong>Warning in round {{ ks | join(', ') }}:</strong> {{ text }}</p>{% endfor %}
+{% if run.table %}<h3>Rounds</h3>{{ grid(run.table, 'Rounds of ' ~ run.name) }}{% endif %}
+{% if run.iou %}<h3>IoU of each class, by round (%)</h3>
+<div class="scroll" tabindex="0" role="region" aria-label="IoU of each class"><table class="iou"><thead><tr>
+<th scope="col">class</th>{% for k in run.iou_rounds %}<th scope="col">{{ k }}</th>{% endfor %}</tr></thead><tbody>
+{% for name, values in run.iou.items() %}<tr><td>{% if name in run.swatches %}
+<span class="swatch" style="background: {{ run.swatches[name] }}"></span>{% endif %}<bdi>{{ name }}</bdi></td>
+{% for value in values %}<td style="--v: {{ value or 0 }}">{{ '–' if value is none else '%.0f' | format(value) }}</td>
+{%- endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endif %}
+<h3>What each round asked for</h3>
+{% for round in run.rounds | reverse %}
+<details{% if loop.first and number == 1 %} open{% endif %}><summary>Round {{ round.k }}
+<span>{{ round.units }} in {{ round.images }} images{% if round.strategy %}, by {{ round.strategy }}{% endif %}</span>
+</summary><div class="two">
+{% if round.classes %}<div><h3>Classes, % of pixels</h3>
+{% for name, share in round.classes[:16] %}<div class="share"><bdi>{{ name }}</bdi>
+<i style="width: {{ share }}%{% if name in run.swatches %}; background: {{ run.swatches[name] }};
+ outline: 1px solid var(--soft){% endif %}"></i><b>{{ '%.2f' | format(share) }}</b></div>{% endfor %}
+{% if round.classes | length > 16 %}<p class="soft">and {{ round.classes | length - 16 }} more</p>{% endif %}</div>
+{% endif %}
+{% if round.bars %}<div><h3>Scores of {{ round.bars.images }} images</h3><div class="bars" role="img"
+ aria-label="Histogram of the highest score in each image, from {{ round.bars.low }} to {{ round.bars.high }}">
+{% for all, asked in round.bars.bars %}<i style="height: {{ all }}%"><b style="height: {{ 100 * asked / all if all else 0 }}%">
+</b></i>{% endfor %}</div>
+<div class="ends"><span>{{ '%.4g' | format(round.bars.low) }}</span><span>{{ '%.4g' | format(round.bars.high) }}</span></div>
+<p class="soft">The highest score in each image; orange: those asked for.</p></div>{% endif %}
+</div>
+<details><summary>Names</summary><div class="scroll" tabindex="0" role="region" aria-label="Names"><table><thead><tr>
+<th scope="col">image</th><th scope="col">units</th><th scope="col">pixels</th><th scope="col">highest score</th></tr>
+</thead><tbody>{% for name, asked, score in round.names %}<tr><td><bdi>{{ name }}</bdi></td>
+<td>{{ asked[0] if asked else 'all' }}</td><td>{{ asked[1] if asked else 'all' }}</td>
+<td>{{ '–' if score is none else '%.4g' | format(score) }}</td></tr>
+{% endfor %}</tbody></table></div>
+{% if round.more %}<p class="soft">and {{ round.more }} more, which al_state.json names</p>{% endif %}</details>
+{% for path in round.pictures %}{{ picture(path, path.rpartition('round_' ~ round.k)[2].lstrip('/')) }}{% endfor %}
+{% if round.left_out %}<p class="soft">and {{ round.left_out }} more pictures in its folder</p>{% endif %}
+</details>{% endfor %}
+{% for path in run.pictures %}<details><summary>Classes, IoU, rankings and budget in one figure</summary>
+{{ picture(path, 'asked.png') }}</details>{% endfor %}
+<h3>Go on</h3>
+{% for words, command in run.commands %}<p>{{ words }}</p><pre tabindex="0"><code>{{ command }}</code></pre>{% endfor %}
+</section>{% endfor %}
+<section><h2>Cite</h2><p>The paper of the strategy, as the README names it, with its settings above, the seeds and the
+labels spent; and MMSegmentation:</p><pre tabindex="0"><code>{{ cite }}</code></pre></section>
+</main></body></html>
+"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2466,9 +2775,13 @@ def add_scalars(state: al_patch.State, scalars: dict[str, float]) -> None:
 
 
 def save_figure(figure: figures.Figure, path: str) -> None:
-    """Write a figure, as a whole or not at all; what a kill leaves, the next start of a run removes by its name. (It is
+    save_file(rendered(figure, osp.splitext(path)[1][1:] or 'png'), path)
+
+
+def save_file(content: bytes, path: str) -> None:
+    """Write a file, as a whole or not at all; what a kill leaves, the next start of a run removes by its name. (It is
     ``al_patch.write_atomically``'s work, which ``compare`` does without, because it would import torch.)"""
-    content, temporary = rendered(figure, osp.splitext(path)[1][1:] or 'png'), f'{path}.al.tmp'
+    temporary = f'{path}.al.tmp'
     os.makedirs(osp.dirname(osp.abspath(path)), exist_ok=True)
     with open(temporary, 'wb') as file:
         file.write(content)
@@ -2483,6 +2796,8 @@ def write_csv(path: str, rows: list) -> None:
 
 def rendered(figure: figures.Figure, kind: str = 'png') -> bytes:
     content = io.BytesIO()
+    for text in figure.findobj(lambda artist: hasattr(artist, 'set_parse_math')):
+        text.set_parse_math(False)  # a name may hold two dollars
     figure.savefig(content, format=kind)
     return content.getvalue()
 
