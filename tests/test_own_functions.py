@@ -1,6 +1,4 @@
-"""Functions of the user's own: registered or named by path, those of the README as they stand there, and what they get.
-"""
-import functools
+"""Functions of the user's own: registered or named by path, as in resources/strategies.md, and what they get."""
 import inspect
 import os.path as osp
 import re
@@ -14,7 +12,7 @@ import torch
 import al_patch
 from al_patch import AL_EMBEDDINGS, AL_SCORES, AL_SELECTORS, AL_STRATEGIES, parse_settings, resolve_strategy
 
-TEXT = open(osp.join(osp.dirname(osp.abspath(al_patch.__file__)), 'README.md')).read()
+TEXT = open(osp.join(osp.dirname(osp.abspath(al_patch.__file__)), 'resources', 'strategies.md')).read()
 BLOCKS = re.findall(r'^```python\n(.*?)^```', TEXT, re.S | re.M)
 FUNCTIONS = [block for block in BLOCKS if 'def ' in block and 'my_strategies' in block]
 UNITS = dict(image=dict(unit='image', initial=4, budget=2),
@@ -129,7 +127,7 @@ def test_a_registered_strategy_that_does_not_fit_is_refused_like_a_setting(prese
         parse_settings(dict(strategy='mine'))
 
 
-# --- the README ------------------------------------------------------------------------------------------------------
+# --- the page ------------------------------------------------------------------------------------------------------
 
 
 def al_blocks(text: str) -> list:
@@ -147,7 +145,7 @@ def al_blocks(text: str) -> list:
 
 @pytest.fixture
 def my_strategies(tmp_path, monkeypatch):
-    """The module that the README shows."""
+    """The module that the page shows."""
     (tmp_path / 'my_strategies.py').write_text('\n'.join(FUNCTIONS))
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, 'my_strategies', raising=False)
@@ -157,14 +155,14 @@ def my_strategies(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('unit', UNITS)
 @pytest.mark.parametrize('block', al_blocks(TEXT))
-def test_what_the_readme_shows_runs(make_cfg, train, my_strategies, block, unit):
+def test_what_the_page_shows_runs(make_cfg, train, my_strategies, block, unit):
     al = eval(block, {'__builtins__': {}, 'dict': dict})
     _, rounds = train(make_cfg({**al, **UNITS[unit], 'rounds': 1}, changes=SHORT))
     asked = rounds[1]['asked']
     assert (len(asked) if unit == 'image' else sum(n for n, _ in asked.values())) == UNITS[unit]['budget']
 
 
-def test_every_function_that_the_readme_shows_is_used_there():
+def test_every_function_that_the_page_shows_is_used_there():
     defined = set(re.findall(r'^def (\w+)', '\n'.join(FUNCTIONS), re.M))
     assert defined and defined == set(re.findall(r'my_strategies:(\w+)', ' '.join(al_blocks(TEXT))))
 

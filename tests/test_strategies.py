@@ -217,7 +217,7 @@ def test_more_classes_than_a_byte_holds():
 # --- the registries --------------------------------------------------------------------------------------------------
 
 FUNCTIONS = {**SCORES, **EMBEDDINGS, **SELECTORS}
-README = osp.join(osp.dirname(osp.abspath(al_patch.__file__)), 'README.md')
+HERE = osp.dirname(osp.abspath(al_patch.__file__))
 
 
 def first_parameters(function) -> list:
@@ -283,15 +283,20 @@ def test_a_name_stands_for_its_functions_with_all_their_options(name):
 
 
 def readme_rows() -> dict:
-    """Of the table of strategies: name -> its parts, each a list of what stands in code there."""
-    section = open(README).read().split('\n## Strategies\n')[1].split('\n## ')[0]
-    table = re.search(r'^\|[^\n]*\bpaper\b[^\n]*\n\|[-|]+\|\n((?:\|[^\n]*\n)+)', section, re.M).group(1)
-    rows = [[cell.strip() for cell in row.split('|')[1:]] for row in table.splitlines()]
+    """Of the page's table of strategies: name -> its parts, each a list of what stands in code there."""
+    rows = rows_of('resources/strategies.md')
     return {name.strip('`'): [re.findall('`(.+?)`', part) for part in parts.split(' × ')] for name, parts, *_ in rows}
+
+
+def rows_of(page: str) -> list[list[str]]:
+    table = re.search(r'^\|[^\n]*\bpaper\b[^\n]*\n\|[-|]+\|\n((?:\|[^\n]*\n)+)', open(osp.join(HERE, page)).read(),
+                      re.M).group(1)
+    return [[cell.strip() for cell in row.split('|')[1:]] for row in table.splitlines()]
 
 
 def test_every_strategy_has_a_row_in_the_readme_and_every_row_is_one():
     assert sorted(readme_rows()) == sorted(STRATEGIES)
+    assert [row[0] for row in rows_of('README.md')] == [f'`{name}`' for name in readme_rows()]
 
 
 @pytest.mark.parametrize('name', STRATEGIES)
