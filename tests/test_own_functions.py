@@ -1,4 +1,5 @@
 """Functions of the user's own: registered or named by path, as in resources/strategies.md, and what they get."""
+import functools
 import inspect
 import os.path as osp
 import re
