@@ -1546,6 +1546,8 @@ def dataset(work_dir: str, out: str, copy: bool = False, parts: int = 1) -> str:
     """
     import al_patch
     import al_report
+    if parts < 1:
+        raise ValueError(f'--parts should be a positive int, but got {parts}')
     with al_report.new_folder(out), stopped_run(work_dir), opened_run(work_dir, al_report.start_quietly) as state:
         al_report.check_pool(state)
         if state.keeps_labels:
@@ -1643,10 +1645,10 @@ def write_config(state: State, out: str, files: dict[str, str]) -> None:
                 'data_prefix': dict(img_path='img', seg_map_path='ann'), 'seg_map_suffix': '.png'}
 
     cfg.train_dataloader.dataset = al_patch.map_leaves(cfg.train_dataloader.dataset, listed)
-    partly = ''
+    partly = "# The run's rounds go on from earlier weights: set load_from to them.\n" * (state.al.weights != 'scratch')
     if state.counts_pixels:
         average_labelled(cfg.model)
-        partly = ("# Images are partly labelled: cross entropies are means over labelled pixels here, by mmseg's own "
+        partly += ("# Images are partly labelled: cross entropies are means over labelled pixels here, by mmseg's own "
                   'avg_non_ignore. What a\n# run does beside that needs al_patch: it leaves out images without labels, '
                   'draws crops where labels are, keeps\n# labelled pixels in a resize, and lets any other loss see '
                   'labelled pixels alone.\n')

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import os.path as osp
+import re
 import shutil
 import types
 
@@ -386,6 +387,29 @@ def test_what_people_have_handed_in_is_taken_first(make_cfg, train, tmp_path):
     shares = {row['image']: row['share'] for row in read_csv(tmp_path, 'out', 'labels.csv')}
     assert shares == {name: f'{1 + i % 2}/2' for i, name in enumerate(names)}
     assert {row['newest file'] for row in read_csv(tmp_path, 'out', 'labels.csv')} == {'round_0'}
+
+
+@pytest.mark.parametrize('work_dir, parts, why', [
+    ('nowhere', 1, 'nowhere/al_state.json'), ('.', 0, '--parts should be a positive int, but got 0')])
+def test_data_sets_that_cannot_be_had(tmp_path, capsys, work_dir, parts, why):
+    with pytest.raises(SystemExit, match='^2$'):
+        al_label.main(['dataset', str(tmp_path / work_dir), '--out', str(tmp_path / 'out'), '--parts', str(parts)])
+    assert re.match(f'al_label.py dataset: .*{why}', capsys.readouterr().err) and not (tmp_path / 'out').exists()
+
+
+def test_a_data_set_of_files_with_any_suffix(model, shared_data, tmp_path):
+    """What was asked for of a folder, where each image has its own: a label map then has the whole name."""
+    image = cv2.imread(osp.join(shared_data, 'img', 'val', '0.png'))
+    for path in ('x.JPG', 'deep/y.bmp'):
+        for folder, array, name in (('new', image, path), ('ask/round_1/labels', image[..., 0] // 90, path)):
+            name = name if folder == 'new' else osp.splitext(name)[0] + '.png'
+            os.makedirs(osp.dirname(tmp_path / 'later' / folder / name), exist_ok=True)
+            cv2.imwrite(str(tmp_path / 'later' / folder / name), array)
+    al_label.ask(model.config, model.checkpoint, str(tmp_path / 'later' / 'new'), 2, str(tmp_path / 'ask'))
+    shutil.copytree(tmp_path / 'later' / 'ask', tmp_path / 'ask', dirs_exist_ok=True)
+    al_label.dataset(str(tmp_path / 'ask'), str(tmp_path / 'out'))
+    labels = stock_labels(str(tmp_path / 'out' / 'config.py'))
+    assert {*labels} == {'x', 'deep/y'} and all((label == image[..., 0] // 90).all() for label in labels.values())
 
 
 def test_two_data_sets_stay_two(make_cfg, train, shared_data, tmp_path):
