@@ -2188,8 +2188,10 @@ def draw_curves(groups: dict[str, np.ndarray], metric: str, full: float | None) 
         for shift, ((label, curves), style) in enumerate(zip(groups.items(), styles(groups)), -(len(groups) // 2)):
             draw_curve(axes, curves[:, row].mean(0), curves[:, 2], 3 * shift, **style,
                        label=f'{label} ({len(curves)} seeds)' if len(curves) > 1 else label)
-        tidy(axes, legend=row == 0, xlabel=xlabels[row], ylabel=metric)
+        tidy(axes, legend=False, xlabel=xlabels[row], ylabel=metric)
         draw_levels(axes, {} if full is None else {f'full supervision: {full:.2f}': full})
+    figure.legend(*axes.get_legend_handles_labels(), loc='outside upper left', ncols=len(xlabels), frameon=False,
+                  fontsize=9)
     return figure
 
 
@@ -2217,12 +2219,12 @@ def draw_levels(axes, levels: dict[str, float]) -> None:
 
 
 def styles(labels: Iterable[str]) -> list[dict]:
-    """Colour, marker and line of each label: of the strategy that it begins with, or else by its letters. One that is
-    taken gives way to the next whose colour is free."""
-    taken, result = {}, {}
-    for label in sorted(labels, key=lambda label: re.match(r'\w*', label)[0] not in STYLED):  # the known ones first
-        name = re.match(r'\w*', label)[0]
-        i = STYLED.index(name) if name in STYLED else zlib.crc32(label.encode())
+    """Colour, marker and line of each label: of the strategy that it names, or else by its letters. One that is taken
+    gives way to the next whose colour is free."""
+    taken, result, labels = {}, {}, list(labels)
+    named = {label: [STYLED.index(word) for word in re.findall(r'\w+', label) if word in STYLED] for label in labels}
+    for label in sorted(labels, key=lambda label: not named[label]):
+        i = (named[label] or [zlib.crc32(label.encode())])[0]
         i = min(range(i, i + 56), key=lambda i: (i % 56 in taken, i % 7 in taken.values(), i)) % 56
         taken[i] = i % 7
         result[label] = dict(color=COLOURS[i % 7], marker=MARKERS[i % 8], linestyle=('-', '--', '-.', ':')[i // 7 % 4])
@@ -2289,10 +2291,9 @@ def write_page(dirs: list[str], out: str | None = None, metric: str | None = Non
     metric = metric_of(runs, metric)
     groups, members = group_runs(runs, metric), name_groups(runs, metric)
     full = full_of(runs, metric) if full is None and metric else full
-    looks = dict(zip(groups, styles(groups)))
-    label_of = {path: label for label, paths in members.items() for path in paths}
-    shown = [show_run(path, run, metric, full, looks.get(label_of.get(path), {}).get('color', COLOURS[-1]))
-             for path, run in runs.items()]
+    looks = {label: IN_PAGE.get(style['color'], style['color']) for label, style in zip(groups, styles(groups))}
+    colours = {path: looks[label] for label, paths in members.items() for path in paths}
+    shown = [show_run(path, run, metric, full, colours.get(path)) for path, run in runs.items()]
     data = data_uris([path for run in shown for each in [run, *run['rounds']] for path in each['pictures']])
     figure = draw_curves(groups, metric, full) if groups else None
     if figure and len(runs) == 1:
@@ -2307,7 +2308,7 @@ def write_page(dirs: list[str], out: str | None = None, metric: str | None = Non
     return f'{out}: {len(runs)} runs, {len(data)} pictures, {len(content) / 1e6:.1f} MB; open it in any browser'
 
 
-def show_run(path: str, run: dict, metric: str | None, full: float | None, colour: str) -> dict:
+def show_run(path: str, run: dict, metric: str | None, full: float | None, colour: str | None) -> dict:
     """What the page says of one run."""
     rounds, colours = run['rounds'], read_json(osp.join(path, 'palette.json'), {})
     done = [entry for entry in rounds if 'metrics' in entry]
@@ -2316,12 +2317,12 @@ def show_run(path: str, run: dict, metric: str | None, full: float | None, colou
     head, stands, *lines = [line for line in status(path).splitlines() if not line.startswith(('|', '+', 'Warning'))]
     said = [line.partition(': bash ') for line in lines]
     points = curve(rounds, metric)
-    spent = ', '.join(f'{value} {key}' for key, value in rounds[-1]['spent'].items() if not key.startswith('%'))
-    figures = {'labelled' if run['phase'] != 'label' else 'asked for': spent}
+    figures = {}
     if points.size:
         share, last = points[0, -1], points[2, -1]
-        gained = f' ({last - points[2, 0]:+.2f} since round 0)' if points.shape[1] > 1 else ''
-        figures = {metric: f'{last:.2f}{gained}', 'share': f'{share:.4g} %', **figures}
+        of = 'pixels' if '% of pixels' in rounds[-1]['spent'] else 'images'
+        figures = {metric: f'{last:.2f}', 'since round 0': f'{last - points[2, 0]:+.2f}',
+                   'with labels of': f'{share:.4g} % of {of}'}
         if full:
             figures['of full supervision'] = f'{100 * last / full:.1f} %'
     ious = [(k, read_json(osp.join(path, f'round_{k}', 'class_iou.json'), {})) for k in range(len(done))]
@@ -2339,6 +2340,7 @@ def show_run(path: str, run: dict, metric: str | None, full: float | None, colou
         iou={name: [iou.get(name) for _, iou in known] for name in classes if any(name in iou for _, iou in known)},
         iou_rounds=[k for k, _ in known], swatches=swatches,
         rounds=[show_round(path, k, entry, classes) for k, entry in enumerate(rounds)],
+        unit=in_words(run['settings']['unit']).partition('(')[0],
         pictures=[file for file in [osp.join(path, 'asked.png')] if osp.isfile(file)])
 
 
@@ -2353,42 +2355,43 @@ def show_round(path: str, k: int, entry: dict, classes: list, at_most: int = 200
     places = [('contact_sheet.png', folder), ('**/*.png', osp.join(folder, 'pictures')),
               ('**/*.jpg', osp.join(folder, 'to_label', 'overlay'))]
     found = [sorted(glob.glob(osp.join(glob.escape(where), files), recursive=True)) for files, where in places]
-    strategy = in_words(entry['strategy']) if k and entry.get('strategy') else 'the start' if not k else ''
     void = entry.get('void_pixels')
     if void and pixels:
         counts = [*counts, (void, 'void')]
     return dict(
-        k=k, units=units_of(entry), images=len(asked), strategy=strategy, labelled=bool(pixels), pictures=[
-            path for paths in found for path in paths[:12]], left_out=sum(max(0, len(paths) - 12) for paths in found),
+        k=k, units=units_of(entry), images=len(asked), strategy=(entry.get('strategy') or {}).get('type'),
+        pictures=[path for paths in found for path in paths[:12]],
+        left_out=sum(max(0, len(paths) - 12) for paths in found),
         classes=[(name, 100 * n / pixels) for n, name in counts if n and pixels], bars=bars_of(scores, asked),
         names=[(name, asked[name], scores.get(name)) for name in names[:at_most]], more=max(0, len(names) - at_most))
 
 
 def bars_of(scores: dict, asked: dict, bins: int = 32) -> dict | None:
-    """A histogram of the highest score in each image: for each bar the height, in percent of the highest, of all images
-    and of those asked for."""
+    """A histogram of the highest score in each image: for each bar its height, in percent of the highest, and of how
+    many percent of its images a round asked."""
     if len(scores) < 2 or not np.isfinite([*scores.values()]).all():
         return None
     all_N, edges = np.histogram([*scores.values()], bins)
     asked_N, _ = np.histogram([score for name, score in scores.items() if name in asked], edges)
     return dict(low=edges[0], high=edges[-1], images=len(scores), bars=[
-        (100 * n / all_N.max(), 100 * a / all_N.max()) for n, a in zip(all_N.tolist(), asked_N.tolist())])
+        (100 * n / all_N.max(), 100 * a / max(1, n)) for n, a in zip(all_N.tolist(), asked_N.tolist())])
 
 
-def data_uris(paths: list[str], limit: int = 9_000_000) -> dict[str, tuple[str, str]]:
-    """Pictures by path, as data in the page, of ``limit`` characters in all: the more there are, the smaller."""
-    width, uris, paths = 1100, {}, list(dict.fromkeys(paths))
-    while paths:
+def data_uris(paths: list[str], limit: int = 9_000_000) -> dict[str, str]:
+    """Pictures by path, as data in the page, of ``limit`` characters in all: the more there are, the smaller. What
+    cannot be read is left out."""
+    width, uris, total = 1100., {}, math.inf
+    while total > limit:
         for path in paths:
             with contextlib.suppress(OSError, SyntaxError, ValueError), pil.open(path) as image:
                 image, content = image.convert('RGB'), io.BytesIO()
                 image.thumbnail((width, 2 * width))
                 image.save(content, 'WEBP', quality=80, method=2)
                 uris[path] = f'data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}'
-        if sum(map(len, uris.values())) <= limit:
-            break
-        print(f'{len(uris)} pictures are too many at {width} pixels: made smaller', file=sys.stderr)
-        width = int(.7 * width)
+        total = sum(map(len, uris.values()))
+        if total > limit:
+            print(f'{len(uris)} pictures are too many at {width:.0f} pixels: made smaller', file=sys.stderr)
+            width *= .9 * (limit / total)**.5
     return uris
 
 
@@ -2396,10 +2399,15 @@ def as_svg(figure: figures.Figure) -> str:
     """A figure as a part of the page: in its font, and in colours that suit its background."""
     with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'al'}):
         svg = rendered(figure, 'svg').decode()
-    svg = re.sub(r'(?s)<metadata>.*?</metadata>| (width|height)="[\d.]+pt"| id="[a-z]+_\d+"', '', svg[svg.index('<svg'):])
-    for colour, ours in {'#000000': 'currentColor', '#ffffff': 'none', '#606060': 'var(--soft)'}.items():
+    svg = re.sub(r'(?s)<metadata>.*?</metadata>|<style.*?</style>| (width|height)="[\d.]+pt"| id="[a-z]+_\d+"', '',
+                 svg[svg.index('<svg'):])
+    for colour, ours in IN_PAGE.items():
         svg = svg.replace(f': {colour}', f': {ours}')
-    return svg.replace('<svg', '<svg role="img" aria-label="Learning curves; the tables hold their figures"', 1)
+    return svg.replace('<svg', f'<svg role="img" aria-label="Learning curves, of which tables hold the figures" '
+                               f'style="min-width: {21 * len(figure.axes)}rem"', 1)
+
+
+IN_PAGE = {'#000000': 'currentColor', '#ffffff': 'none', '#606060': 'var(--soft)'}  # what dark pages have otherwise
 
 
 def read_json(path: str, default):
@@ -2435,7 +2443,8 @@ nav a { display: block; padding: .35rem .8rem; border: 1px solid var(--line); bo
     text-decoration: none; color: inherit } nav a:hover { background: var(--card) }
 .dot { display: inline-block; width: .75em; height: .75em; border-radius: 50%; margin-right: .4em }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .75rem; margin: 1rem 0 }
-dl div { background: var(--card); border-radius: .6rem; padding: .7rem 1rem } dt { color: var(--soft); font-size: .85rem }
+dl div { background: var(--card); border-radius: .6rem; padding: .7rem 1rem }
+dt { color: var(--soft); font-size: .85rem }
 dd { margin: 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums }
 .scroll { overflow-x: auto; margin: .5rem 0 }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
@@ -2458,8 +2467,8 @@ summary { cursor: pointer; padding: .6rem 0; font-weight: 600 } summary span { f
 figure { margin: 1rem 0 } figure div { overflow: auto; border-radius: .4rem } figcaption { font-size: .9rem }
 img { display: block; max-width: 100%; background: #fff; border-radius: .4rem; cursor: zoom-in }
 figure div:focus img { max-width: none; cursor: default }
-svg { display: block; width: 100%; max-width: 60rem; height: auto; max-height: 30rem } svg text { fill: currentColor;
-    font-family: system-ui, sans-serif !important }
+svg { display: block; width: 100%; max-width: 60rem; height: auto; max-height: 30rem } svg * { stroke-linejoin: round }
+svg text { fill: currentColor; font-family: system-ui, sans-serif !important }
 pre { background: var(--card); border-radius: .4rem; padding: .7rem 1rem; margin: .3rem 0 .8rem; white-space: pre-wrap;
     user-select: all; font-size: .88rem }
 @media print { details:not([open]) { display: none } }
@@ -2470,11 +2479,13 @@ PAGE = r"""<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <title>Active learning: {{ runs | map(attribute='name') | join(', ') | truncate(60) }}</title>
 <style>{{ css | safe }}</style></head><body>
+{% macro dot(colour) %}{% if colour %}
+<span class="dot" style="background: {{ colour }}"></span>{% endif %}{% endmacro %}
 {% macro grid(table, label, chips={}) %}
 <div class="scroll" tabindex="0" role="region" aria-label="{{ label }}"><table>
 <thead><tr>{% for name in table.field_names %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>
 {% for row in table.rows %}<tr>{% for cell in row %}<td>
-{%- if loop.first and cell in chips %}<span class="dot" style="background: {{ chips[cell].color }}"></span>{% endif %}
+{%- if loop.first %}{{ dot(chips[cell]) }}{% endif %}
 {{- '–' if cell is none else cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table></div>
 {% endmacro %}
@@ -2486,16 +2497,14 @@ PAGE = r"""<!DOCTYPE html>
 <header><h1>Active learning{% if runs | length == 1 %}: <bdi>{{ runs[0].name }}</bdi>{% endif %}</h1>
 <p class="soft">As of {{ when }}</p>
 {% if runs | length > 1 %}<nav aria-label="Runs"><ul>
-{% for run in runs %}<li><a href="#run-{{ loop.index }}"><span class="dot" style="background: {{ run.colour }}"></span>
-<bdi>{{ run.name }}</bdi></a></li>{% endfor %}
-</ul></nav>{% endif %}</header>
+{% for run in runs %}<li><a href="#run-{{ loop.index }}">{{ dot(run.colour) }}<bdi>{{ run.name }}</bdi></a></li>
+{% endfor %}</ul></nav>{% endif %}</header>
 <main id="main">
 {% if curves %}<div class="scroll" tabindex="0" role="region" aria-label="Learning curves">{{ curves | safe }}</div>
 {% endif %}
 {% if table %}{{ grid(table, 'Runs compared', looks) }}{% endif %}
 {% for run in runs %}{% set number = loop.index %}
-<section id="run-{{ number }}"><h2><span class="dot" style="background: {{ run.colour }}"></span>
-<bdi>{{ run.name }}</bdi></h2>
+<section id="run-{{ number }}"><h2>{{ dot(run.colour) }}<bdi>{{ run.name }}</bdi></h2>
 <p class="soft">{{ run.settings }}</p><p><strong>{{ run.stands }}</strong></p>
 <dl>{% for name, value in run.figures.items() %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
 {% for line in run.notes %}<p>{{ line }}</p>{% endfor %}
@@ -2513,7 +2522,8 @@ PAGE = r"""<!DOCTYPE html>
 <h3>What each round asked for</h3>
 {% for round in run.rounds | reverse %}
 <details{% if loop.first and number == 1 %} open{% endif %}><summary>Round {{ round.k }}
-<span>{{ round.units }} in {{ round.images }} images{% if round.strategy %}, by {{ round.strategy }}{% endif %}</span>
+<span>{{ round.units }} {{ run.unit }}s{% if run.unit != 'image' %} in {{ round.images }} images{% endif %}
+{% if round.strategy %}, by {{ round.strategy }}{% endif %}</span>
 </summary><div class="two">
 {% if round.classes %}<div><h3>Classes, % of pixels</h3>
 {% for name, share in round.classes[:16] %}<div class="share"><bdi>{{ name }}</bdi>
@@ -2523,9 +2533,9 @@ PAGE = r"""<!DOCTYPE html>
 {% endif %}
 {% if round.bars %}<div><h3>Scores of {{ round.bars.images }} images</h3><div class="bars" role="img"
  aria-label="Histogram of the highest score in each image, from {{ round.bars.low }} to {{ round.bars.high }}">
-{% for all, asked in round.bars.bars %}<i style="height: {{ all }}%"><b style="height: {{ 100 * asked / all if all else 0 }}%">
-</b></i>{% endfor %}</div>
-<div class="ends"><span>{{ '%.4g' | format(round.bars.low) }}</span><span>{{ '%.4g' | format(round.bars.high) }}</span></div>
+{% for height, asked in round.bars.bars %}<i style="height: {{ height }}%"><b style="height: {{ asked }}%"></b></i>
+{% endfor %}</div><div class="ends"><span>{{ '%.4g' | format(round.bars.low) }}</span>
+<span>{{ '%.4g' | format(round.bars.high) }}</span></div>
 <p class="soft">The highest score in each image; orange: those asked for.</p></div>{% endif %}
 </div>
 <details><summary>Names</summary><div class="scroll" tabindex="0" role="region" aria-label="Names"><table><thead><tr>

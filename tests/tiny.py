@@ -1,8 +1,11 @@
 """A data set, a network and a config so small that a round takes a tenth of a second, and what the configs import."""
+import base64
 import glob
 import json
 import os
 import os.path as osp
+import select
+import shutil
 import subprocess
 import sys
 from typing import Optional
@@ -321,3 +324,81 @@ class People:
 def part(label: np.ndarray, *masks) -> np.ndarray:
     """A label map that has only this, and no label elsewhere."""
     return np.where(np.any(masks, axis=0), label, VOID).astype(np.uint8)
+
+
+# --- a browser -------------------------------------------------------------------------------------------------------
+
+
+class Browser:
+    """A headless Chromium, spoken to through a pipe (its DevTools protocol); ``told`` is what its pages said of
+    themselves: requests, the console, errors. It has no network."""
+    PATH = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+    FLAGS = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+             '--disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars '
+             '--remote-debugging-pipe').split()
+
+    def __init__(self, folder):
+        (to_read, self.to), (self.read_from, to_write) = os.pipe(), os.pipe()
+        # the protocol has its ends at 3 and 4, whatever lies there now
+        command = f'exec 8<&{to_read} 9>&{to_write}; exec 3<&8 4>&9 8<&- 9>&-; exec "$@"'
+        self.process = subprocess.Popen(
+            ['bash', '-c', command, 'bash', self.PATH, *self.FLAGS, f'--user-data-dir={folder}', 'about:blank'],
+            pass_fds=(to_read, to_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(to_read), os.close(to_write)
+        self.rest, self.number, self.told, self.session = b'', 0, [], None
+        target = self.call('Target.createTarget', url='about:blank')['targetId']
+        self.session = self.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
+        for domain in 'Page', 'Runtime', 'Log', 'Network':
+            self.call(f'{domain}.enable')
+
+    def call(self, method: str, **params) -> dict:
+        """What the browser answers; what it tells meanwhile goes to ``told``."""
+        self.number += 1
+        call = dict(id=self.number, method=method, params=params)
+        call.update(dict(sessionId=self.session) if self.session else {})
+        os.write(self.to, json.dumps(call).encode() + b'\0')
+        return self.next(lambda message: message.get('id') == self.number)['result']
+
+    def next(self, is_it) -> dict:
+        while True:
+            while b'\0' not in self.rest:
+                if not select.select([self.read_from], [], [], 60)[0]:
+                    raise TimeoutError('the browser says nothing')
+                self.rest += os.read(self.read_from, 1 << 20)
+            message, self.rest = self.rest.split(b'\0', 1)
+            message = json.loads(message)
+            if 'method' in message:
+                self.told.append((message['method'], message['params']))
+            if is_it(message):
+                return message
+
+    def open(self, path, width: int = 1280, height: int = 900, scheme: str = 'light') -> None:
+        """Open a file and wait until all of it is there."""
+        self.told.clear()
+        self.call('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=1,
+                  mobile=width < 600)
+        self.call('Emulation.setEmulatedMedia', features=[dict(name='prefers-color-scheme', value=scheme)])
+        self.call('Page.navigate', url=f'file://{path}')
+        if not any(name == 'Page.loadEventFired' for name, _ in self.told):
+            self.next(lambda message: message.get('method') == 'Page.loadEventFired')
+
+    def run(self, script: str):
+        """The value of a JavaScript expression, awaited."""
+        done = self.call('Runtime.evaluate', expression=script, awaitPromise=True, returnByValue=True)
+        assert 'exceptionDetails' not in done, done
+        return done['result'].get('value')
+
+    def press(self, key: str, code: int) -> None:
+        for kind in 'keyDown', 'keyUp':
+            text = dict(text='\r') if key == 'Enter' and kind == 'keyDown' else {}
+            self.call('Input.dispatchKeyEvent', type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text)
+
+    def screenshot(self, path, whole: bool = False) -> None:
+        shot = self.call('Page.captureScreenshot', format='png', captureBeyondViewport=whole)
+        with open(path, 'wb') as file:
+            file.write(base64.b64decode(shot['data']))
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.to), os.close(self.read_from)
