@@ -2298,6 +2298,8 @@ ids?           {[count]}
 returned?      {units_and_pixels | None}
 unchanged?     count
 from_store?    count
+asked_at?      str
+accepted_at?   str
 warnings?      [str]
 """
 # `checkpoints`: last and best, in the round's own folder; `changed`: keys of the config, since the round before

@@ -253,6 +253,8 @@ WRONG_VALUES = {
         ([None, 3, ['image'], dict(type=3)], ['no such']),
     "a dict from a round to a dict of config keys, e.g. {2: {'train_cfg.max_iters': 4000}}":
         ([[1], 'x', {1: 4000}], [{-1: {}}, {'one': {}}]),
+    'a dict of prices >= 0 of an `image` that is opened, a `click` and a `pixel`, and their `unit`, e.g. '
+    "dict(image=20, click=1.5, unit='s')": ([3, 'cheap', dict(image='20'), dict(unit=3)], [dict(image=-1), dict(clicks=2)]),
     "a dict of 'metric' with 'value' and / or 'patience', e.g. dict(metric='mIoU', value=75)":
         ([75, 'mIoU'], [dict(metric='mIoU'), {}])}
 
@@ -384,7 +386,8 @@ HUMAN_FIELDS = dict(
     ids=(True, {'a list': [], 'text': {'*': 'x'}, 'negative': {'*': [-1]}, 'far too large': {'*': [10**6]},
                 'twice the same': {'*': 'twice'}, 'an image that nobody asked for': {'no/such': [0]}}),
     returned=(True, {'a list': [], 'text in it': {'a/00': 'x'}, 'negative': {'a/00': [-1, 5]}}),
-    unchanged=(True, COUNT), from_store=(True, COUNT), warnings=(True, {'text': 'x', 'numbers': [3]}),
+    unchanged=(True, COUNT), from_store=(True, COUNT), asked_at=(True, {'a number': 3, 'a list': []}),
+    accepted_at=(True, {'a number': 3}), warnings=(True, {'text': 'x', 'numbers': [3]}),
     changed=(True, {'text': 'x', 'numbers': [3]}))
 
 
