@@ -254,7 +254,8 @@ WRONG_VALUES = {
     "a dict from a round to a dict of config keys, e.g. {2: {'train_cfg.max_iters': 4000}}":
         ([[1], 'x', {1: 4000}], [{-1: {}}, {'one': {}}]),
     'a dict of prices >= 0 of an `image` that is opened, a `click` and a `pixel`, and their `unit`, e.g. '
-    "dict(image=20, click=1.5, unit='s')": ([3, 'cheap', dict(image='20'), dict(unit=3)], [dict(image=-1), dict(clicks=2)]),
+    "dict(image=20, click=1.5, unit='s')":
+        ([3, 'cheap', dict(image='20'), dict(unit=3)], [dict(image=-1), dict(clicks=2)]),
     "a dict of 'metric' with 'value' and / or 'patience', e.g. dict(metric='mIoU', value=75)":
         ([75, 'mIoU'], [dict(metric='mIoU'), {}])}
 
