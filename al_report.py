@@ -1720,6 +1720,300 @@ def trial_losses(trainer, n: int, *fills) -> list[dict]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write_page(dirs: list[str], out: str | None = None, metric: str | None = None, full: float | None = None) -> str:
+    """Write what there is to see of runs, finished or not, into one HTML file that loads nothing: from their state, the
+    JSON files in the rounds' folders and the pictures there.
+
+    Returns:
+        What was written.
+
+    Raises:
+        ValueError: ``full`` is given, and there is no metric; or a state cannot be read.
+    """
+    out = out or osp.join(dirs[0], 'report.html')
+    if osp.isdir(out):
+        raise ValueError(f'--out should be a file, e.g. {osp.join(out, "report.html")}, but {out} is a folder')
+    runs = {osp.normpath(path): read_run(path) for path in dirs}
+    metric = metric_of(runs, metric)
+    groups, members = group_runs(runs, metric), name_groups(runs, metric)
+    full = full_of(runs, metric) if full is None and metric else full
+    looks = {label: IN_PAGE.get(style['color'], style['color']) for label, style in zip(groups, styles(groups))}
+    colours = {path: looks[label] for label, paths in members.items() for path in paths}
+    shown = [show_run(path, run, metric, full, colours.get(path)) for path, run in runs.items()]
+    data = data_uris([path for run in shown for each in [run, *run['rounds']] for path in each['pictures']])
+    figure = draw_curves(groups, metric, full) if groups else None
+    if figure and len(runs) == 1:
+        [run] = runs.values()
+        mark_changes(figure, run['rounds'], metric, curve(run['rounds'], metric))
+    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE).render(
+        runs=shown, data=data, metric=metric, curves=figure and as_svg(figure),
+        table=len(runs) > 1 and groups and groups_table(groups, metric, full), when=time.strftime('%d %B %Y, %H:%M'),
+        looks=looks, cite=CITE, css=PAGE_CSS)
+    content = page.encode('utf-8', 'replace')  # what is no character in a name would be an error
+    save_file(content, out)
+    return f'{out}: {len(runs)} runs, {len(data)} pictures, {len(content) / 1e6:.1f} MB; open it in any browser'
+
+
+def show_run(path: str, run: dict, metric: str | None, full: float | None, colour: str | None) -> dict:
+    """What the page says of one run."""
+    rounds, colours = run['rounds'], read_json(osp.join(path, 'palette.json'), {})
+    done = [entry for entry in rounds if 'metrics' in entry]
+    classes = run.get('classes') or [*colours]
+    swatches = {name: '#{:02x}{:02x}{:02x}'.format(*(int(c) & 255 for c in rgb)) for name, rgb in colours.items()}
+    head, stands, *lines = [line for line in status(path).splitlines() if not line.startswith(('|', '+', 'Warning'))]
+    said = [line.partition(': bash ') for line in lines]
+    points = curve(rounds, metric)
+    figures = {}
+    if points.size:
+        share, last = points[0, -1], points[2, -1]
+        of = 'pixels' if '% of pixels' in rounds[-1]['spent'] else 'images'
+        figures = {metric: f'{last:.2f}', 'since round 0': f'{last - points[2, 0]:+.2f}',
+                   'with labels of': f'{share:.4g} % of {of}'}
+        if full:
+            figures['of full supervision'] = f'{100 * last / full:.1f} %'
+    ious = [(k, read_json(osp.join(path, f'round_{k}', 'class_iou.json'), {})) for k in range(len(done))]
+    known = [(k, iou) for k, iou in ious if iou]
+    warned = {}
+    for k, entry in enumerate(rounds):
+        for text in entry.get('warnings', ()):
+            warned.setdefault(text, []).append(k)
+    return dict(
+        name=osp.basename(osp.abspath(path)), colour=colour, stands=stands, figures=figures, warned=warned,
+        settings=head.removeprefix(f'{path}: '), table=rounds_table(done) if done else None,
+        notes=[line for line, is_command, _ in said if not is_command],
+        commands=[(words, f'bash {command}') for words, is_command, command in said if is_command] + [
+            ('This page anew', f'python al_report.py html {shlex.quote(path)}')],
+        iou={name: [iou.get(name) for _, iou in known] for name in classes if any(name in iou for _, iou in known)},
+        iou_rounds=[k for k, _ in known], swatches=swatches,
+        rounds=[show_round(path, k, entry, classes) for k, entry in enumerate(rounds)],
+        unit=in_words(run['settings']['unit']).partition('(')[0],
+        pictures=[file for file in [osp.join(path, 'asked.png')] if osp.isfile(file)])
+
+
+def show_round(path: str, k: int, entry: dict, classes: list, at_most: int = 200) -> dict:
+    """What the page says of what round ``k`` asked for."""
+    folder, asked = osp.join(path, f'round_{k}'), entry['asked']
+    counts = read_json(osp.join(folder, 'asked_classes.json'), [])
+    pixels = entry.get('pixels') or sum(counts)
+    counts = sorted(zip(counts, classes), key=lambda pair: -pair[0])
+    scores = read_json(osp.join(path, f'round_{k - 1}', 'query_scores.json'), {}) if k else {}
+    names = sorted(asked, key=lambda name: (-(asked[name] or [0])[0], -scores.get(name, 0)))
+    found = [sorted(glob.glob(osp.join(glob.escape(folder), files), recursive=True), key=lambda file: (
+        osp.splitext(osp.relpath(file, osp.join(folder, 'pictures')))[0] not in asked, file))  # what it asked for first
+        for files in ('contact_sheet.png', 'pictures/**/*.png', 'to_label/overlay/**/*.jpg')]
+    void = entry.get('void_pixels')
+    if void and pixels:
+        counts = [*counts, (void, 'void')]
+    return dict(
+        k=k, units=units_of(entry), images=len(asked), strategy=(entry.get('strategy') or {}).get('type'),
+        pictures=[path for paths in found for path in paths[:12]],
+        left_out=sum(max(0, len(paths) - 12) for paths in found),
+        classes=[(name, 100 * n / pixels) for n, name in counts if n and pixels], bars=bars_of(scores, asked),
+        names=[(name, asked[name], scores.get(name)) for name in names[:at_most]], more=max(0, len(names) - at_most))
+
+
+def bars_of(scores: dict, asked: dict, bins: int = 32) -> dict | None:
+    """A histogram of the highest score in each image: for each bar its height, in percent of the highest, and of how
+    many percent of its images a round asked."""
+    if len(scores) < 2 or not np.isfinite([*scores.values()]).all():
+        return None
+    all_N, edges = np.histogram([*scores.values()], bins)
+    asked_N, _ = np.histogram([score for name, score in scores.items() if name in asked], edges)
+    return dict(low=edges[0], high=edges[-1], images=len(scores), bars=[
+        (100 * n / all_N.max(), 100 * a / max(1, n)) for n, a in zip(all_N.tolist(), asked_N.tolist())])
+
+
+def data_uris(paths: list[str], limit: int = 9_000_000) -> dict[str, str]:
+    """Pictures by path, as data in the page, of ``limit`` characters in all: the more there are, the smaller. What
+    cannot be read is left out."""
+    width, uris, total = 1100., {}, math.inf
+    while total > limit:
+        for path in paths:
+            with contextlib.suppress(OSError, SyntaxError, ValueError), pil.open(path) as image:
+                image, content = image.convert('RGB'), io.BytesIO()
+                image.thumbnail((width, 2 * width))
+                image.save(content, 'WEBP', quality=80, method=2)
+                uris[path] = f'data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}'
+        total = sum(map(len, uris.values()))
+        if total > limit:
+            print(f'{len(uris)} pictures are too many at {width:.0f} pixels: made smaller', file=sys.stderr)
+            width *= .9 * (limit / total)**.5
+    return uris
+
+
+def as_svg(figure: figures.Figure) -> str:
+    """A figure as a part of the page: in its font, and in colours that suit its background."""
+    with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'al'}):
+        svg = rendered(figure, 'svg').decode()
+    svg = re.sub(r'(?s)<metadata>.*?</metadata>|<style.*?</style>| (width|height)="[\d.]+pt"| id="[a-z]+_\d+"', '',
+                 svg[svg.index('<svg'):])
+    for colour, ours in IN_PAGE.items():
+        svg = svg.replace(f': {colour}', f': {ours}')
+    return svg.replace('<svg', f'<svg role="img" aria-label="Learning curves, of which tables hold the figures" '
+                               f'style="min-width: {21 * len(figure.axes)}rem"', 1)
+
+
+IN_PAGE = {'#000000': 'currentColor', '#ffffff': 'none', '#606060': 'var(--soft)'}  # what dark pages have otherwise
+
+
+def read_json(path: str, default):
+    """What a file holds, if it can be read and is of the kind that it should be."""
+    with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as file:
+        content = json.load(file)
+        return content if isinstance(content, type(default)) else default
+    return default
+
+
+CITE = """@misc{mmseg2020,
+    title={{MMSegmentation}: OpenMMLab Semantic Segmentation Toolbox and Benchmark},
+    author={MMSegmentation Contributors},
+    howpublished={\\url{https://github.com/open-mmlab/mmsegmentation}},
+    year={2020}
+}"""
+PAGE_CSS = """
+:root { color-scheme: light dark; --ink: #1b1d22; --soft: #5b616b; --line: #dfe2e7; --card: #f6f7f9; --back: #fff;
+    --blue: #0072b2; --orange: #d55e00 }
+@media (prefers-color-scheme: dark) { :root { --ink: #e7e9ee; --soft: #a3aab6; --line: #343943; --card: #1f232a;
+    --back: #15181d; --blue: #56b4e9; --orange: #e8873a } img { filter: brightness(.88) } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 3rem) 5rem; max-width: 76rem; color: var(--ink);
+    background: var(--back); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; overflow-wrap: anywhere }
+h1, h2, h3 { line-height: 1.2; text-wrap: balance } h1 { font-size: 1.9rem; margin: .5rem 0 }
+h2 { font-size: 1.45rem; margin: 3.5rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line) }
+h3 { font-size: 1.05rem; margin: 2rem 0 .5rem }
+p { margin: .4rem 0; max-width: 46rem } .soft, figcaption, th { color: var(--soft) }
+a { color: var(--blue) } :focus-visible { outline: 3px solid var(--blue); outline-offset: 2px }
+.skip { position: absolute; left: -99rem } .skip:focus { position: static }
+nav ul { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0; list-style: none }
+nav a { display: block; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: 2rem;
+    text-decoration: none; color: inherit } nav a:hover { background: var(--card) }
+.dot { display: inline-block; width: .75em; height: .75em; border-radius: 50%; margin-right: .4em }
+dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .75rem; margin: 1rem 0 }
+dl div { background: var(--card); border-radius: .6rem; padding: .7rem 1rem }
+dt { color: var(--soft); font-size: .85rem }
+dd { margin: 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums }
+.scroll { overflow-x: auto; margin: .5rem 0 }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
+th, td { padding: .32rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
+th { font-weight: 600 } td:first-child, th:first-child { text-align: left } .iou td + td {
+    background: color-mix(in srgb, var(--blue) calc(var(--v) * .45%), transparent) }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border: 1px solid var(--soft) }
+.warn { border-left: 4px solid var(--orange); background: var(--card); padding: .6rem 1rem; margin: .5rem 0 }
+details { border: 1px solid var(--line); border-radius: .6rem; margin: .6rem 0; padding: 0 1rem }
+details[open] { padding-bottom: 1rem } details details { font-size: .92rem }
+summary { cursor: pointer; padding: .6rem 0; font-weight: 600 } summary span { font-weight: 400; color: var(--soft) }
+.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1.5rem }
+.share { display: grid; grid-template-columns: minmax(5rem, 9rem) 1fr 4rem; align-items: center; gap: .6rem;
+    font-size: .92rem } .share i { height: .7em; border-radius: .2em; background: var(--blue); min-width: 1px }
+.share b { font-weight: 400; text-align: right; font-variant-numeric: tabular-nums }
+.bars { display: flex; align-items: flex-end; height: 6rem; border-bottom: 1px solid var(--soft) }
+.bars i { flex: 1; position: relative; background: var(--line); margin-right: 1px }
+.bars i b { position: absolute; inset: auto 0 0 0; background: var(--orange) }
+.ends { display: flex; justify-content: space-between; font-size: .85rem; color: var(--soft) }
+.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 0 1.5rem }
+figure { margin: 1rem 0; min-width: 0 } figure div { overflow: auto; border-radius: .4rem }
+figcaption { font-size: .9rem }
+img { display: block; max-width: 100%; background: #fff; border-radius: .4rem; cursor: zoom-in }
+figure div:focus img { max-width: none; cursor: default }
+svg { display: block; width: 100%; max-width: 60rem; height: auto; max-height: 30rem } svg * { stroke-linejoin: round }
+svg text { fill: currentColor; font-family: system-ui, sans-serif !important }
+pre { background: var(--card); border-radius: .4rem; padding: .7rem 1rem; margin: .3rem 0 .8rem; white-space: pre-wrap;
+    user-select: all; font-size: .88rem }
+@media print { details:not([open]) { display: none } }
+"""
+PAGE = r"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
+<title>Active learning: {{ runs | map(attribute='name') | join(', ') | truncate(60) }}</title>
+<style>{{ css | safe }}</style></head><body>
+{% macro dot(colour) %}{% if colour %}
+<span class="dot" style="background: {{ colour }}"></span>{% endif %}{% endmacro %}
+{% macro grid(table, label, chips={}) %}
+<div class="scroll" tabindex="0" role="region" aria-label="{{ label }}"><table>
+<thead><tr>{% for name in table.field_names %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in table.rows %}<tr>{% for cell in row %}<td>
+{%- if loop.first %}{{ dot(chips[cell]) }}{% endif %}
+{{- '–' if cell is none else cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table></div>
+{% endmacro %}
+{% macro picture(path, name) %}{% if path in data %}
+<figure><div tabindex="0" role="group" aria-label="{{ name }}, larger while it has the focus">
+<img src="{{ data[path] }}" alt="{{ name }}" loading="lazy"></div>
+<figcaption><bdi>{{ name }}</bdi></figcaption></figure>
+{% endif %}{% endmacro %}
+<a class="skip" href="#main">To the content</a>
+<header><h1>Active learning{% if runs | length == 1 %}: <bdi>{{ runs[0].name }}</bdi>{% endif %}</h1>
+<p class="soft">As of {{ when }}</p>
+{% if runs | length > 1 %}<nav aria-label="Runs"><ul>
+{% for run in runs %}<li><a href="#run-{{ loop.index }}">{{ dot(run.colour) }}<bdi>{{ run.name }}</bdi></a></li>
+{% endfor %}</ul></nav>{% endif %}</header>
+<main id="main">
+{% if curves %}<div class="scroll" tabindex="0" role="region" aria-label="Learning curves">{{ curves | safe }}</div>
+{% endif %}
+{% if table %}{{ grid(table, 'Runs compared', looks) }}{% endif %}
+{% for run in runs %}{% set number = loop.index %}
+<section id="run-{{ number }}"><h2>{{ dot(run.colour) }}<bdi>{{ run.name }}</bdi></h2>
+<p class="soft">{{ run.settings }}</p><p><strong>{{ run.stands }}</strong></p>
+<dl>{% for name, value in run.figures.items() %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
+{% for line in run.notes %}<p>{{ line }}</p>{% endfor %}
+{% for text, ks in run.warned.items() %}
+<p class="warn"><strong>Warning in round {{ ks | join(', ') }}:</strong> {{ text }}</p>{% endfor %}
+{% if run.table %}<h3>Rounds</h3>{{ grid(run.table, 'Rounds of ' ~ run.name) }}{% endif %}
+{% if run.iou %}<h3>IoU of each class, by round (%)</h3>
+<div class="scroll" tabindex="0" role="region" aria-label="IoU of each class"><table class="iou"><thead><tr>
+<th scope="col">class</th>{% for k in run.iou_rounds %}<th scope="col">{{ k }}</th>{% endfor %}</tr></thead><tbody>
+{% for name, values in run.iou.items() %}<tr><td>{% if name in run.swatches %}
+<span class="swatch" style="background: {{ run.swatches[name] }}"></span>{% endif %}<bdi>{{ name }}</bdi></td>
+{% for value in values %}<td style="--v: {{ value or 0 }}">{{ '–' if value is none else '%.0f' | format(value) }}</td>
+{%- endfor %}</tr>
+{% endfor %}</tbody></table></div>{% endif %}
+<h3>What each round asked for</h3>
+{% for round in run.rounds | reverse %}
+<details{% if loop.first and number == 1 %} open{% endif %}><summary>Round {{ round.k }}
+<span>{{ round.units }} {{ run.unit }}s{% if run.unit != 'image' %} in {{ round.images }} images{% endif %}
+{% if round.strategy %}, by {{ round.strategy }}{% endif %}</span>
+</summary><div class="two">
+{% if round.classes %}<div><h3>Classes, % of pixels</h3>
+{% for name, share in round.classes[:16] %}<div class="share"><bdi>{{ name }}</bdi>
+<i style="width: {{ share }}%{% if name in run.swatches %}; background: {{ run.swatches[name] }};
+ outline: 1px solid var(--soft){% endif %}"></i><b>{{ '%.2f' | format(share) }}</b></div>{% endfor %}
+{% if round.classes | length > 16 %}<p class="soft">and {{ round.classes | length - 16 }} more</p>{% endif %}</div>
+{% endif %}
+{% if round.bars %}<div><h3>Scores of {{ round.bars.images }} images</h3><div class="bars" role="img"
+ aria-label="Histogram of the highest score in each image, from {{ round.bars.low }} to {{ round.bars.high }}">
+{% for height, asked in round.bars.bars %}<i style="height: {{ height }}%"><b style="height: {{ asked }}%"></b></i>
+{% endfor %}</div><div class="ends"><span>{{ '%.4g' | format(round.bars.low) }}</span>
+<span>{{ '%.4g' | format(round.bars.high) }}</span></div>
+<p class="soft">The highest score in each image; orange: those asked for.</p></div>{% endif %}
+</div>
+<details><summary>Names</summary><div class="scroll" tabindex="0" role="region" aria-label="Names"><table><thead><tr>
+<th scope="col">image</th><th scope="col">units</th><th scope="col">pixels</th><th scope="col">highest score</th></tr>
+</thead><tbody>{% for name, asked, score in round.names %}<tr><td><bdi>{{ name }}</bdi></td>
+<td>{{ asked[0] if asked else 'all' }}</td><td>{{ asked[1] if asked else 'all' }}</td>
+<td>{{ '–' if score is none else '%.4g' | format(score) }}</td></tr>
+{% endfor %}</tbody></table></div>
+{% if round.more %}<p class="soft">and {{ round.more }} more, which al_state.json names</p>{% endif %}</details>
+<div class="pictures">
+{% for path in round.pictures %}{{ picture(path, path.rpartition('round_' ~ round.k)[2].lstrip('/')) }}{% endfor %}
+</div>{% if round.left_out %}<p class="soft">and {{ round.left_out }} more pictures in its folder</p>{% endif %}
+</details>{% endfor %}
+{% for path in run.pictures %}<details><summary>Classes, IoU, rankings and budget in one figure</summary>
+{{ picture(path, 'asked.png') }}</details>{% endfor %}
+<h3>Go on</h3>
+{% for words, command in run.commands %}<p>{{ words }}</p><pre tabindex="0"><code>{{ command }}</code></pre>{% endfor %}
+</section>{% endfor %}
+<section><h2>Cite</h2><p>The paper of the strategy, as the README names it, with its settings above, the seeds and the
+labels spent; and MMSegmentation:</p><pre tabindex="0"><code>{{ cite }}</code></pre></section>
+</main></body></html>
+"""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Figures of a run: its curve, and what it has asked for
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -2267,296 +2561,6 @@ def main_metric(rounds: list[dict], stop: dict | None) -> str | None:
     """The metric to look at: that of ``al.stop``, mIoU, or the first there is."""
     have = list(rounds[0].get('metrics', ()))
     return next((metric for metric in ((stop or {}).get('metric'), 'mIoU', *have) if metric in have), None)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The page
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def write_page(dirs: list[str], out: str | None = None, metric: str | None = None, full: float | None = None) -> str:
-    """Write what there is to see of runs, finished or not, into one HTML file that loads nothing: from their state, the
-    JSON files in the rounds' folders and the pictures there.
-
-    Returns:
-        What was written.
-
-    Raises:
-        ValueError: ``full`` is given, and there is no metric; or a state cannot be read.
-    """
-    out = out or osp.join(dirs[0], 'report.html')
-    if osp.isdir(out):
-        raise ValueError(f'--out should be a file, e.g. {osp.join(out, "report.html")}, but {out} is a folder')
-    runs = {osp.normpath(path): read_run(path) for path in dirs}
-    metric = metric_of(runs, metric)
-    groups, members = group_runs(runs, metric), name_groups(runs, metric)
-    full = full_of(runs, metric) if full is None and metric else full
-    looks = {label: IN_PAGE.get(style['color'], style['color']) for label, style in zip(groups, styles(groups))}
-    colours = {path: looks[label] for label, paths in members.items() for path in paths}
-    shown = [show_run(path, run, metric, full, colours.get(path)) for path, run in runs.items()]
-    data = data_uris([path for run in shown for each in [run, *run['rounds']] for path in each['pictures']])
-    figure = draw_curves(groups, metric, full) if groups else None
-    if figure and len(runs) == 1:
-        [run] = runs.values()
-        mark_changes(figure, run['rounds'], metric, curve(run['rounds'], metric))
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(PAGE).render(
-        runs=shown, data=data, metric=metric, curves=figure and as_svg(figure),
-        table=len(runs) > 1 and groups and groups_table(groups, metric, full), when=time.strftime('%d %B %Y, %H:%M'),
-        looks=looks, cite=CITE, css=PAGE_CSS)
-    content = page.encode('utf-8', 'replace')  # what is no character in a name would be an error
-    save_file(content, out)
-    return f'{out}: {len(runs)} runs, {len(data)} pictures, {len(content) / 1e6:.1f} MB; open it in any browser'
-
-
-def show_run(path: str, run: dict, metric: str | None, full: float | None, colour: str | None) -> dict:
-    """What the page says of one run."""
-    rounds, colours = run['rounds'], read_json(osp.join(path, 'palette.json'), {})
-    done = [entry for entry in rounds if 'metrics' in entry]
-    classes = run.get('classes') or [*colours]
-    swatches = {name: '#{:02x}{:02x}{:02x}'.format(*(int(c) & 255 for c in rgb)) for name, rgb in colours.items()}
-    head, stands, *lines = [line for line in status(path).splitlines() if not line.startswith(('|', '+', 'Warning'))]
-    said = [line.partition(': bash ') for line in lines]
-    points = curve(rounds, metric)
-    figures = {}
-    if points.size:
-        share, last = points[0, -1], points[2, -1]
-        of = 'pixels' if '% of pixels' in rounds[-1]['spent'] else 'images'
-        figures = {metric: f'{last:.2f}', 'since round 0': f'{last - points[2, 0]:+.2f}',
-                   'with labels of': f'{share:.4g} % of {of}'}
-        if full:
-            figures['of full supervision'] = f'{100 * last / full:.1f} %'
-    ious = [(k, read_json(osp.join(path, f'round_{k}', 'class_iou.json'), {})) for k in range(len(done))]
-    known = [(k, iou) for k, iou in ious if iou]
-    warned = {}
-    for k, entry in enumerate(rounds):
-        for text in entry.get('warnings', ()):
-            warned.setdefault(text, []).append(k)
-    return dict(
-        name=osp.basename(osp.abspath(path)), colour=colour, stands=stands, figures=figures, warned=warned,
-        settings=head.removeprefix(f'{path}: '), table=rounds_table(done) if done else None,
-        notes=[line for line, is_command, _ in said if not is_command],
-        commands=[(words, f'bash {command}') for words, is_command, command in said if is_command] + [
-            ('This page anew', f'python al_report.py html {shlex.quote(path)}')],
-        iou={name: [iou.get(name) for _, iou in known] for name in classes if any(name in iou for _, iou in known)},
-        iou_rounds=[k for k, _ in known], swatches=swatches,
-        rounds=[show_round(path, k, entry, classes) for k, entry in enumerate(rounds)],
-        unit=in_words(run['settings']['unit']).partition('(')[0],
-        pictures=[file for file in [osp.join(path, 'asked.png')] if osp.isfile(file)])
-
-
-def show_round(path: str, k: int, entry: dict, classes: list, at_most: int = 200) -> dict:
-    """What the page says of what round ``k`` asked for."""
-    folder, asked = osp.join(path, f'round_{k}'), entry['asked']
-    counts = read_json(osp.join(folder, 'asked_classes.json'), [])
-    pixels = entry.get('pixels') or sum(counts)
-    counts = sorted(zip(counts, classes), key=lambda pair: -pair[0])
-    scores = read_json(osp.join(path, f'round_{k - 1}', 'query_scores.json'), {}) if k else {}
-    names = sorted(asked, key=lambda name: (-(asked[name] or [0])[0], -scores.get(name, 0)))
-    places = [('contact_sheet.png', folder), ('**/*.png', osp.join(folder, 'pictures')),
-              ('**/*.jpg', osp.join(folder, 'to_label', 'overlay'))]
-    found = [sorted(glob.glob(osp.join(glob.escape(where), files), recursive=True)) for files, where in places]
-    void = entry.get('void_pixels')
-    if void and pixels:
-        counts = [*counts, (void, 'void')]
-    return dict(
-        k=k, units=units_of(entry), images=len(asked), strategy=(entry.get('strategy') or {}).get('type'),
-        pictures=[path for paths in found for path in paths[:12]],
-        left_out=sum(max(0, len(paths) - 12) for paths in found),
-        classes=[(name, 100 * n / pixels) for n, name in counts if n and pixels], bars=bars_of(scores, asked),
-        names=[(name, asked[name], scores.get(name)) for name in names[:at_most]], more=max(0, len(names) - at_most))
-
-
-def bars_of(scores: dict, asked: dict, bins: int = 32) -> dict | None:
-    """A histogram of the highest score in each image: for each bar its height, in percent of the highest, and of how
-    many percent of its images a round asked."""
-    if len(scores) < 2 or not np.isfinite([*scores.values()]).all():
-        return None
-    all_N, edges = np.histogram([*scores.values()], bins)
-    asked_N, _ = np.histogram([score for name, score in scores.items() if name in asked], edges)
-    return dict(low=edges[0], high=edges[-1], images=len(scores), bars=[
-        (100 * n / all_N.max(), 100 * a / max(1, n)) for n, a in zip(all_N.tolist(), asked_N.tolist())])
-
-
-def data_uris(paths: list[str], limit: int = 9_000_000) -> dict[str, str]:
-    """Pictures by path, as data in the page, of ``limit`` characters in all: the more there are, the smaller. What
-    cannot be read is left out."""
-    width, uris, total = 1100., {}, math.inf
-    while total > limit:
-        for path in paths:
-            with contextlib.suppress(OSError, SyntaxError, ValueError), pil.open(path) as image:
-                image, content = image.convert('RGB'), io.BytesIO()
-                image.thumbnail((width, 2 * width))
-                image.save(content, 'WEBP', quality=80, method=2)
-                uris[path] = f'data:image/webp;base64,{base64.b64encode(content.getvalue()).decode()}'
-        total = sum(map(len, uris.values()))
-        if total > limit:
-            print(f'{len(uris)} pictures are too many at {width:.0f} pixels: made smaller', file=sys.stderr)
-            width *= .9 * (limit / total)**.5
-    return uris
-
-
-def as_svg(figure: figures.Figure) -> str:
-    """A figure as a part of the page: in its font, and in colours that suit its background."""
-    with matplotlib.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'al'}):
-        svg = rendered(figure, 'svg').decode()
-    svg = re.sub(r'(?s)<metadata>.*?</metadata>|<style.*?</style>| (width|height)="[\d.]+pt"| id="[a-z]+_\d+"', '',
-                 svg[svg.index('<svg'):])
-    for colour, ours in IN_PAGE.items():
-        svg = svg.replace(f': {colour}', f': {ours}')
-    return svg.replace('<svg', f'<svg role="img" aria-label="Learning curves, of which tables hold the figures" '
-                               f'style="min-width: {21 * len(figure.axes)}rem"', 1)
-
-
-IN_PAGE = {'#000000': 'currentColor', '#ffffff': 'none', '#606060': 'var(--soft)'}  # what dark pages have otherwise
-
-
-def read_json(path: str, default):
-    """What a file holds, if it can be read and is of the kind that it should be."""
-    with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as file:
-        content = json.load(file)
-        return content if isinstance(content, type(default)) else default
-    return default
-
-
-CITE = """@misc{mmseg2020,
-    title={{MMSegmentation}: OpenMMLab Semantic Segmentation Toolbox and Benchmark},
-    author={MMSegmentation Contributors},
-    howpublished={\\url{https://github.com/open-mmlab/mmsegmentation}},
-    year={2020}
-}"""
-PAGE_CSS = """
-:root { color-scheme: light dark; --ink: #1b1d22; --soft: #5b616b; --line: #dfe2e7; --card: #f6f7f9; --back: #fff;
-    --blue: #0072b2; --orange: #d55e00 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7e9ee; --soft: #a3aab6; --line: #343943; --card: #1f232a;
-    --back: #15181d; --blue: #56b4e9; --orange: #e8873a } img { filter: brightness(.88) } }
-* { box-sizing: border-box }
-body { margin: 0 auto; padding: 1.5rem clamp(1rem, 4vw, 3rem) 5rem; max-width: 76rem; color: var(--ink);
-    background: var(--back); font: 1rem/1.55 system-ui, -apple-system, "Segoe UI", sans-serif; overflow-wrap: anywhere }
-h1, h2, h3 { line-height: 1.2; text-wrap: balance } h1 { font-size: 1.9rem; margin: .5rem 0 }
-h2 { font-size: 1.45rem; margin: 3.5rem 0 .5rem; padding-top: 1rem; border-top: 1px solid var(--line) }
-h3 { font-size: 1.05rem; margin: 2rem 0 .5rem }
-p { margin: .4rem 0; max-width: 46rem } .soft, figcaption, th { color: var(--soft) }
-a { color: var(--blue) } :focus-visible { outline: 3px solid var(--blue); outline-offset: 2px }
-.skip { position: absolute; left: -99rem } .skip:focus { position: static }
-nav ul { display: flex; flex-wrap: wrap; gap: .5rem; padding: 0; list-style: none }
-nav a { display: block; padding: .35rem .8rem; border: 1px solid var(--line); border-radius: 2rem;
-    text-decoration: none; color: inherit } nav a:hover { background: var(--card) }
-.dot { display: inline-block; width: .75em; height: .75em; border-radius: 50%; margin-right: .4em }
-dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(10.5rem, 1fr)); gap: .75rem; margin: 1rem 0 }
-dl div { background: var(--card); border-radius: .6rem; padding: .7rem 1rem }
-dt { color: var(--soft); font-size: .85rem }
-dd { margin: 0; font-size: 1.15rem; font-weight: 600; font-variant-numeric: tabular-nums }
-.scroll { overflow-x: auto; margin: .5rem 0 }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem }
-th, td { padding: .32rem .75rem; text-align: right; border-bottom: 1px solid var(--line); white-space: nowrap }
-th { font-weight: 600 } td:first-child, th:first-child { text-align: left } .iou td + td {
-    background: color-mix(in srgb, var(--blue) calc(var(--v) * .45%), transparent) }
-.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .5em; border: 1px solid var(--soft) }
-.warn { border-left: 4px solid var(--orange); background: var(--card); padding: .6rem 1rem; margin: .5rem 0 }
-details { border: 1px solid var(--line); border-radius: .6rem; margin: .6rem 0; padding: 0 1rem }
-details[open] { padding-bottom: 1rem } details details { font-size: .92rem }
-summary { cursor: pointer; padding: .6rem 0; font-weight: 600 } summary span { font-weight: 400; color: var(--soft) }
-.two { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: 1.5rem }
-.share { display: grid; grid-template-columns: minmax(5rem, 9rem) 1fr 4rem; align-items: center; gap: .6rem;
-    font-size: .92rem } .share i { height: .7em; border-radius: .2em; background: var(--blue); min-width: 1px }
-.share b { font-weight: 400; text-align: right; font-variant-numeric: tabular-nums }
-.bars { display: flex; align-items: flex-end; height: 6rem; border-bottom: 1px solid var(--soft) }
-.bars i { flex: 1; position: relative; background: var(--line); margin-right: 1px }
-.bars i b { position: absolute; inset: auto 0 0 0; background: var(--orange) }
-.ends { display: flex; justify-content: space-between; font-size: .85rem; color: var(--soft) }
-figure { margin: 1rem 0 } figure div { overflow: auto; border-radius: .4rem } figcaption { font-size: .9rem }
-img { display: block; max-width: 100%; background: #fff; border-radius: .4rem; cursor: zoom-in }
-figure div:focus img { max-width: none; cursor: default }
-svg { display: block; width: 100%; max-width: 60rem; height: auto; max-height: 30rem } svg * { stroke-linejoin: round }
-svg text { fill: currentColor; font-family: system-ui, sans-serif !important }
-pre { background: var(--card); border-radius: .4rem; padding: .7rem 1rem; margin: .3rem 0 .8rem; white-space: pre-wrap;
-    user-select: all; font-size: .88rem }
-@media print { details:not([open]) { display: none } }
-"""
-PAGE = r"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
-<title>Active learning: {{ runs | map(attribute='name') | join(', ') | truncate(60) }}</title>
-<style>{{ css | safe }}</style></head><body>
-{% macro dot(colour) %}{% if colour %}
-<span class="dot" style="background: {{ colour }}"></span>{% endif %}{% endmacro %}
-{% macro grid(table, label, chips={}) %}
-<div class="scroll" tabindex="0" role="region" aria-label="{{ label }}"><table>
-<thead><tr>{% for name in table.field_names %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead><tbody>
-{% for row in table.rows %}<tr>{% for cell in row %}<td>
-{%- if loop.first %}{{ dot(chips[cell]) }}{% endif %}
-{{- '–' if cell is none else cell }}</td>{% endfor %}</tr>
-{% endfor %}</tbody></table></div>
-{% endmacro %}
-{% macro picture(path, name) %}{% if path in data %}
-<figure><div tabindex="0" role="group" aria-label="{{ name }}, larger while it has the focus">
-<img src="{{ data[path] }}" alt="{{ name }}" loading="lazy"></div></figure>
-{% endif %}{% endmacro %}
-<a class="skip" href="#main">To the content</a>
-<header><h1>Active learning{% if runs | length == 1 %}: <bdi>{{ runs[0].name }}</bdi>{% endif %}</h1>
-<p class="soft">As of {{ when }}</p>
-{% if runs | length > 1 %}<nav aria-label="Runs"><ul>
-{% for run in runs %}<li><a href="#run-{{ loop.index }}">{{ dot(run.colour) }}<bdi>{{ run.name }}</bdi></a></li>
-{% endfor %}</ul></nav>{% endif %}</header>
-<main id="main">
-{% if curves %}<div class="scroll" tabindex="0" role="region" aria-label="Learning curves">{{ curves | safe }}</div>
-{% endif %}
-{% if table %}{{ grid(table, 'Runs compared', looks) }}{% endif %}
-{% for run in runs %}{% set number = loop.index %}
-<section id="run-{{ number }}"><h2>{{ dot(run.colour) }}<bdi>{{ run.name }}</bdi></h2>
-<p class="soft">{{ run.settings }}</p><p><strong>{{ run.stands }}</strong></p>
-<dl>{% for name, value in run.figures.items() %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
-{% for line in run.notes %}<p>{{ line }}</p>{% endfor %}
-{% for text, ks in run.warned.items() %}
-<p class="warn"><strong>Warning in round {{ ks | join(', ') }}:</strong> {{ text }}</p>{% endfor %}
-{% if run.table %}<h3>Rounds</h3>{{ grid(run.table, 'Rounds of ' ~ run.name) }}{% endif %}
-{% if run.iou %}<h3>IoU of each class, by round (%)</h3>
-<div class="scroll" tabindex="0" role="region" aria-label="IoU of each class"><table class="iou"><thead><tr>
-<th scope="col">class</th>{% for k in run.iou_rounds %}<th scope="col">{{ k }}</th>{% endfor %}</tr></thead><tbody>
-{% for name, values in run.iou.items() %}<tr><td>{% if name in run.swatches %}
-<span class="swatch" style="background: {{ run.swatches[name] }}"></span>{% endif %}<bdi>{{ name }}</bdi></td>
-{% for value in values %}<td style="--v: {{ value or 0 }}">{{ '–' if value is none else '%.0f' | format(value) }}</td>
-{%- endfor %}</tr>
-{% endfor %}</tbody></table></div>{% endif %}
-<h3>What each round asked for</h3>
-{% for round in run.rounds | reverse %}
-<details{% if loop.first and number == 1 %} open{% endif %}><summary>Round {{ round.k }}
-<span>{{ round.units }} {{ run.unit }}s{% if run.unit != 'image' %} in {{ round.images }} images{% endif %}
-{% if round.strategy %}, by {{ round.strategy }}{% endif %}</span>
-</summary><div class="two">
-{% if round.classes %}<div><h3>Classes, % of pixels</h3>
-{% for name, share in round.classes[:16] %}<div class="share"><bdi>{{ name }}</bdi>
-<i style="width: {{ share }}%{% if name in run.swatches %}; background: {{ run.swatches[name] }};
- outline: 1px solid var(--soft){% endif %}"></i><b>{{ '%.2f' | format(share) }}</b></div>{% endfor %}
-{% if round.classes | length > 16 %}<p class="soft">and {{ round.classes | length - 16 }} more</p>{% endif %}</div>
-{% endif %}
-{% if round.bars %}<div><h3>Scores of {{ round.bars.images }} images</h3><div class="bars" role="img"
- aria-label="Histogram of the highest score in each image, from {{ round.bars.low }} to {{ round.bars.high }}">
-{% for height, asked in round.bars.bars %}<i style="height: {{ height }}%"><b style="height: {{ asked }}%"></b></i>
-{% endfor %}</div><div class="ends"><span>{{ '%.4g' | format(round.bars.low) }}</span>
-<span>{{ '%.4g' | format(round.bars.high) }}</span></div>
-<p class="soft">The highest score in each image; orange: those asked for.</p></div>{% endif %}
-</div>
-<details><summary>Names</summary><div class="scroll" tabindex="0" role="region" aria-label="Names"><table><thead><tr>
-<th scope="col">image</th><th scope="col">units</th><th scope="col">pixels</th><th scope="col">highest score</th></tr>
-</thead><tbody>{% for name, asked, score in round.names %}<tr><td><bdi>{{ name }}</bdi></td>
-<td>{{ asked[0] if asked else 'all' }}</td><td>{{ asked[1] if asked else 'all' }}</td>
-<td>{{ '–' if score is none else '%.4g' | format(score) }}</td></tr>
-{% endfor %}</tbody></table></div>
-{% if round.more %}<p class="soft">and {{ round.more }} more, which al_state.json names</p>{% endif %}</details>
-{% for path in round.pictures %}{{ picture(path, path.rpartition('round_' ~ round.k)[2].lstrip('/')) }}{% endfor %}
-{% if round.left_out %}<p class="soft">and {{ round.left_out }} more pictures in its folder</p>{% endif %}
-</details>{% endfor %}
-{% for path in run.pictures %}<details><summary>Classes, IoU, rankings and budget in one figure</summary>
-{{ picture(path, 'asked.png') }}</details>{% endfor %}
-<h3>Go on</h3>
-{% for words, command in run.commands %}<p>{{ words }}</p><pre tabindex="0"><code>{{ command }}</code></pre>{% endfor %}
-</section>{% endfor %}
-<section><h2>Cite</h2><p>The paper of the strategy, as the README names it, with its settings above, the seeds and the
-labels spent; and MMSegmentation:</p><pre tabindex="0"><code>{{ cite }}</code></pre></section>
-</main></body></html>
-"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------

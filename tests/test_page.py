@@ -49,7 +49,8 @@ def write_run(folder, rounds: int = 3, seed: int = 0, **settings) -> str:
         for name, content in {'asked_classes.json': [600, 200, 100, 0], 'class_iou.json': {CLASSES[0]: 90. + k},
                               'query_scores.json': {f'{k + 1}/{BAD}': 4., f'{k + 1}/plain': 2., 'rest': 0.}}.items():
             (folder / f'round_{k}' / name).write_text(json.dumps(content))
-        for name in ('contact_sheet.png', f'pictures/a/{k}"<b>.png') if k else ():
+        for name in ('contact_sheet.png', f'pictures/{k}/plain.png', f'pictures/a/{k}"<b>.png') if k else ():
+            (folder / f'round_{k}' / name).parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(picture).save(folder / f'round_{k}' / name)
     (folder / 'palette.json').write_text(json.dumps(dict(zip(CLASSES, [[255, 0, 0], [0, 16, 255]]))))
     return path
@@ -83,7 +84,7 @@ def test_figures_of_a_run_by_hand(tmp_path, page):
                   f'2/{BAD} all all 4 2/plain all all 2', f'{tmp_path}/a --resume', '@misc{mmseg2020,'):
         assert words in said.text, words
     assert [image['alt'] for image in said.tags['img']] == [
-        'contact_sheet.png', 'pictures/a/2"<b>.png', 'contact_sheet.png', 'pictures/a/1"<b>.png']
+        name for k in (2, 1) for name in ('contact_sheet.png', f'pictures/{k}/plain.png', f'pictures/a/{k}"<b>.png')]
     styles = [tag.get('style', '') for tag in said.tags['i'] + said.tags['span']]
     assert any('width: 60.0%; background: #ff0000' in style for style in styles)
     assert {'background: #ff0000', f'background: {al_report.COLOURS[0]}'} <= {*styles}
@@ -198,7 +199,7 @@ def test_a_browser_shows_it(ten_rounds, browser, width, scheme):
                 colours: ['body', '.soft', 'svg text', 'th', 'pre'].map(
                     name => getComputedStyle(document.querySelector(name))[name == 'svg text' ? 'fill' : 'color']),
                 back: getComputedStyle(document.body).backgroundColor} })()''')
-    assert shown['images'] == [600] * 22 and shown['scripts'] == 0 and shown['svg'] > 200
+    assert shown['images'] == [600] * 33 and shown['scripts'] == 0 and shown['svg'] > 200
     assert shown['wide'] <= width and BAD in shown['text'] and shown['title'] == 'Active learning: ten, other'
     names = [name for name, _ in browser.told]
     assert not {'Runtime.consoleAPICalled', 'Runtime.exceptionThrown', 'Log.entryAdded', 'Network.loadingFailed',
