@@ -222,10 +222,10 @@ def hook() -> mmengine.hooks.Hook:
         def before_al_train(self, state: al_patch.State, trainer) -> None:
             if al_patch.is_main_process():
                 al_patch.write_atomically(osp.join(state.work_dir, 'sizes.json'), json.dumps(state.seen_files))
-                colours = np.array(state.pool.leaves[0].metainfo['palette'], int).tolist()
-                al_patch.write_atomically(osp.join(state.work_dir, 'palette.json'),
-                                          json.dumps(dict(zip(state.classes, colours))))
                 look_at_labels(state)
+                colours = np.array(state.pool.leaves[0].metainfo['palette'], int) @ [65536, 256, 1]
+                al_patch.write_atomically(osp.join(state.work_dir, 'palette.json'),
+                                          json.dumps(dict(zip(state.classes, colours.tolist()))))
 
         def after_al_validate(self, state: al_patch.State, trainer) -> None:
             warn_of_figures(state, trainer, self.shown)
@@ -1732,7 +1732,7 @@ def write_page(dirs: list[str], out: str | None = None, metric: str | None = Non
         What was written.
 
     Raises:
-        ValueError: ``full`` is given, and there is no metric; or a state cannot be read.
+        ValueError: A state cannot be read, or ``out`` is a folder.
     """
     out = out or osp.join(dirs[0], 'report.html')
     if osp.isdir(out):
@@ -1763,8 +1763,7 @@ def show_run(path: str, run: dict, metric: str | None, full: float | None, colou
     rounds, colours = run['rounds'], read_json(osp.join(path, 'palette.json'), {})
     done = [entry for entry in rounds if 'metrics' in entry]
     classes = run.get('classes') or [*colours]
-    swatches = {name: '#{:02x}{:02x}{:02x}'.format(*(int(c) & 255 for c in rgb)) for name, rgb in colours.items()}
-    head, stands, *lines = [line for line in status(path).splitlines() if not line.startswith(('|', '+', 'Warning'))]
+    head, stands, *lines = [line for line in status(path).splitlines() if not line.startswith(('|', '+'))]
     said = [line.partition(': bash ') for line in lines]
     points = curve(rounds, metric)
     figures = {}
@@ -1777,18 +1776,14 @@ def show_run(path: str, run: dict, metric: str | None, full: float | None, colou
             figures['of full supervision'] = f'{100 * last / full:.1f} %'
     ious = [(k, read_json(osp.join(path, f'round_{k}', 'class_iou.json'), {})) for k in range(len(done))]
     known = [(k, iou) for k, iou in ious if iou]
-    warned = {}
-    for k, entry in enumerate(rounds):
-        for text in entry.get('warnings', ()):
-            warned.setdefault(text, []).append(k)
     return dict(
-        name=osp.basename(osp.abspath(path)), colour=colour, stands=stands, figures=figures, warned=warned,
+        name=osp.basename(osp.abspath(path)), colour=colour, stands=stands, figures=figures,
         settings=head.removeprefix(f'{path}: '), table=rounds_table(done) if done else None,
         notes=[line for line, is_command, _ in said if not is_command],
         commands=[(words, f'bash {command}') for words, is_command, command in said if is_command] + [
             ('This page anew', f'python al_report.py html {shlex.quote(path)}')],
         iou={name: [iou.get(name) for _, iou in known] for name in classes if any(name in iou for _, iou in known)},
-        iou_rounds=[k for k, _ in known], swatches=swatches,
+        iou_rounds=[k for k, _ in known], swatches={name: f'#{int(c) & 0xffffff:06x}' for name, c in colours.items()},
         rounds=[show_round(path, k, entry, classes) for k, entry in enumerate(rounds)],
         unit=in_words(run['settings']['unit']).partition('(')[0],
         pictures=[file for file in [osp.join(path, 'asked.png')] if osp.isfile(file)])
@@ -1819,7 +1814,7 @@ def show_round(path: str, k: int, entry: dict, classes: list, at_most: int = 200
 def bars_of(scores: dict, asked: dict, bins: int = 32) -> dict | None:
     """A histogram of the highest score in each image: for each bar its height, in percent of the highest, and of how
     many percent of its images a round asked."""
-    if len(scores) < 2 or not np.isfinite([*scores.values()]).all():
+    if len(scores) < 2:
         return None
     all_N, edges = np.histogram([*scores.values()], bins)
     asked_N, _ = np.histogram([score for name, score in scores.items() if name in asked], edges)
@@ -1861,10 +1856,12 @@ IN_PAGE = {'#000000': 'currentColor', '#ffffff': 'none', '#606060': 'var(--soft)
 
 
 def read_json(path: str, default):
-    """What a file holds, if it can be read and is of the kind that it should be."""
-    with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as file:
+    """The numbers, by name or in a list, that a file holds; if it is another, or none can be read, the default."""
+    with contextlib.suppress(OSError, ValueError, TypeError), open(path, encoding='utf-8') as file:
         content = json.load(file)
-        return content if isinstance(content, type(default)) else default
+        numbers = content.values() if isinstance(content, dict) else content
+        if isinstance(content, type(default)) and all(map(math.isfinite, numbers)):
+            return content
     return default
 
 
@@ -1943,7 +1940,7 @@ PAGE = r"""<!DOCTYPE html>
 {% endmacro %}
 {% macro picture(path, name) %}{% if path in data %}
 <figure><div tabindex="0" role="group" aria-label="{{ name }}, larger while it has the focus">
-<img src="{{ data[path] }}" alt="{{ name }}" loading="lazy"></div>
+<img src="{{ data[path] }}" alt="{{ name }}"></div>
 <figcaption><bdi>{{ name }}</bdi></figcaption></figure>
 {% endif %}{% endmacro %}
 <a class="skip" href="#main">To the content</a>
@@ -1960,9 +1957,7 @@ PAGE = r"""<!DOCTYPE html>
 <section id="run-{{ number }}"><h2>{{ dot(run.colour) }}<bdi>{{ run.name }}</bdi></h2>
 <p class="soft">{{ run.settings }}</p><p><strong>{{ run.stands }}</strong></p>
 <dl>{% for name, value in run.figures.items() %}<div><dt>{{ name }}</dt><dd>{{ value }}</dd></div>{% endfor %}</dl>
-{% for line in run.notes %}<p>{{ line }}</p>{% endfor %}
-{% for text, ks in run.warned.items() %}
-<p class="warn"><strong>Warning in round {{ ks | join(', ') }}:</strong> {{ text }}</p>{% endfor %}
+{% for line in run.notes %}<p{% if line.startswith('Warning') %} class="warn"{% endif %}>{{ line }}</p>{% endfor %}
 {% if run.table %}<h3>Rounds</h3>{{ grid(run.table, 'Rounds of ' ~ run.name) }}{% endif %}
 {% if run.iou %}<h3>IoU of each class, by round (%)</h3>
 <div class="scroll" tabindex="0" role="region" aria-label="IoU of each class"><table class="iou"><thead><tr>

@@ -58,7 +58,7 @@ SAYS_HOW = re.compile(
     r'required|unrecognized|usage|must|not allowed|refused|has no|does not|can not|fail(ed|s)\b|nothing', re.I)
 TRAINING = re.compile(r'(Iter|Epoch)\(train\)')
 LOGS = re.compile(r'(^|/)(\d{8}_\d{6}|__pycache__|vis_data)(/|$)|\.log$|'
-                  r'(^|/)(al\.lock|sizes\.json)$|(^|/)work\S*/[^/]+\.py$')
+                  r'(^|/)(al\.lock|(sizes|palette)\.json)$|(^|/)work\S*/[^/]+\.py$')
 
 
 def import_all() -> None:

@@ -665,6 +665,12 @@ def test_progress_is_a_bar_for_people_and_lines_for_files(make_cfg, train, monke
     assert sum('100%' in bar for bar in bars) >= len(totals) * watched and bool(bars) == watched
 
 
+def test_names_may_hold_dollars():
+    """Between two of them matplotlib would read a formula, which this is none."""
+    asked = asked_in(2)._replace(classes=['$\\frac$', '$_$'])
+    assert al_report.rendered(al_report.draw_asked(asked)).startswith(b'\x89PNG')
+
+
 def test_visualize_is_a_setting():
     with pytest.raises(ValueError, match='`al.visualize` should be an int >= 0, but got True'):
         al_patch.parse_settings(dict(visualize=True))
