@@ -1574,7 +1574,7 @@ def write_image(state: State, name: str, out: str, copies: bool) -> tuple[str, d
     """
     import al_patch
     pool, past, void = state.pool, copy.copy(state), state.pool.ignore_index
-    info, known = pool.info(name), state.mask(name) & (state.stored_label(name)[1] if state.keeps_labels else True)
+    info, known = pool.info(name), known_mask(state, name)
     if not known.any():
         return None
     path, leaf = al_patch.image_path(info), pool.leaf_of(name)[0]
