@@ -431,7 +431,10 @@ def opened_run(work_dir: str, start: Callable | None = None) -> Iterator[State]:
         state.ended = content['ended']
         for check in al_patch.methods_of(runner, 'check_resume'):
             check(state, content)
-        yield state
+        try:
+            yield state
+        finally:
+            al_patch.close_round(runner)
 
 
 class Sizes(dict):
