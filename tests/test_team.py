@@ -111,7 +111,6 @@ def test_scores_that_make_no_maps(model, tmp_path, score, why):
 @pytest.mark.parametrize('al', [
     dict(strategy=dict(type='bald', mc=3)), dict(strategy='coreset', pool_size=7),
     dict(strategy='ripu', unit=CELL, initial=12, budget=9),
-    dict(strategy='coreset', unit=CELL, initial=12, budget=.05),
     dict(strategy='pixelpick', unit='pixel', initial=4, budget=3, per_image=True, seed=3)],
     ids=lambda al: f'{al["strategy"]}')
 def test_the_choice_is_that_of_a_run(model, make_cfg, train, tmp_path, al):
@@ -305,8 +304,8 @@ def stock_labels(config) -> dict:
 
 
 @pytest.mark.parametrize('al', [
-    dict(), dict(unit=CELL, initial=12, budget=9), dict(unit='pixel', initial=60, budget=30, strategy='margin'),
-    dict(unit=dict(type='region', window=1), initial=20, budget=10)], ids=['image', 'region', 'pixel', 'window'])
+    dict(), dict(unit=CELL, initial=12, budget=9), dict(unit=dict(type='region', window=1), initial=20, budget=10)],
+    ids=['image', 'region', 'window'])
 def test_the_data_set_of_a_run(make_cfg, train, build, shared_data, tmp_path, al):
     """Stock reads what is labelled, and void elsewhere; each label has its round; the invoice's sums are the table's;
     its config trains."""
