@@ -1848,8 +1848,9 @@ def as_svg(figure: figures.Figure) -> str:
                  svg[svg.index('<svg'):])
     for colour, ours in IN_PAGE.items():
         svg = svg.replace(f': {colour}', f': {ours}')
-    return svg.replace('<svg', f'<svg role="img" aria-label="Learning curves, of which tables hold the figures" '
-                               f'style="min-width: {21 * len(figure.axes)}rem"', 1)
+    n = len(figure.axes)
+    return svg.replace('<svg', '<svg role="img" aria-label="Learning curves, of which tables hold the figures" '
+                               f'style="min-width: {21 * n}rem; max-width: {32 * n}rem"', 1)
 
 
 IN_PAGE = {'#000000': 'currentColor', '#ffffff': 'none', '#606060': 'var(--soft)'}  # what dark pages have otherwise
@@ -1916,7 +1917,7 @@ figure { margin: 1rem 0; min-width: 0 } figure div { overflow: auto; border-radi
 figcaption { font-size: .9rem }
 img { display: block; max-width: 100%; background: #fff; border-radius: .4rem; cursor: zoom-in }
 figure div:focus img { max-width: none; cursor: default }
-svg { display: block; width: 100%; max-width: 60rem; height: auto; max-height: 30rem } svg * { stroke-linejoin: round }
+svg { display: block; width: 100%; height: auto } svg * { stroke-linejoin: round }
 svg text { fill: currentColor; font-family: system-ui, sans-serif !important }
 pre { background: var(--card); border-radius: .4rem; padding: .7rem 1rem; margin: .3rem 0 .8rem; white-space: pre-wrap;
     user-select: all; font-size: .88rem }
@@ -1968,6 +1969,8 @@ PAGE = r"""<!DOCTYPE html>
 {%- endfor %}</tr>
 {% endfor %}</tbody></table></div>{% endif %}
 <h3>What each round asked for</h3>
+{% if not run.rounds | map(attribute='pictures') | sum(start=[]) %}
+<p class="soft">With al.visualize=8 there are pictures, too, eight after each query.</p>{% endif %}
 {% for round in run.rounds | reverse %}
 <details{% if loop.first and number == 1 %} open{% endif %}><summary>Round {{ round.k }}
 <span>{{ round.units }} {{ run.unit }}s{% if run.unit != 'image' %} in {{ round.images }} images{% endif %}

@@ -83,6 +83,7 @@ def test_figures_of_a_run_by_hand(tmp_path, page):
                   f'{CLASSES[0]} 60.00 {BAD} 20.00', 'void 10.00', f'{CLASSES[0]} 90 91 92',
                   f'2/{BAD} all all 4 2/plain all all 2', f'{tmp_path}/a --resume', '@misc{mmseg2020,'):
         assert words in said.text, words
+    assert 'al.visualize' not in said.text
     assert [image['alt'] for image in said.tags['img']] == [
         name for k in (2, 1) for name in ('contact_sheet.png', f'pictures/{k}/plain.png', f'pictures/a/{k}"<b>.png')]
     styles = [tag.get('style', '') for tag in said.tags['i'] + said.tags['span']]
@@ -96,6 +97,7 @@ def test_runs_side_by_side(tmp_path, page):
             write_run(tmp_path / 'c', strategy='random'), write_state(tmp_path / 'full', make_state(
                 [100], [70], initial=1.))]
     said = read(page(*dirs))
+    assert said.text.count('With al.visualize=8 there are pictures, too') == 1  # of the run that has none
     assert 'entropy (2 seeds)' in said.text and 'full supervision: 70.00' in said.text
     assert 'entropy 2 3 10 to 30 42.00 ± 0.00 41.00 ± 0.00' in said.text
     dots = [tag['style'].split(': ')[1] for tag in said.tags['span'] if tag.get('class') == 'dot']
