@@ -1425,10 +1425,12 @@ class Candidates(NamedTuple):
     @staticmethod
     def join(parts: list) -> Candidates:
         empty = Candidates(*(np.empty(0, t) for t in (np.int32, np.int64, np.float64, np.int32, np.float64)))
-        columns = zip(*([part._replace(image=np.broadcast_to(part.image, len(part.id)), pixels=np.broadcast_to(
-            part.pixels, len(part.id))) for part in parts] or [empty]))
+        columns = zip(*([part._replace(image=np.broadcast_to(part.image, len(part.id)), pixels=part.pixels if np.ndim(
+            part.pixels) else None) for part in parts] or [empty]))
         columns = ([part for part in column if part is not None] for column in columns)
-        return Candidates(*(np.concatenate(column) if column else None for column in columns))
+        joined = Candidates(*(np.concatenate(column) if column else None for column in columns))
+        pixels = np.broadcast_to(np.int32(1), len(joined.id))  # of single ones
+        return joined if joined.pixels is not None else joined._replace(pixels=pixels)
 
     def by_image(self) -> list[Candidates]:
         """The rows of each image, which lie together."""
