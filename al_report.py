@@ -1770,8 +1770,9 @@ def show_run(path: str, run: dict, metric: str | None, full: float | None, colou
     if points.size:
         share, last = points[0, -1], points[2, -1]
         of = 'pixels' if '% of pixels' in rounds[-1]['spent'] else 'images'
-        figures = {metric: f'{last:.2f}', 'since round 0': f'{last - points[2, 0]:+.2f}',
-                   'with labels of': f'{share:.4g} % of {of}'}
+        figures = {metric: f'{last:.2f}', 'with labels of': f'{share:.4g} % of {of}'}
+        if points.shape[1] > 1:
+            figures['since round 0'] = f'{last - points[2, 0]:+.2f}'
         if full:
             figures['of full supervision'] = f'{100 * last / full:.1f} %'
     ious = [(k, read_json(osp.join(path, f'round_{k}', 'class_iou.json'), {})) for k in range(len(done))]

@@ -102,10 +102,10 @@ def start(cfg: Config, launcher: str) -> Runner:
     return cfg
 
 
-def leave(cfg: Config, before: dict | None, whole: str) -> None:
+def leave(cfg: Config, before: dict, whole: str) -> None:
     """Write an error's traceback into the log or, where the start has come to nothing, remove what it has made: then
-    ``work_dir``, whose entries ``before`` are known, is as it was."""
-    after, before, is_new = entries(cfg.work_dir) or {}, before or {}, before is None
+    ``work_dir``, whose entries ``before`` are known, is as it was, and gone if there were none."""
+    after = entries(cfg.work_dir)
     made = {name for name in after if name in (al_patch.LOCK_FILE, osp.basename(cfg.filename))
             or re.fullmatch(r'\d{8}_\d{6}', name) and name not in before}
     if any(after[name] != before.get(name) for name in after.keys() - made):
@@ -114,13 +114,13 @@ def leave(cfg: Config, before: dict | None, whole: str) -> None:
         return
     for path in (osp.join(cfg.work_dir, name) for name in made - before.keys()):
         shutil.rmtree(path) if osp.isdir(path) else os.remove(path)
-    if is_new and after:
+    if not before:
         os.rmdir(cfg.work_dir)
 
 
-def entries(folder: str) -> dict | None:
-    """When what lies in a folder was last written, by name; None where there is no folder."""
-    return {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(folder)} if osp.isdir(folder) else None
+def entries(folder: str) -> dict:
+    """When what lies in a folder was last written, by name; nothing where there is no folder."""
+    return {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(folder)} if osp.isdir(folder) else {}
 
 
 def main() -> None:

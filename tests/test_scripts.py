@@ -151,7 +151,7 @@ def test_an_error_ends_in_one_line(tmp_path, shared_data, gpus, wrong):
 
 @pytest.mark.parametrize('before, made, kept', [
     (None, ['20261127_101010/a.log', 'my.py', 'al.lock'], None),  # a start that failed leaves no folder,
-    ([], ['20261127_101010/a.log', 'my.py', 'al.lock'], []),
+    ([], ['20261127_101010/a.log', 'my.py', 'al.lock'], None),
     (['my.py'], ['20261127_101010/a.log', 'my.py', 'al.lock'], ['my.py']),
     (['20261127_090909/a.log', STATE_FILE, 'my.py', 'round_0/x', 'al.lock'], ['20261127_101010/a.log', 'my.py'],
      ['20261127_090909', STATE_FILE, 'al.lock', 'my.py', 'round_0']),  # or that of the run that it should go on with
@@ -235,7 +235,7 @@ def test_ctrl_c_while_mmengine_formats_a_config(monkeypatch, capsys):
         except KeyboardInterrupt:
             raise SyntaxError('Failed to format the config file') from None
 
-    monkeypatch.setattr(al_train, 'build_runner', build)
+    monkeypatch.setattr(al_train, 'read_config', build)
     monkeypatch.setattr(sys, 'argv', ['al_train.py', 'x.py'])
     with pytest.raises(SystemExit) as stop:
         al_train.main()
