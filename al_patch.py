@@ -64,8 +64,8 @@ import torch
 import torch.nn.functional as F
 from mmengine.config import Config, ConfigDict
 from mmengine.dataset import BaseDataset, Compose, InfiniteSampler
-from mmengine.dist import all_gather_object, barrier, broadcast, broadcast_object_list, get_dist_info, is_main_process
-from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook, LoggerHook
+from mmengine.dist import all_gather_object, barrier, broadcast, get_dist_info, is_main_process
+from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.optim import AmpOptimWrapper, OneCycleParamScheduler
 from mmengine.registry import DATASETS, OPTIM_WRAPPERS, DefaultScope, Registry
@@ -192,8 +192,7 @@ def run_rounds(runner: Runner) -> torch.nn.Module:
             tell_hooks(state, 'before_al_train', trainer)
             train_round(state, trainer)
             tell_hooks(state, 'after_al_train', trainer)
-        reason = why_stop(state)
-        if reason:
+        if reason := why_stop(state):
             break
         asked = query(state, trainer)
         if not asked:
@@ -400,8 +399,7 @@ def why_stop(state: State) -> str | None:
 
 def end_rounds(state: State, trainer: Runner, reason: str) -> None:
     """Say why, and leave the last round's weights in the caller's runner."""
-    if state.is_resumed:  # then nothing has loaded them
-        load_weights(state, state.checkpoint(state.round, 'last'))
+    load_weights(state, state.checkpoint(state.round, 'last'))
     close_round(trainer)
     state.ended = reason
     state.save()
@@ -497,7 +495,8 @@ COMPANIONS = dict(al_report=['reports', 'visualize', 'keep', 'prices'], al_label
 def build_round(state: State) -> Runner:
     """A fresh runner for the state's round, of the caller's class; the caller's own takes over its model."""
     log_round(state)
-    trainer = type(state.runner).from_cfg(round_config(state))
+    with attribute(MMLogger, 'info', lambda *_: None):  # the run has said it
+        trainer = type(state.runner).from_cfg(round_config(state))
     labelled = what_is_labelled(state)  # which is not in the config: stock tools read that
     if 'begin' in labelled and trainer._resume:
         labelled['begin'] = iteration_of(trainer._load_from)
@@ -516,8 +515,8 @@ def build_round(state: State) -> Runner:
 def log_round(state: State) -> None:
     """One line on where the run stands, and how to go on if it is stopped."""
     spent = ', '.join(f'{key}: {value}' for key, value in state.spent().items())
-    state.logger.info(f'Round {state.round} of {state.al.rounds} ({state.phase}), labelled {spent}; seed {state.seed}, '
-                      f'{state.folder()}; after a stop, go on with: {resume_command()}')
+    state.logger.info(f'Round {state.round} of {state.al.rounds} ({state.phase}), labelled {spent}; after a stop, go '
+                      f'on with: {resume_command()}')
 
 
 def round_config(state: State) -> Config:
@@ -605,10 +604,9 @@ def train_round(state: State, trainer: Runner) -> None:
     for checkpoint_hook in checkpoint_hooks(trainer):
         best = getattr(checkpoint_hook, 'best_ckpt_path', None)
         checkpoints['best'] = best or next(iter(getattr(checkpoint_hook, 'best_ckpt_path_dict', {}).values()), None)
-    shared = [checkpoints]
-    broadcast_object_list(shared)  # only rank 0 saves, so only it knows
+    checkpoints = all_gather_object(checkpoints)[0]  # only rank 0 saves, so only it knows
     state.entry.update(metrics=hook.metrics, train_seconds=round(time.time() - begin, 1), changed=state.changed,
-                       checkpoints={key: osp.basename(path) for key, path in shared[0].items() if path})
+                       checkpoints={key: osp.basename(path) for key, path in checkpoints.items() if path})
     state.config = state.digest
     load_weights(state, state.checkpoint(state.round, 'last'))
     tell_hooks(state, 'after_al_validate', trainer)
@@ -1452,15 +1450,14 @@ class Candidates(NamedTuple):
 
 
 def watched(state: State, what: str, looks: Iterator, total: int) -> Iterator:
-    """Go through images under a progress bar or, in files, with a log line now and then, in the form of mmengine's."""
+    """Go through images under a progress bar or, in files, with up to ten log lines, in the form of mmengine's."""
     begin, is_watched = time.time(), sys.stdout.isatty() and is_main_process()
-    interval = next((hook.interval for hook in state.runner.hooks if isinstance(hook, LoggerHook)), 50)
     for done, look in enumerate(track(looks, what.capitalize(), total, disable=not is_watched), 1):
         yield look
-        if not is_watched and (done == total or done % interval == 0):
+        if not is_watched and (done == total or done % math.ceil(total / 10) == 0):
             each = (time.time() - begin) / done
             eta = time.strftime('%H:%M:%S', time.gmtime(each * (total - done)))
-            state.logger.info(f'Iter({what}) [{done:{len(str(total))}d}/{total}]  eta: {eta}  time: {each:.4f}')
+            state.logger.info(f'Iter({what}) [{done:3}/{total}]  eta: {eta}  time: {each:.4f}')
 
 
 def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor:
@@ -1496,11 +1493,13 @@ def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor
 
 
 def load_weights(state: State, path: str) -> None:
-    """Load a checkpoint of the state's round into the run's model.
+    """Load a checkpoint of the state's round into the run's model, unless that is what it holds.
 
     Raises:
         ValueError: It cannot be read, or holds more than the model would save, or less, or other shapes.
     """
+    if vars(state.model).get('al_weights') == path:
+        return
     with reading(path):
         checkpoint = load_checkpoint(state.model, path, map_location='cpu', logger=state.logger)
     saved, own = ({f'{key.removeprefix("module.")} {[*getattr(value, "shape", ())]}' for key, value in each.items()}
@@ -1511,6 +1510,7 @@ def load_weights(state: State, path: str) -> None:
                          f'({", ".join(sorted(saved - own)[:3])}): go on with the config that round {state.round} was '
                          'trained with, or train it again with this one by: python al_label.py rewind '
                          f'{shlex.quote(state.work_dir)} {state.round} --train')
+    state.model.al_weights = path
 
 
 class Network:

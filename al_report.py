@@ -20,6 +20,7 @@ import collections
 import contextlib
 import copy
 import csv
+import datetime
 import functools
 import gc
 import glob
@@ -166,7 +167,8 @@ def hook() -> mmengine.hooks.Hook:
         """Looks at a run. ``al_patch`` turns what goes wrong in it into a warning, once ``before_al_run`` has let it
         begin."""
         priority = 'VERY_LOW'  # in training, what others have made ready is looked at
-        state = None  # of the run, until its first training is rehearsed
+        state = None  # of the run
+        is_rehearsed = False  # whether a training has begun
         is_sparse = False  # whether images are partly labelled, so that losses have to be tried on one without labels
         shown = set()  # values of the validation labels of a round that this rank has seen
 
@@ -177,15 +179,17 @@ def hook() -> mmengine.hooks.Hook:
                 check_item(leaf)
                 check_steps(leaf, is_alone=leaf is dataset)
                 check_hidden(leaf)
-            state, self.state = self.state, None
-            if state and not runner.iter:
+            is_first, self.is_rehearsed = bool(self.state) and not self.is_rehearsed, True
+            if is_first and not runner.iter:
                 check_first_losses(runner)
             if self.is_sparse:
                 check_void(runner)
             check_last_batch(runner)
-            if state:
+            if is_first:
                 as_one(rehearse_file, runner)
-                as_one(rehearse_rounds, state)
+                as_one(rehearse_rounds, self.state)
+            if self.state:
+                tell_what_is_to_come(self.state, runner, is_first)
 
         def before_train_iter(self, runner, batch_idx: int, data_batch=None) -> None:
             if runner.iter % 50 == 0 and runner.cfg.get('al') is None:  # it waits for the device
@@ -242,7 +246,7 @@ def hook() -> mmengine.hooks.Hook:
                 report_asked(state, trainer)
 
         def after_al_run(self, state: al_patch.State) -> None:
-            state.logger.info(f'The run, by rounds:\n{rounds_table(rounds_of(state))}')
+            state.logger.info('\n'.join([f'The run, by rounds:\n{rounds_table(rounds_of(state))}', *last_lines(state)]))
 
         @torch.no_grad()
         def after_al_query(self, state: al_patch.State, trainer, asked: dict) -> None:
@@ -266,6 +270,66 @@ def delete_checkpoints(state: al_patch.State) -> None:
         for path in glob.glob(osp.join(glob.escape(state.folder(k)), '*.pth')):
             os.remove(path)
             state.logger.info(f"Deleted {path}: al.keep='needed', and a later round is trained")
+
+
+def tell_what_is_to_come(state: al_patch.State, trainer, is_first: bool) -> None:
+    """At the first training of a start, what there is to train and to ask for; and as soon as a round is done, in each
+    that follows, how long all of it will take if it goes on like that."""
+    k, lengths = state.round, iterations_of_rounds(state, trainer)
+    to_come = [lengths[k] + state.begin - trainer.iter, *lengths[k + 1:]]
+    n, same = len(to_come), len({*to_come}) == 1
+    if is_first:
+        asked = [amount_in_words(state, budget) for budget in al_patch.budgets(state.al)[k:]]
+        asks = f'each but the last asks for {asked[0]} more' if len({*asked}) == 1 else \
+            f'they ask for {", ".join(asked)} more' if asked else 'nothing more is asked for'
+        each = ', '.join(map(str, to_come[:1] if same else to_come)) + ' iterations' + ' each' * (same and n > 1)
+        state.logger.info(f'To come: {n} round{"s" * (n > 1)} of {each}, {sum(to_come)} in all; {asks}; seed '
+                          f'{state.seed}')
+    if done := state.rounds[:k]:
+        seconds = sum(to_come) * np.median([entry['train_seconds'] / each for entry, each in zip(done, lengths)])
+        seconds += (n - 1) * np.median([entry.get('query_seconds', 0) for entry in done])
+        end = time.strftime('%H:%M on %d %B', time.localtime(time.time() + seconds))
+        state.logger.info(f'About {datetime.timedelta(seconds=round(seconds))} to go, to the end of round {k + n - 1} '
+                          f'at {end}' + ', and the time to label' * (state.al.oracle['type'] == 'human'))
+
+
+def iterations_of_rounds(state: al_patch.State, trainer) -> list[int]:
+    """How many iterations each round has; about, where epochs have as many as there are images."""
+    images, lengths, begin = [entry['spent'].get('images') for entry in state.rounds], [], 0
+    for k in range(max(state.al.rounds, state.round) + 1):
+        if state.al.weights == 'continue':
+            begin, before = al_patch.end_of(state, k, begin), begin
+            lengths.append(begin - before)
+            continue
+        cfg = mmengine.Config(dict(train_cfg=copy.deepcopy(state.runner.cfg.train_cfg)))
+        cfg.merge_from_dict({key: value for key, value in al_patch.override_of(state, k).items()
+                             if key.split('.')[0] == 'train_cfg'})
+        length = cfg.train_cfg.get('max_iters') or trainer.max_iters
+        if cfg.train_cfg.get('max_epochs'):
+            n = images[k] if k <= state.round else images[-1] if state.counts_pixels else images_by(state, k)
+            length = cfg.train_cfg.max_epochs * len(trainer.train_dataloader) * (n or images[-1]) / images[-1]
+        lengths.append(max(1, round(length)))
+    return lengths
+
+
+def amount_in_words(state: al_patch.State, amount: float) -> str:
+    """What a budget buys."""
+    where = ' of each image' * state.al.per_image
+    if isinstance(amount, float) and state.counts_pixels:
+        return f'{100 * amount:g} % of the pixels{where}'
+    return f'{al_patch.number_of(amount, len(state.pool))} {state.al.unit.type}s{where}'
+
+
+def last_lines(state: al_patch.State) -> list[str]:
+    """The figures of a run that has ended, its model, and the commands to look further."""
+    tool, folder = min(osp.relpath(__file__), osp.abspath(__file__), key=len), state.folder()
+    figures = [path for name in ('learning_curve.png', 'asked.png')
+               if osp.isfile(path := osp.join(state.work_dir, name))]
+    config = max(glob.glob(osp.join(glob.escape(folder), '*.py')), key=osp.getmtime, default='its config')
+    tool, run = map(shlex.quote, (tool, state.work_dir))
+    return [*[f'Figures: {", ".join(figures)}'] * bool(figures),
+            f'Final model: {state.checkpoint(state.round, "last")}, for tools/test.py with {config}',
+            f'To look further: python {tool} html {run}', f'                 python {tool} compare {run} ANOTHER_RUN']
 
 
 def name_files(dataset) -> None:
@@ -1350,18 +1414,15 @@ def rehearse_validation(state: al_patch.State, runner=None) -> str | None:
         with al_patch.autocast(enabled=getattr(loop, 'fp16', False)):
             outputs = model.val_step(data)
             evaluator.process(data_samples=outputs, data_batch=data)
-        logging.disable(logging.CRITICAL)  # a table of one image
-        try:
-            with warnings.catch_warnings(), np.errstate(all='ignore'):
-                warnings.simplefilter('ignore')  # means of no class
-                try:
-                    metrics = evaluator.evaluate(1)
-                except Exception:  # it may want as many as there are
-                    for _ in range(len(images)):
-                        evaluator.process(data_samples=outputs, data_batch=data)
-                    metrics = evaluator.evaluate(len(images))
-        finally:
-            logging.disable(logging.NOTSET)
+        silent = al_patch.attribute(mmengine.logging.MMLogger, 'callHandlers', lambda *_: None)  # a table of one image
+        with silent, warnings.catch_warnings(), np.errstate(all='ignore'):
+            warnings.simplefilter('ignore')  # means of no class
+            try:
+                metrics = evaluator.evaluate(1)
+            except Exception:  # it may want as many as there are
+                for _ in range(len(images)):
+                    evaluator.process(data_samples=outputs, data_batch=data)
+                metrics = evaluator.evaluate(len(images))
     asked = {'al.stop.metric': [state.al.stop.metric] if state.al.stop else []}
     asked['default_hooks.checkpoint.save_best'] = sum(
         (hook.save_best or [] for hook in al_patch.checkpoint_hooks(runner)), []) if metrics else []

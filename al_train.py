@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 import traceback
+import warnings
 
 import mmengine.device.utils
 import torch
@@ -125,6 +126,7 @@ def entries(folder: str) -> dict:
 
 def main() -> None:
     cfg = None
+    warnings.simplefilter('once', append=True)  # models of all rounds have the same to say
     try:
         cfg = read_config(parse_args())
         before = entries(cfg.work_dir)

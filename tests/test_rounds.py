@@ -193,8 +193,8 @@ def test_the_checkpoint_that_scores(make_cfg, train, monkeypatch, which):
     monkeypatch.setattr(al_patch, 'load_checkpoint', lambda m, path, **k: loaded.append(path) or load(m, path, **k))
     cfg = make_cfg(dict(query_with=which), changes={'train_cfg.val_interval': 1})
     runner, rounds = train(cfg)
-    after_training, after_last = (checkpoint_of(cfg, rounds, k) for k in range(2))
-    assert loaded == [after_training, checkpoint_of(cfg, rounds, 0, which), after_last]
+    trained = [checkpoint_of(cfg, rounds, k) for k in range(2)]
+    assert loaded == {'last': trained, 'best': [trained[0], checkpoint_of(cfg, rounds, 0, 'best'), trained[1]]}[which]
 
 
 class Adapted(tiny.TinyBackbone):
