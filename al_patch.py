@@ -604,9 +604,9 @@ def train_round(state: State, trainer: Runner) -> None:
     for checkpoint_hook in checkpoint_hooks(trainer):
         best = getattr(checkpoint_hook, 'best_ckpt_path', None)
         checkpoints['best'] = best or next(iter(getattr(checkpoint_hook, 'best_ckpt_path_dict', {}).values()), None)
-    checkpoints = all_gather_object(checkpoints)[0]  # only rank 0 saves, so only it knows
     state.entry.update(metrics=hook.metrics, train_seconds=round(time.time() - begin, 1), changed=state.changed,
-                       checkpoints={key: osp.basename(path) for key, path in checkpoints.items() if path})
+                       checkpoints={key: osp.basename(path) for key, path in all_gather_object(checkpoints)[0].items()
+                                    if path})  # only rank 0 saves, so only it knows
     state.config = state.digest
     load_weights(state, state.checkpoint(state.round, 'last'))
     tell_hooks(state, 'after_al_validate', trainer)
@@ -1498,7 +1498,7 @@ def load_weights(state: State, path: str) -> None:
     Raises:
         ValueError: It cannot be read, or holds more than the model would save, or less, or other shapes.
     """
-    if vars(state.model).get('al_weights') == path:
+    if getattr(state.model, 'al_weights', '') == path:
         return
     with reading(path):
         checkpoint = load_checkpoint(state.model, path, map_location='cpu', logger=state.logger)

@@ -1161,7 +1161,8 @@ def check_disk(state: al_patch.State) -> None:
     Raises:
         OSError: It does not fit.
     """
-    al, cfg, copies, free = state.al, state.runner.cfg, 0, [shutil.disk_usage(state.work_dir).free]
+    al, cfg, copies = state.al, state.runner.cfg, 0
+    free = al_patch.all_gather_object(shutil.disk_usage(state.work_dir).free)[0]  # as rank 0 sees it
     for hook in al_patch.checkpoint_hooks(state.runner):
         saved = cfg.train_cfg.get('max_epochs' if hook.by_epoch else 'max_iters', 1) // hook.interval
         saved = saved // (al.rounds + 1) + 1 if al.weights == 'continue' else saved
@@ -1173,11 +1174,10 @@ def check_disk(state: al_patch.State) -> None:
     need *= left if al.keep == 'all' else min(2, left)
     if state.counts_pixels:
         need += left * state.pool.pixels // 100
-    al_patch.broadcast_object_list(free)  # as rank 0 sees it
-    if need > free[0]:
+    if need > free:
         raise OSError(
             f'{state.work_dir} should have {need / 1e9:.2f} GB free for {left} rounds with {copies} times the weights '
-            f'each, but has {free[0] / 1e9:.2f}: lower `default_hooks.checkpoint.max_keep_ckpts`, set '
+            f'each, but has {free / 1e9:.2f}: lower `default_hooks.checkpoint.max_keep_ckpts`, set '
             "`al.keep='needed'`, or choose another --work-dir")
 
 
