@@ -1,6 +1,6 @@
 """Look at runs of active learning: curves, tables and pictures.
 
-    python al_report.py status WORK_DIR                             where a run stands, and how to go on
+    python al_report.py status WORK_DIR                             where a run, or each in a folder, stands
     python al_report.py compare WORK_DIR [WORK_DIR ...] [-o FILE]   learning curves, their area, labels needed
     python al_report.py maps CONFIG CHECKPOINT --out DIR            where any model of mmseg's is unsure, as files
     python al_report.py html WORK_DIR [WORK_DIR ...] [-o FILE]      all there is to see of runs: a page in one file
@@ -69,7 +69,8 @@ colors, figures, matplotlib, patches, transforms = map(Lazy, (
 def main(argv: list | None = None) -> None:
     parser = argparse.ArgumentParser(prog='al_report.py', description='Look at runs of active learning')
     commands = parser.add_subparsers(dest='command', required=True)
-    commands.add_parser('status', help='where a run stands, and how to go on').add_argument('dir', metavar='WORK_DIR')
+    commands.add_parser('status', help='where a run stands, and how to go on; or all runs in a folder').add_argument(
+        'dir', metavar='WORK_DIR')
     comparing = commands.add_parser('compare', aliases=['report'],
                                     help='compare runs: learning curves, their area, labels needed')
     comparing.add_argument('-o', '--out', metavar='FILE', help='draw the curves: .png, .pdf or .svg')
@@ -167,8 +168,8 @@ def hook() -> mmengine.hooks.Hook:
         """Looks at a run. ``al_patch`` turns what goes wrong in it into a warning, once ``before_al_run`` has let it
         begin."""
         priority = 'VERY_LOW'  # in training, what others have made ready is looked at
-        state = None  # of the run
-        is_rehearsed = False  # whether a training has begun
+        state = None  # of the run, while a round trains
+        is_first = True  # whether no training has begun since the start
         is_sparse = False  # whether images are partly labelled, so that losses have to be tried on one without labels
         shown = set()  # values of the validation labels of a round that this rank has seen
 
@@ -179,7 +180,7 @@ def hook() -> mmengine.hooks.Hook:
                 check_item(leaf)
                 check_steps(leaf, is_alone=leaf is dataset)
                 check_hidden(leaf)
-            is_first, self.is_rehearsed = bool(self.state) and not self.is_rehearsed, True
+            is_first, self.is_first = self.is_first and self.state is not None, False
             if is_first and not runner.iter:
                 check_first_losses(runner)
             if self.is_sparse:
@@ -215,7 +216,7 @@ def hook() -> mmengine.hooks.Hook:
                     metric.total_area_to_metrics = functools.partial(keep_class_iou, runner, metric, compute)
 
         def before_al_run(self, state: al_patch.State) -> None:
-            self.is_sparse, self.state = state.counts_pixels, state
+            self.is_sparse, self.is_first = state.counts_pixels, True
             if type(state.runner.cfg) is mmengine.Config:
                 object.__setattr__(state.runner.cfg, '__class__', QuicklyDumped)  # and so are the rounds', its copies
             for check in (check_rounds, check_amounts, check_groups, check_overrides, check_schedule,
@@ -224,6 +225,7 @@ def hook() -> mmengine.hooks.Hook:
                 check(state)
 
         def before_al_train(self, state: al_patch.State, trainer) -> None:
+            self.state = state
             if al_patch.is_main_process():
                 al_patch.write_atomically(osp.join(state.work_dir, 'sizes.json'), json.dumps(state.seen_files))
                 look_at_labels(state)
@@ -239,6 +241,7 @@ def hook() -> mmengine.hooks.Hook:
 
         @torch.no_grad()
         def after_al_train(self, state: al_patch.State, trainer) -> None:
+            self.state = None
             if al_patch.is_main_process():
                 delete_checkpoints(state)
                 write_table(state)
@@ -2629,11 +2632,14 @@ def main_metric(rounds: list[dict], stop: dict | None) -> str | None:
 
 
 def status(path: str) -> str:
-    """Where a run stands, what it waits for, and the command to go on."""
+    """Where a run stands, what it waits for, and the command to go on; of a folder of runs, a table of them."""
+    runs = [osp.dirname(file) for depth in ('*', '*/*') for file in glob.glob(
+        osp.join(glob.escape(path), depth, STATE_FILE))]
+    if runs and not osp.isfile(osp.join(path, STATE_FILE)):
+        return str(runs_table(path, sorted(runs)))
     run = read_run(path)
     k, al, done = run['round'], run['settings'], [entry for entry in run['rounds'] if 'metrics' in entry]
-    logs = [log for depth in ('*', '*/*') for log in glob.glob(osp.join(glob.escape(path), depth, '*.log'))]
-    ago = time.time() - max(map(osp.getmtime, [osp.join(path, STATE_FILE), *logs]))
+    phase = f'{PHASES.get(run["phase"], run["phase"])}; it last wrote {silent_for(path):.0f} s ago'
     config = max(glob.glob(osp.join(glob.escape(path), '*.py')), key=osp.getmtime, default='<config>')
     when = 'To go on with more `al.rounds`' if run['ended'] else \
         'With the labels in place' if run['phase'] == 'label' else 'If it has stopped, go on with'
@@ -2644,12 +2650,38 @@ def status(path: str) -> str:
     return '\n'.join([
         f'{path}: {in_words(al["strategy"])}, unit {in_words(al["unit"])}, seed {run["seed"]}',
         f'Ended after round {k}: {run["ended"]}' if run['ended'] else
-        f'Round {k} of {al["rounds"]}: {PHASES.get(run["phase"], run["phase"])}; it last wrote {ago:.0f} s ago',
+        f'Round {k} of {al["rounds"]}: {phase}',
         *labels_of(path, run),
         *([str(rounds_table(done))] if done else []),
         'What labels cost:', str(costs_table(path, run)),
         *(f'Warning in round {", ".join(rounds)}: {text}' for text, rounds in warned.items()),
         f'{when}: bash dist_al_train.sh {config} <GPUs> --work-dir {path} --resume'])
+
+
+def runs_table(folder: str, paths: list[str]) -> prettytable.PrettyTable:
+    """The runs of a folder, one row each: how far it is, what it has come to, and what it waits for."""
+    table = prettytable.PrettyTable(['run', 'strategy', 'unit', 'round', 'metric', 'last wrote', 'it'], align='l')
+    for path in paths:
+        name, ago = osp.relpath(path, folder), f'{datetime.timedelta(seconds=round(silent_for(path)))} ago'
+        try:
+            run = read_run(path)
+        except ValueError as error:
+            table.add_row([name, *'----', ago, error])
+            continue
+        al, done = run['settings'], [entry for entry in run['rounds'] if 'metrics' in entry]
+        metric = done and main_metric(done, al.get('stop'))
+        waits = f'waits for labels of {units_of(run["rounds"][-1])} {in_words(al["unit"]).partition("(")[0]}s'
+        table.add_row([name, in_words(al['strategy']), in_words(al['unit']), f'{run["round"]} of {al["rounds"]}',
+                       f'{metric} {done[-1]["metrics"][metric]:.2f} (round {len(done) - 1})' if metric else '-', ago,
+                       f'has ended: {run["ended"]}' if run['ended'] else waits if run['phase'] == 'label' else
+                       f'is {PHASES.get(run["phase"], run["phase"])}, or has stopped'])
+    return table
+
+
+def silent_for(path: str) -> float:
+    """How many seconds ago a run wrote its state or a log."""
+    logs = [log for depth in ('*', '*/*') for log in glob.glob(osp.join(glob.escape(path), depth, '*.log'))]
+    return time.time() - max(map(osp.getmtime, [osp.join(path, STATE_FILE), *logs]))
 
 
 def labels_of(work_dir: str, run: dict) -> list[str]:
@@ -2788,9 +2820,12 @@ def read_run(work_dir: str) -> dict:
     """What a run's state file holds: of any schema as of 3, as far as it is looked at here.
 
     Raises:
+        FileNotFoundError: There is none.
         ValueError: It is damaged, or of a newer schema.
     """
     path, images = osp.join(work_dir, STATE_FILE), set()
+    if not osp.isfile(path):
+        raise FileNotFoundError(f'{work_dir} should be the --work-dir of a run, but there is no {STATE_FILE} in it')
     try:
         with open(path, encoding='utf-8') as file:
             run = json.load(file)

@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+import types
 
 import cv2
 import mmengine
@@ -237,8 +239,29 @@ def test_status_says_why_a_run_has_ended(tmp_path, capsys):
     assert 'Ended after round 1: mIoU 60.00 has reached al.stop.value = 50\n' in capsys.readouterr().out
 
 
+def test_status_of_a_folder_lists_the_runs_in_it(tmp_path, capsys):
+    """With round, metric and what each waits for; one that cannot be read is a row, too."""
+    waits = make_state([10, 20], [40, 60.], phase='label', rounds=4, unit=CELL)
+    waits['rounds'][1] = dict(asked={'a': [2, 60], 'b': [1, 30]}, spent={})
+    states = {'done': make_state([10, 20], [40, 60]), 'deep/er': make_state([10], [40], rounds=3),
+              'people': waits, 'cut': dict(schema=3)}
+    for name, state in states.items():
+        write_state(tmp_path / name, state)
+    os.utime(tmp_path / 'done' / STATE_FILE, (time.time() - 7200, ) * 2)
+    main(['status', str(tmp_path)])
+    rows = cells_of(capsys.readouterr().out)
+    assert list(rows) == ['run', 'cut', 'deep/er', 'done', 'people'] and 'cut/al_state.json cannot' in rows['cut'][-1]
+    assert rows['done'][:4] == ['entropy', 'image', '1 of 1', 'mIoU 60.00 (round 1)']
+    assert rows['done'][4].startswith('2:00:') and rows['done'][5] == 'has ended: all 1 rounds of queries are done'
+    assert rows['deep/er'][2:4] == ['0 of 3', 'mIoU 40.00 (round 0)']
+    assert rows['deep/er'][5] == 'is scoring the pool, or has stopped'
+    assert rows['people'][2:4] == ['1 of 4', 'mIoU 40.00 (round 0)']
+    assert rows['people'][5] == 'waits for labels of 3 regions'
+
+
 @pytest.mark.parametrize('command, error', [
-    (['status', 'nowhere'], 'No such file'), (['compare', 'nowhere'], 'No such file'),
+    *(([command, 'nowhere'], 'nowhere should be the --work-dir of a run, but there is no al_state.json')
+      for command in ('status', 'compare', 'html')),
     (['compare', '{run}', '--metric', 'mDice'], 'no run has finished a round with mDice'),
     (['compare', '{run}', '-o', 'x.docx'], 'docx'), (['status', '{cut}'], 'cut/al_state.json cannot be read'),
     (['status', '{newer}'], 'its schema 4 is newer than this al_report.py')])
@@ -658,11 +681,56 @@ def test_progress_is_a_bar_for_people_and_lines_for_files(make_cfg, train, monke
     monkeypatch.setattr('mmengine.logging.MMLogger.info', lambda self, text, *args: lines.append(text))
     monkeypatch.setattr(sys.stdout, 'isatty', lambda: watched, raising=False)
     train(make_cfg(al, changes=tiny.NO_VAL))
-    told = [line.split(']')[0].replace('[ ', '[') for line in lines if 'Iter(query)' in line]
-    assert told == ([] if watched else [f'Iter(query) [{done}/{n}' for n, step in zip(
+    told = [line.split(']')[0].replace(' ', '') for line in lines if 'Iter(query)' in line]
+    assert told == ([] if watched else [f'Iter(query)[{done}/{n}' for n, step in zip(
         totals, [1] if totals == [8] else [2, 2]) for done in range(step, n + 1, step)])  # at most ten
     bars = capsys.readouterr().out.split('Query ')[1:]  # a line would break the bar
     assert sum('100%' in bar for bar in bars) >= len(totals) * watched and bool(bars) == watched
+
+
+def test_the_log_says_what_is_to_come_and_in_the_end_where_to_look(make_cfg, train):
+    """Environment and config once; in a round no more than mmengine's own lines and few of ours."""
+    cfg = make_cfg(dict(overrides={2: {'train_cfg.max_iters': 6}}, rounds=2, budget=[2, 3]))
+    runner, rounds = train(cfg)
+    log = tiny.log_of(cfg.work_dir)
+    plan = 'To come: 3 rounds of 4, 4, 6 iterations, 14 in all; they ask for 2 images, 3 images more; seed 0'
+    assert plan in log and log.index(plan) < log.index('About 0:00:0') < log.index('has ended')
+    assert log.count('to go, to the end of round 2 at ') == 2 and 'per class results' not in log
+    assert log.count('System environment') == 1 and log.count('Hooks will be executed') == 1
+    for k in range(3):
+        own = tiny.log_of(osp.join(cfg.work_dir, f'round_{k}'))
+        assert '(train)' in own and len(own.splitlines()) < 70 and 'System' not in own and 'Config:' not in own
+    figures, model, *commands = log.splitlines()[-4:]
+    paths = re.findall('[^ ,]*/[^ ,]*', figures + model)
+    assert len(paths) == 5 and all(map(osp.isfile, {*paths} - {'tools/test.py'})) and 'round_2/iter_6.pth, for' in model
+    assert all('al_report.py ' in line and cfg.work_dir in line for line in commands)
+
+
+@pytest.mark.parametrize('loop, al, changes, lengths', [
+    ('iters', dict(overrides={1: {'train_cfg': dict(max_iters=9)}}), {}, [4, 9, 4]),
+    ('epochs', dict(overrides={2: {'train_cfg.max_epochs': 5}}), {}, [4, 6, 20]),  # 4, 6, 8 images, two a batch
+    ('epochs', dict(unit=CELL, initial=60), {}, [12, 12, 12]),  # some of all 12 images
+    ('iters', dict(weights='continue'), {'train_cfg.max_iters': 30}, [10, 10, 10])])
+def test_iterations_of_rounds(make_cfg, train, monkeypatch, loop, al, changes, lengths):
+    """Counted in a training: of those before, and those to come."""
+    counted, count = [], al_report.iterations_of_rounds
+    monkeypatch.setattr(al_report, 'iterations_of_rounds', lambda *args: counted.append(count(*args)) or counted[-1])
+    train(make_cfg(dict(al, rounds=2), loop, changes={**tiny.NO_VAL, **changes}))
+    assert counted == [lengths] * 3
+
+
+def test_how_long_it_will_take(make_cfg, train, monkeypatch):
+    """By the median of the rounds that are done: 3 s an iteration, 5 s a query."""
+    state = types.SimpleNamespace(
+        round=3, begin=0, seed=7, al=types.SimpleNamespace(rounds=5, oracle=dict(type='human')), logger=None,
+        rounds=[dict(train_seconds=30., query_seconds=5.), dict(train_seconds=60., query_seconds=5.),
+                dict(train_seconds=1., query_seconds=90.), {}])
+    said = []
+    state.logger = types.SimpleNamespace(info=said.append)
+    monkeypatch.setattr(al_report, 'iterations_of_rounds', lambda *args: [10, 20, 10, 10, 10, 20])
+    al_report.tell_what_is_to_come(state, types.SimpleNamespace(iter=4), False)
+    [line] = said  # 6 + 10 + 20 iterations and 2 queries
+    assert re.match('About 0:01:58 to go, to the end of round 5 at .* and the time to label$', line)
 
 
 def test_names_may_hold_dollars():
