@@ -126,7 +126,7 @@ def entries(folder: str) -> dict:
 
 def main() -> None:
     cfg = None
-    warnings.simplefilter('once', append=True)  # models of all rounds have the same to say
+    warnings.filterwarnings('ignore', '``build_loss`` would|Default ``avg_non_ignore``')  # mmseg's, in every round
     try:
         cfg = read_config(parse_args())
         before = entries(cfg.work_dir)

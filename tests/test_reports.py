@@ -701,7 +701,7 @@ def test_the_log_says_what_is_to_come_and_in_the_end_where_to_look(make_cfg, tra
         own = tiny.log_of(osp.join(cfg.work_dir, f'round_{k}'))
         assert '(train)' in own and len(own.splitlines()) < 70 and 'System' not in own and 'Config:' not in own
     figures, model, *commands = log.splitlines()[-4:]
-    paths = re.findall('[^ ,]*/[^ ,]*', figures + model)
+    paths = re.findall('[^ ,]*/[^ ,]*', f'{figures} {model}')
     assert len(paths) == 5 and all(map(osp.isfile, {*paths} - {'tools/test.py'})) and 'round_2/iter_6.pth, for' in model
     assert all('al_report.py ' in line and cfg.work_dir in line for line in commands)
 
