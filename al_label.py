@@ -200,7 +200,8 @@ def export_again(work_dir: str, to: str | None = None, part: tuple | None = None
     tools = [to] if to else TOOLS
     with opened_run(work_dir) as state:
         if state.phase != 'label':
-            raise ValueError(f'the run in {work_dir} does not wait for labels')
+            raise ValueError(f'the run in {work_dir} does not wait for labels: python al_report.py status says what it '
+                             'does')
         if not (part or with_images) or not (folder_of(state) / 'to_label.txt').is_file():
             with al_patch.checkpoints_are_data():
                 export(state, tools=tools)
@@ -225,7 +226,8 @@ def take_file(state: State, file: str, check: bool = False) -> str:
     outcome = hand_in(state, read_answers(state, file, notes), notes, check)
     if not outcome.taken:
         notes.pop('Not yet')
-        raise ValueError(f'{file} holds no answer to what round {state.round} asks for ({in_lines(notes, "; ")})')
+        raise ValueError(f'{file} holds no answer to what round {state.round} asks for ({in_lines(notes, "; ")}): '
+                         'give what was exported after people had labelled that')
     return outcome.text
 
 
@@ -233,7 +235,8 @@ def push_tasks(work_dir: str, to: str | None = None, upload: bool = False) -> st
     """Make tasks of what a round asks for on a server, which is remembered. What is there already stays as it is."""
     with opened_run(work_dir) as state:
         if state.phase != 'label':
-            raise ValueError(f'the run in {work_dir} does not wait for labels')
+            raise ValueError(f'the run in {work_dir} does not wait for labels: python al_report.py status says what it '
+                             'does')
         return push(state, to, upload)
 
 
@@ -241,7 +244,7 @@ def push(state: State, to: str | None = None, upload: bool = False) -> str:
     import al_patch
     before = read_json(server_path(state))
     if not (to or before):
-        raise ValueError('--to should be the address of a server, as none is remembered')
+        raise ValueError('--to should be the address of a server, as none is remembered, e.g. --to http://localhost:8080')
     title = f'{osp.basename(state.work_dir)[:40]} {secrets.token_hex(4)}'  # Label Studio takes 50 characters
     where = {'title': title, **before, 'url': (to or before['url']).rstrip('/'),
              'upload': upload or not to and before['upload']}
@@ -316,7 +319,7 @@ def pull_labels(work_dir: str, wait: bool = False, check: bool = False) -> str:
 def pull(state: State, check: bool = False) -> Outcome:
     where, notes = read_json(server_path(state)), collections.defaultdict(dict)
     if not where:
-        raise ValueError('no server is remembered: push first')
+        raise ValueError(f'no server is remembered: push first, by python al_label.py push {state.work_dir} --to URL')
     return hand_in(state, server_at(where).pull(state, notes), notes, check)
 
 
@@ -393,7 +396,7 @@ def stopped_run(work_dir: str) -> Iterator[dict]:
     import mmengine
 
     import al_patch
-    content = al_patch.read_state(osp.join(work_dir, al_patch.STATE_FILE))
+    content = read_state(work_dir)
     with al_patch.only_run(types.SimpleNamespace(work_dir=work_dir, logger=mmengine.MMLogger.get_current_instance())):
         yield content
 
@@ -414,10 +417,11 @@ def opened_run(work_dir: str, start: Callable | None = None) -> Iterator[State]:
 
     import al_patch
     start = start or (lambda cfg: RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg))
-    content = al_patch.read_state(osp.join(work_dir, al_patch.STATE_FILE))
+    content = read_state(work_dir)
     configs = glob.glob(osp.join(glob.escape(work_dir), '*.py'))
     if not configs:
-        raise ValueError(f'{work_dir} does not hold the config, a .py file, that mmengine writes there')
+        raise ValueError(f'{work_dir} does not hold the config, a .py file, that mmengine writes there: copy yours '
+                         'into it')
     cfg = Config.fromfile(max(configs, key=osp.getmtime))
     with tempfile.TemporaryDirectory() as elsewhere, warnings.catch_warnings():
         warnings.simplefilter('ignore')  # the run has told them
@@ -435,6 +439,21 @@ def opened_run(work_dir: str, start: Callable | None = None) -> Iterator[State]:
             yield state
         finally:
             al_patch.close_round(runner)
+
+
+def read_state(work_dir: str) -> dict:
+    """What a run's state file holds.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is damaged.
+    """
+    import al_patch
+    path = osp.join(work_dir, al_patch.STATE_FILE)
+    if not osp.isfile(path):
+        raise FileNotFoundError(f'{work_dir} should be the --work-dir of a run, but there is no {osp.basename(path)} '
+                                'in it')
+    return al_patch.read_state(path)
 
 
 class Sizes(dict):
@@ -472,7 +491,8 @@ def server_at(where: dict) -> LabelStudio | Cvat:
             answer = server.ask('GET', path)
         if sign in str(answer):
             return kind(url, where['title'])
-    raise ValueError(f'{url} should be a Label Studio or a CVAT, but answers as neither')
+    raise ValueError(f'{url} should be a Label Studio or a CVAT, but answers as neither: is the port right, and '
+                     'no proxy between?')
 
 
 class Unreachable(ValueError):
@@ -1213,7 +1233,7 @@ def decode_rle(data: list[int], size: tuple) -> np.ndarray:
         nonlocal at
         at += n
         if at > len(bits):
-            raise ValueError('its RLE ends too early')
+            raise ValueError('its RLE ends too early: export it again')
         return int(bits[at - n:at], 2)
 
     total, n = number(32), number(5) + 1
@@ -1224,7 +1244,7 @@ def decode_rle(data: list[int], size: tuple) -> np.ndarray:
     while filled_to < total:
         is_run, length = number(1), number(counters[number(2)]) + 1
         if filled_to + length > total:
-            raise ValueError('its RLE is longer than it says')
+            raise ValueError('its RLE is longer than it says: export it again')
         values[filled_to:filled_to + length] = number(n) if is_run else [number(n) for _ in range(length)]
         filled_to += length
     return values.reshape(*size, 4)[..., 3] >= 128
@@ -1398,7 +1418,7 @@ def doubted(run: State, out: str, budget: int) -> State:
     kept = [path for k in range(len(run.rounds)) if (path := kept_checkpoint(run, k))]
     if not kept:
         raise ValueError(f'no round of {run.work_dir} is trained yet, or no checkpoint is there: there is no model to '
-                         'contradict a label')
+                         'contradict a label. Let a round train, with al.keep=\'all\'')
     checkpoint, asked = kept[-1], {}
     os.makedirs(state.folder(0))
     os.symlink(checkpoint, osp.join(state.folder(0), osp.basename(checkpoint)))

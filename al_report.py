@@ -676,7 +676,7 @@ def check_rounds(state: al_patch.State) -> None:
     if joined:
         state.logger.info(f'{len(joined)} new images have joined the pool, which has {len(pool)} now')
     if left:
-        warn(f'{len(left)} images have left the data set: {in_short(left)}')
+        warn(f'{len(left)} images have left the data set: {in_short(left)}. The run goes on without them')
 
 
 def check_resume(state: al_patch.State, content: dict) -> None:
@@ -821,14 +821,15 @@ def check_groups(state: al_patch.State) -> None:
     state.logger.info(f'`al.group` makes {len(groups)} groups of the {len(pool)} images of the pool, of {sizes[0]} to '
                       f'{sizes[-1]}, e.g. {in_short([*groups][:3])}')
     if sizes[-1] == 1:
-        state.logger.warning(f'`al.group` = {al.group!r} makes every image of the pool a group of its own')
+        state.logger.warning(f'`al.group` = {al.group!r} makes every image of the pool a group of its own, so '
+                             'that caps on groups come to nothing: it should match what images of a group share')
     images = validation_set(state.runner)
     if images:
         names = [al_patch.image_name(images, images.get_data_info(i)) for i in range(len(images))]
         both = [group for group in dict.fromkeys(group_of(name)[0] for name in names) if group in groups]
         if both:
             state.logger.warning(f'{len(both)} groups are in both pool and validation set, whose figures are then too '
-                                 f'good: {in_short(both)}')
+                                 f'good: {in_short(both)}. Keep each of them in one of the two')
 
 
 def check_overrides(state: al_patch.State) -> None:
@@ -1321,7 +1322,8 @@ def rehearse_query(state: al_patch.State) -> str | None:
             if strategy.calibration:
                 few.thresholds = dict(thresholds_C=torch.full_like(maps[0][0, :, 0, 0], .5))
             if not all(each.isfinite().all() for each in maps if each is not None):
-                state.logger.warning(f'The model, as it begins, gives no finite numbers for {path}')
+                state.logger.warning(f'The model, as it begins, gives no finite numbers for {path}: are its '
+                                     '`load_from` and `data_preprocessor` right?')
                 return None
             query.collector.add(name, *query.candidates(name, seen))
     check_memory(query.collector, len(state.pool), state)
@@ -1718,7 +1720,7 @@ def check_first_losses(trainer) -> None:
         for key, loss in trial_losses(trainer, 2, None)[0].items():
             if not loss.isfinite():
                 raise ValueError(f'{key} should be a finite number, but is {loss:g} on two training images, as the '
-                                 'model begins')
+                                 'model begins: are `load_from`, `data_preprocessor` and the loss right?')
 
 
 def check_void(trainer) -> None:
@@ -2151,7 +2153,7 @@ def look_at_labels(state: al_patch.State) -> None:
     elif not state.counts_pixels and np.median(shown) > 2 and shown.min() <= 1:
         odd = [name for name, n in zip(counts, shown) if n <= 1]
         state.warn(f'Labelled with one class or none, where most images have {np.median(shown):.0f}: '
-                   f'{", ".join(odd[:10])}')
+                   f'{", ".join(odd[:10])}. Are their label files whole?')
 
 
 def purity(state: al_patch.State, names: list[str]) -> float | None:
@@ -2439,8 +2441,8 @@ def compare(dirs: list[str], out: str | None = None, metric: str | None = None, 
     groups = group_runs(runs, metric)
     if not groups:
         known = sorted({key for run in runs.values() for entry in run['rounds'] for key in entry.get('metrics', ())})
-        raise ValueError(f'no run has finished a round with {metric or "a validation"}: --metric should be one of '
-                         f'{", ".join(known)}')
+        raise ValueError(f'no run has finished a round with {metric or "a validation"}: ' + (
+            f'--metric should be one of {", ".join(known)}' if known else 'wait for one, or validate'))
     full = full_of(runs, metric) if full is None else full
     if out:
         save_figure(draw_curves(groups, metric, full), out)
@@ -2830,7 +2832,8 @@ def read_run(work_dir: str) -> dict:
         with open(path, encoding='utf-8') as file:
             run = json.load(file)
         if run['schema'] > 3:
-            raise ValueError(f'its schema {run["schema"]} is newer than this al_report.py')
+            raise ValueError(f'its schema {run["schema"]} is newer than this al_report.py: use the one of the '
+                             'project that wrote it')
         for entry in run['rounds']:
             if isinstance(entry['asked'], list):  # whole images
                 entry['asked'] = dict.fromkeys(entry['asked'])

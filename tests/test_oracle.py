@@ -320,9 +320,9 @@ def test_the_command_exports_again(asks, capsys):
 
 
 @pytest.mark.parametrize('wrong, why', [
-    ('phase', 'the run in {dir} does not wait for labels'),
-    ('state', r'.*No such file or directory: .{dir}/al_state.json.'),
-    ('config', '{dir} does not hold the config, a .py file, that mmengine writes there'),
+    ('phase', 'the run in {dir} does not wait for labels: python al_report.py status says what it does'),
+    ('state', '{dir} should be the --work-dir of a run, but there is no al_state.json in it'),
+    ('config', '{dir} does not hold the config, a .py file, that mmengine writes there: copy yours into it'),
     ('checkpoint', 'the checkpoint {dir}/round_0/iter_2.pth that the run needs to go on is gone: .*'),
     ('settings', '`al.budget` was .* when round 1 used it and cannot change on resume, but got .*')])
 def test_the_command_says_in_a_line_why_it_cannot(asks, train, capsys, wrong, why):
@@ -403,7 +403,7 @@ def test_new_images_join_the_pool_and_removed_ones_are_reported(train, human, bl
     assert unit == 'image' or state['pixels'] == (14 - bool(left)) * 32 * 48
     log = logs_of(cfg)
     assert f'2 new images have joined the pool, which has {14 - bool(left)} now' in log
-    assert not left or f'1 images have left the data set: {left}' in log
+    assert not left or f'1 images have left the data set: {left}. The run' in log
     assert unit == 'region' or {'a/new', 'c/new'} <= set(state['rounds'][2]['asked'])
 
 

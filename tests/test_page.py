@@ -131,7 +131,7 @@ def test_what_is_not_there_is_left_out(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('options, error', [
-    (['html', 'nowhere'], 'No such file'),
+    (['html', 'nowhere'], 'nowhere should be the --work-dir of a run, but there is no al_state.json'),
     (['html', '{run}', '-o', '{run}'], r'--out should be a file, e\.g\. .*/report')])
 def test_an_error_writes_nothing(tmp_path, capsys, options, error):
     run = write_state(tmp_path / 'run', make_state([10, 20], [40, 60]))

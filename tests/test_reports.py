@@ -261,7 +261,7 @@ def test_status_of_a_folder_lists_the_runs_in_it(tmp_path, capsys):
 
 @pytest.mark.parametrize('command, error', [
     *(([command, 'nowhere'], 'nowhere should be the --work-dir of a run, but there is no al_state.json')
-      for command in ('status', 'compare', 'html')),
+      for command in ('status', 'compare')),
     (['compare', '{run}', '--metric', 'mDice'], 'no run has finished a round with mDice'),
     (['compare', '{run}', '-o', 'x.docx'], 'docx'), (['status', '{cut}'], 'cut/al_state.json cannot be read'),
     (['status', '{newer}'], 'its schema 4 is newer than this al_report.py')])

@@ -283,7 +283,7 @@ def test_a_server_that_is_neither(run, label_studio):
     label_studio.answer = lambda *args: (200, dict(name='a shop'))
     with pytest.raises(ValueError, match='should be a Label Studio or a CVAT, but answers as neither'):
         al_label.push(run.state, label_studio.url)
-    with pytest.raises(ValueError, match='^no server is remembered: push first$'):
+    with pytest.raises(ValueError, match='^no server is remembered: push first, by python al_label.py push .* --to'):
         al_label.pull(run.state)
 
 

@@ -294,7 +294,7 @@ def test_predictions_that_somebody_submitted_are_answers_and_files_as_exported_a
     al_label.note_exported(run.state, ['a/03'])
     files = al_label.cvat_files(run.state, ['a/03'], {})
     (tmp_path / 'cvat.zip').write_bytes(files['cvat.zip'])
-    why = '.Just as it was exported, which is no answer .*: a/03.$'
+    why = '.Just as it was exported, which is no answer .*: a/03.: give what was'
     for path in (str(tmp_path / 'cvat.zip'), run.path('round_1', 'to_label', 'prediction')):
         with pytest.raises(ValueError, match=f'holds no answer to what round 1 asks for {why}'):
             take(run, path)
