@@ -2062,7 +2062,7 @@ class State:
     @property
     def keeps_labels(self) -> bool:
         """Whether labels are in the store, and not the data set's own: people's, and those of one class a unit."""
-        return split_setting(self.al.oracle)[0] == 'human' or self.al.unit.get('label') == 'dominant'
+        return split_setting(self.al.oracle)[0] == 'human' or self.al.get('unit', {}).get('label') == 'dominant'
 
     @property
     def classes(self) -> list[str]:

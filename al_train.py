@@ -88,7 +88,7 @@ def read_config(args: argparse.Namespace) -> Config:
         if cfg.optim_wrapper.get('type', 'OptimWrapper') not in ('OptimWrapper', 'AmpOptimWrapper'):
             raise ValueError(f'--amp needs optim_wrapper.type to be OptimWrapper, but got {cfg.optim_wrapper.type}')
         cfg.optim_wrapper.update(type='AmpOptimWrapper', loss_scale=cfg.optim_wrapper.get('loss_scale', 'dynamic'))
-    return start(cfg, args.launcher)
+    return cfg
 
 
 def start(cfg: Config, launcher: str) -> Runner:
@@ -100,7 +100,7 @@ def start(cfg: Config, launcher: str) -> Runner:
             init_cpu_processes(cfg)
         else:
             cfg.launcher = 'none'
-    return cfg
+    return RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
 
 
 def leave(cfg: Config, before: dict, whole: str) -> None:
@@ -128,10 +128,10 @@ def main() -> None:
     cfg = None
     warnings.filterwarnings('ignore', '``build_loss`` would|Default ``avg_non_ignore``')  # mmseg's, in every round
     try:
-        cfg = read_config(parse_args())
+        args = parse_args()
+        cfg = read_config(args)
         before = entries(cfg.work_dir)
-        runner = RUNNERS.build(cfg) if 'runner_type' in cfg else Runner.from_cfg(cfg)
-        runner.train()
+        start(cfg, args.launcher).train()
         end_processes()
     except KeyboardInterrupt:  # the log said when the round started how to go on: no traceback
         raise SystemExit(130) from None
