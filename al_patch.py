@@ -1457,7 +1457,7 @@ def watched(state: State, what: str, looks: Iterator, total: int) -> Iterator:
         if not is_watched and (done == total or done % math.ceil(total / 10) == 0):
             each = (time.time() - begin) / done
             eta = time.strftime('%H:%M:%S', time.gmtime(each * (total - done)))
-            state.logger.info(f'Iter({what}) [{done:3}/{total}]  eta: {eta}  time: {each:.4f}')
+            state.logger.info(f'Iter({what}) [{done:{len(str(total))}}/{total}]  eta: {eta}  time: {each:.4f}')
 
 
 def calibrate(state: State, trainer: Runner, strategy: Strategy) -> torch.Tensor:

@@ -144,7 +144,7 @@ def test_what_is_asked_for_is_exported(model, tmp_path, capsys):
     scores = [float(row['score']) for row in rows]
     assert scores == sorted(scores, reverse=True) and {row['image'] for row in rows[:3]} == {*names}
     with Image.open(out / 'contact_sheet.png') as sheet:
-        assert sheet.width == 1100
+        assert sheet.width == 900  # three in a row
     files = {path.name: path.read_bytes() for path in (out / 'round_1' / 'to_label').iterdir() if path.is_file()}
     assert {*files} == {
             'to_label.txt', 'instructions.txt', 'cvat.zip', 'cvat_labels.json', 'label_studio.json', 'label_studio.xml'}
@@ -389,7 +389,7 @@ def test_what_people_have_handed_in_is_taken_first(make_cfg, train, tmp_path):
 
 
 @pytest.mark.parametrize('work_dir, parts, why', [
-    ('nowhere', 1, 'nowhere/al_state.json'), ('.', 0, '--parts should be a positive int, but got 0')])
+    ('nowhere', 1, 'nowhere should be the --work-dir of a run, but there is no al_state.json in it'), ('.', 0, '--parts should be a positive int, but got 0')])
 def test_data_sets_that_cannot_be_had(tmp_path, capsys, work_dir, parts, why):
     with pytest.raises(SystemExit, match='^2$'):
         al_label.main(['dataset', str(tmp_path / work_dir), '--out', str(tmp_path / 'out'), '--parts', str(parts)])
@@ -599,5 +599,5 @@ def test_the_launcher_names_al_patch_in_the_configs_of_rounds(shared_data, tmp_p
     (tmp_path / 'cfg.py').write_text(text + 'al = dict()\n')
     monkeypatch.setattr('sys.argv', ['al_train.py', str(tmp_path / 'cfg.py'), '--work-dir', str(tmp_path / 'work')])
     import al_train
-    runner = al_train.build_runner(al_train.parse_args())
-    assert runner.cfg.custom_imports == dict(imports=['al_patch'], allow_failed_imports=True)
+    cfg = al_train.read_config(al_train.parse_args())
+    assert cfg.custom_imports == dict(imports=['al_patch'], allow_failed_imports=True)
