@@ -389,7 +389,8 @@ def test_what_people_have_handed_in_is_taken_first(make_cfg, train, tmp_path):
 
 
 @pytest.mark.parametrize('work_dir, parts, why', [
-    ('nowhere', 1, 'nowhere should be the --work-dir of a run, but there is no al_state.json in it'), ('.', 0, '--parts should be a positive int, but got 0')])
+    ('nowhere', 1, 'nowhere should be the --work-dir of a run, but there is no al_state.json'),
+    ('.', 0, '--parts should be a positive int, but got 0')])
 def test_data_sets_that_cannot_be_had(tmp_path, capsys, work_dir, parts, why):
     with pytest.raises(SystemExit, match='^2$'):
         al_label.main(['dataset', str(tmp_path / work_dir), '--out', str(tmp_path / 'out'), '--parts', str(parts)])
