@@ -199,9 +199,7 @@ def export_again(work_dir: str, to: str | None = None, part: tuple | None = None
     import al_patch
     tools = [to] if to else TOOLS
     with opened_run(work_dir) as state:
-        if state.phase != 'label':
-            raise ValueError(f'the run in {work_dir} does not wait for labels: python al_report.py status says what it '
-                             'does')
+        check_waits(state, work_dir)
         if not (part or with_images) or not (folder_of(state) / 'to_label.txt').is_file():
             with al_patch.checkpoints_are_data():
                 export(state, tools=tools)
@@ -234,10 +232,18 @@ def take_file(state: State, file: str, check: bool = False) -> str:
 def push_tasks(work_dir: str, to: str | None = None, upload: bool = False) -> str:
     """Make tasks of what a round asks for on a server, which is remembered. What is there already stays as it is."""
     with opened_run(work_dir) as state:
-        if state.phase != 'label':
-            raise ValueError(f'the run in {work_dir} does not wait for labels: python al_report.py status says what it '
-                             'does')
+        check_waits(state, work_dir)
         return push(state, to, upload)
+
+
+def check_waits(state: State, work_dir: str) -> None:
+    """
+    Raises:
+        ValueError: The run does not wait for labels.
+    """
+    if state.phase != 'label':
+        raise ValueError(f'the run in {work_dir} does not wait for labels: python al_report.py status says what it '
+                         'does')
 
 
 def push(state: State, to: str | None = None, upload: bool = False) -> str:

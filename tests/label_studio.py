@@ -36,15 +36,6 @@ RUNS = {
     'dominant': dict(unit=dict(SUPERPIXEL, label='dominant'), initial=8, budget=6)}
 
 
-def brush(mask: np.ndarray) -> list:
-    """A mask as Label Studio's RLE, without any run: one value after another, in blocks of up to 8."""
-    values = mask.reshape(-1).repeat(4).astype(int) * 255
-    bits = f'{values.size:032b}{7:05b}' + ''.join(f'{n - 1:04b}' for n in (3, 4, 8, 16))
-    for block in np.split(values, range(8, values.size, 8)):
-        bits += f'000{len(block) - 1:03b}' + ''.join(f'{value:08b}' for value in block)
-    return [int(bits[i:i + 8].ljust(8, '0'), 2) for i in range(0, len(bits), 8)]
-
-
 class Annotator:
     """Somebody who knows the hidden labels, logged in to the server."""
 
@@ -89,7 +80,7 @@ class Annotator:
             answer = self.strokes(task['data']['name'], label, regions) if is_dominant else label
             result = [dict(type='brushlabels', from_name='label', to_name='image', original_width=48,
                            original_height=32, image_rotation=0, value=dict(
-                               format='rle', rle=brush(answer == value), brushlabels=[name]))
+                               format='rle', rle=tiny.brush(answer == value), brushlabels=[name]))
                       for value, name in {**dict(enumerate(CLASSES)), 255: 'unlabelable'}.items()
                       if (answer == value).any()]
             self.ask('POST', f'/api/tasks/{i}/annotations', json=dict(result=regions + result, lead_time=1))

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny
 from PIL import Image
-from tiny import VOID, People, part
+from tiny import VOID, People, brush, part
 
 import al_label
 import al_patch
@@ -24,15 +24,6 @@ import al_patch
 CELL = dict(type='region', size=[8, 8])  # 6 in a row: number 7 is rows 8 to 15 and columns 8 to 15
 CLASSES = ['dark', 'grey', 'bright']
 COLOURS = [(0, 0, 1), (90, 90, 90), (200, 200, 200)]
-
-
-def brush(mask: np.ndarray) -> list:
-    """A mask as Label Studio's RLE, without any run: one value after another, in blocks of up to 8."""
-    values = mask.reshape(-1).repeat(4).astype(int) * 255
-    bits = f'{values.size:032b}{7:05b}' + ''.join(f'{n - 1:04b}' for n in (3, 4, 8, 16))
-    for block in np.split(values, range(8, values.size, 8)):
-        bits += f'000{len(block) - 1:03b}' + ''.join(f'{value:08b}' for value in block)
-    return [int(bits[i:i + 8].ljust(8, '0'), 2) for i in range(0, len(bits), 8)]
 
 
 def region(kind: str, label: str, size: tuple = tiny.SHAPE, **value) -> dict:
