@@ -121,11 +121,12 @@ def leave(cfg: Config, before: dict, whole: str) -> None:
 
 def entries(folder: str) -> dict:
     """When what lies in a folder was last written, by name; nothing where there is no folder."""
-    return {entry.name: entry.stat().st_mtime_ns for entry in os.scandir(folder)} if osp.isdir(folder) else {}
+    return {entry.name: entry.stat(follow_symlinks=False).st_mtime_ns
+            for entry in os.scandir(folder)} if osp.isdir(folder) else {}
 
 
 def main() -> None:
-    cfg = None
+    before = None
     warnings.filterwarnings('ignore', '``build_loss`` would|Default ``avg_non_ignore``')  # mmseg's, in every round
     try:
         args = parse_args()
@@ -140,7 +141,7 @@ def main() -> None:
         whole = traceback.format_exc()
         if '\nKeyboardInterrupt' in whole:  # mmengine makes a SyntaxError of it, while it formats a config
             raise SystemExit(130) from None
-        if cfg and os.environ.get('RANK', '0') == '0':
+        if before is not None and os.environ.get('RANK', '0') == '0':
             with contextlib.suppress(OSError, ValueError):
                 leave(cfg, before, whole)
         among_others = 'AL_ERRORS' in os.environ
