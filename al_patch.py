@@ -3835,11 +3835,11 @@ def check_strategy(strategy: Strategy) -> None:
             (strategy.mc == 1 and not strategy.flip and strategy.compares_passes, 'mc',
              f'above 1, or `flip` True, for {score}, which compares passes', 1),
             (strategy.features_from != 'decode_head' and not strategy.embeds_features, 'features_from',
-             f'left out for the embedding {embed}, which takes no features', strategy.features_from),
+             f'left out for {strategy.name}, which embeds no features', strategy.features_from),
             (strategy.asks_for('thresholds_C') != bool(strategy.calibration), 'calibration', 'a share of the labelled '
              'images for what asks for thresholds_C, and 0 for all else', strategy.calibration)):
         if is_wrong:
-            raise ValueError(f'`al.strategy.{key}` should be {should_be}, but got {value}')
+            raise ValueError(f'`al.strategy.{key}` should be {should_be}, but got {value!r}')
 
 
 @dataclasses.dataclass
