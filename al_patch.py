@@ -30,6 +30,7 @@ import difflib
 import fcntl
 import functools
 import gc
+import glob
 import hashlib
 import importlib.util
 import inspect
@@ -1513,9 +1514,33 @@ def load_weights(state: State, path: str) -> None:
     state.model.al_weights = path
 
 
+def committee(model: torch.nn.Module, number: int) -> list[dict | None]:
+    """Weights that pass over images: those that the model holds and, up to a number, of the checkpoints beside the one
+    they are of, from the newest on, as another view of the same data (Gal & Ghahramani's passes, of snapshots).
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    if number == 1 or not hasattr(model, 'al_weights'):  # no round was trained yet
+        return [None]
+    folder = osp.dirname(model.al_weights)
+    paths = sorted(glob.glob(osp.join(glob.escape(folder), '[ei]*_*.pth')),
+                   key=lambda path: int(re.findall(r'\d+', path)[-1]), reverse=True)
+    others = [path for path in paths if not osp.samefile(path, model.al_weights)][:number - 1]
+    if len(others) < number - 1:
+        raise ValueError(f'`al.strategy.committee` = {number} needs so many checkpoints of a round, but {folder} has '
+                         f'{1 + len(others)}: set `default_hooks.checkpoint.interval` and `.max_keep_ckpts` so that '
+                         'they are kept')
+    members = [copy.deepcopy(model.state_dict())]
+    for path in others:
+        with reading(path):
+            members.append(mmengine.runner.checkpoint._load_checkpoint(path, 'cpu')['state_dict'])
+    return members
+
+
 class Network:
     """A segmentor in eval mode, and its passes over images: one, or ``strategy.mc`` with dropout (Gal & Ghahramani,
-    ICML 2016).
+    ICML 2016), of one or more checkpoints.
 
     With dropout, what no dropout layer has touched is computed once: a module without dropout in it that gets again
     what it got in a first pass answers with what it made of that. Where the only dropout is that of
@@ -1532,7 +1557,9 @@ class Network:
         self.trainer, self.model = trainer, segmentor(unwrap(trainer.model))
         self.logits_of = function_named({}, logits_of, 'al.logits') if logits_of else leaves_of
         self.model.train(False)
-        self.mc, self.flips = (strategy.mc, 1 + strategy.flip) if strategy else (1, 1)
+        self.mc, flips = (strategy.mc, 1 + strategy.flip) if strategy else (1, 1)
+        self.members = committee(self.model, strategy.committee if strategy else 1)
+        self.turns = list(itertools.product(self.members, range(flips)))
         self.wanted = [name for name in STATISTICS if name == 'probs_NCHW' or strategy and strategy.asks_for(name)]
         self.features_from = strategy.features_from if strategy and strategy.embeds_features else None
         self.windows = None
@@ -1564,21 +1591,25 @@ class Network:
             if not views:
                 with self.windows.open(inputs):
                     self.model.inference(inputs, [dict(meta) for meta in metas])
-            for flip in range(self.flips if views else 0):
+            for turn, (weights, flip) in enumerate(self.turns if views else ()):
+                if weights:
+                    self.model.load_state_dict(weights)
                 given = mirrored(inputs) if flip else inputs
-                seeds = [seed_of(seed, 'flip') for seed in seeds] if flip else seeds
+                seeds = [seed_of(seed, 'flip') for seed in seeds] if turn else seeds
                 for logits_NSCHW in self.passes(given, [dict(meta) for meta in metas], seeds):
                     for logits_SCHW, seen in zip(logits_NSCHW.flip(-1) if flip else logits_NSCHW, batch):
                         for view, mean in zip(views, seen.means):
                             seen_MHW = view(logits_SCHW.flatten(0, 1), seen)
                             self.average(mean, to_probs(seen_MHW.unflatten(0, (len(logits_SCHW), -1)), are_scores))
+            if self.members[0]:
+                self.model.load_state_dict(self.members[0])
         features = self.windows.mean() if self.windows else itertools.repeat(None)
         yield from (seen._replace(features=each) for seen, each in zip(batch, features))
 
     def average(self, mean: dict, probs_SCHW: torch.Tensor) -> None:
         """Add what some passes have to the mean over all."""
         for name in self.wanted:
-            share, number = STATISTICS[name](probs_SCHW), self.mc * self.flips
+            share, number = STATISTICS[name](probs_SCHW), self.mc * len(self.turns)
             share = share if number == 1 else share.sum(0, keepdim=True).div_(number)
             mean[name] = mean[name].add_(share) if name in mean else share
 
@@ -3229,6 +3260,29 @@ def bald(probs_NCHW: torch.Tensor, entropies_NHW: torch.Tensor) -> torch.Tensor:
     return (entropy(probs_NCHW) - entropies_NHW).clamp_min(0)
 
 
+def balanced_entropy(probs_NCHW: torch.Tensor, squares_NCHW: torch.Tensor) -> torch.Tensor:
+    """The acquisition of balanced entropy (BalEnt; Woo, ICLR 2023; for pixels Didari et al., 2024). p of a class, over
+    MC dropout passes, is taken for a Beta distribution of the same mean and variance. With p+, the one that is expected
+    of that class after a label of it, and its differential entropy h, BalEnt = (sum of mean p x h(p+) + H(mean p)) /
+    (H(mean p) + ln 2), in nats; its reciprocal from 0 on, so that what is just above 0 scores highest. (N, H, W)"""
+    total, uncertain_NHW = 0, in_float64(entropy(probs_NCHW))
+    for mean, square in zip(probs_NCHW.unbind(1), squares_NCHW.unbind(1)):
+        mean = in_float64(mean).clamp(1e-9, 1 - 1e-9)
+        spread = (in_float64(square) - mean**2).clamp_min(1e-9)
+        a = (mean * (mean * (1 - mean) / spread - 1)).clamp_min(1e-9)
+        b = a * (1 / mean - 1)
+        total += mean * (torch.lgamma(a + 1) + torch.lgamma(b) - torch.lgamma(a + b + 1) - a * torch.digamma(a + 1)
+                         - (b - 1) * torch.digamma(b) + (a + b - 1) * torch.digamma(a + b + 1))
+    balance_NHW = (total + uncertain_NHW) / (uncertain_NHW + math.log(2))
+    return torch.where(balance_NHW < 0, balance_NHW, 1 / balance_NHW)
+
+
+def one_versus_rest(probs_NCHW: torch.Tensor) -> torch.Tensor:
+    """Sum over the classes of the entropy of "this class or another", in nats (one-vs-rest entropy, OREAL; Wu et al.,
+    WACV 2025). (N, H, W)"""
+    return entropy(probs_NCHW) + entropy(1 - probs_NCHW)
+
+
 def conformal_risk(probs_NCHW: torch.Tensor, thresholds_C: torch.Tensor) -> torch.Tensor:
     """Share of the classes in a pixel's prediction set {c: p_c >= threshold_c}, each weighted by how confused it is in
     the image: the entropy of its row in ``class_cooccurrence`` (CRC-AL). (N, H, W) in [0, 1]"""
@@ -3629,6 +3683,83 @@ def allowed(rows_K, budget: int, caps: Caps | None):
     return caps.first(rows_K, budget) if caps else rows_K[:budget]
 
 
+def herding(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
+            labelled_LD: torch.Tensor, radius: Positive = 1., caps: Caps | None = None) -> torch.Tensor:
+    """Greedy: the candidate that adds most to how well all are covered, which is the mean over them of
+    exp(-d^2 / radius^2), d to the nearest that is labelled or chosen, of vectors at unit length (MaxHerding; Bae et
+    al., ECCV 2024). A gain only falls: one that is old is a bound, and few have to be computed again. (K,) indices"""
+    vectors_ND = F.normalize(vectors_ND)
+    cover_N, gain_N = torch.zeros_like(vectors_ND[:, 0]), torch.full_like(vectors_ND[:, 0], math.inf)
+    new_N, closed_N = torch.zeros((2, len(vectors_ND)), dtype=torch.bool, device=vectors_ND.device)
+    picks = []
+
+    def cover_by(centres_KD: torch.Tensor) -> torch.Tensor:
+        return (vectors_ND @ centres_KD.T).sub_(1).mul_(2 / radius**2).exp_()
+
+    for part_KD in F.normalize(labelled_LD).split(256) if len(labelled_LD) else ():
+        torch.maximum(cover_N, cover_by(part_KD).amax(1), out=cover_N)
+    while len(picks) < budget:
+        bound_N = gain_N.masked_fill(closed_N, -math.inf)
+        best = int(bound_N.argmax())
+        if bound_N[best] == -math.inf:  # caps leave no more
+            break
+        if not new_N[best]:
+            rows = bound_N.topk(min(64, len(bound_N))).indices
+            gain_N[rows] = cover_by(vectors_ND[rows]).sub_(cover_N[:, None]).clamp_min_(0).mean(0)
+            new_N[rows] = True
+            continue
+        picks.append(best)
+        torch.maximum(cover_N, cover_by(vectors_ND[[best]])[:, 0], out=cover_N)
+        new_N[:] = False
+        closed_N[best] = True
+        if caps:
+            caps.take([best])
+            closed_N |= caps.closed().to(closed_N.device)
+    return torch.tensor(picks)
+
+
+def medoids(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
+            draws_N: torch.Tensor) -> torch.Tensor:
+    """Of as many k-means clusters as are asked for, the candidate nearest to each one's mean (representative sampling;
+    Xu et al., ECIR 2003); where one is empty, what it started from. (K,) indices"""
+    start = kmeanspp(scores_N, budget, generator, vectors_ND, draws_N)
+    cluster_N, vectors_ND = kmeans(vectors_ND, start), vectors_ND - vectors_ND.mean(0)
+    sums_KD = torch.zeros_like(vectors_ND[:budget]).index_add_(0, cluster_N, vectors_ND)
+    centres_KD = sums_KD / cluster_N.bincount(minlength=budget)[:, None].clamp_min(1)
+    far_N = (vectors_ND - centres_KD[cluster_N]).square_().sum(1).cpu().numpy()
+    order = np.lexsort((far_N, cluster_N.cpu().numpy()))
+    first = np.unique(cluster_N.cpu().numpy()[order], return_index=True)[1]
+    return torch.tensor(list(dict.fromkeys([*order[first].tolist(), *start.tolist()]))[:budget])
+
+
+def typical(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
+            draws_N: torch.Tensor, labelled_LD: torch.Tensor, clusters: Natural = 500,
+            neighbours: Natural = 20) -> torch.Tensor:
+    """TypiClust (Hacohen et al., ICML 2022). All, labelled or not, make as many k-means clusters as are labelled and
+    asked for, but at most ``clusters``. Of those with over 5 members, in turn, from few labelled ones to many and from
+    large to small, each gives the most typical of its candidates that are left: the one of the least mean distance to
+    its ``neighbours`` nearest among these, or to half of them where they are fewer. (K,) indices"""
+    all_ND, known = torch.cat([labelled_LD, vectors_ND]), len(labelled_LD)
+    draws = torch.cat([torch.rand(known, generator=generator, dtype=draws_N.dtype), draws_N])
+    start = kmeanspp(draws, min(known + budget, clusters, len(all_ND)), generator, all_ND, draws)
+    cluster_M, picks = kmeans(all_ND, start).cpu(), []
+    labelled_J, size_J = (each.bincount(minlength=len(start)) for each in (cluster_M[:known], cluster_M))
+    order = np.lexsort((-size_J.numpy(), labelled_J.numpy()))
+    left = {j: (cluster_M[known:] == j).nonzero()[:, 0] for j in order.tolist()}
+    for large in (True, False):  # small ones are for what the others cannot give
+        turn = collections.deque(j for j in left if len(left[j]) and bool(size_J[j] > 5) == large)
+        while turn and len(picks) < budget:
+            j = turn.popleft()
+            own_MD, k = vectors_ND[left[j]], max(1, min(neighbours, len(left[j]) // 2))
+            far_M = torch.cat([torch.cdist(part, own_MD).topk(min(k + 1, len(own_MD)), largest=False).values.sum(1)
+                               for part in own_MD.split(1024)])  # to itself it is none
+            best = int(far_M.argmin())
+            picks.append(int(left[j][best]))
+            left[j] = torch.cat([left[j][:best], left[j][best + 1:]])
+            turn.extend([j] * bool(len(left[j])))
+    return torch.tensor(picks)
+
+
 class Caps:
     """Which candidates may still be chosen beside those that are: so many units of an image at most, of so many images,
     so many images of a group, and none of these less than some frames apart. Several units of one image open it once.
@@ -3832,8 +3963,8 @@ def check_strategy(strategy: Strategy) -> None:
             (embed and not takes_vectors, 'embed', f'None for the selector {select}, which takes no vectors', embed),
             (strategy.asks_for('scores_HW') and strategy.score is random_scores, 'score',
              f'a score map for the embedding {embed}', 'random'),
-            (strategy.mc == 1 and not strategy.flip and strategy.compares_passes, 'mc',
-             f'above 1, or `flip` True, for {score}, which compares passes', 1),
+            (strategy.mc == strategy.committee == 1 and not strategy.flip and strategy.compares_passes, 'mc',
+             f'above 1, or `committee`, or `flip` True, for {score}, which compares passes', 1),
             (strategy.features_from != 'decode_head' and not strategy.embeds_features, 'features_from',
              f'left out for {strategy.name}, which embeds no features', strategy.features_from),
             (strategy.asks_for('thresholds_C') != bool(strategy.calibration), 'calibration', 'a share of the labelled '
@@ -3856,6 +3987,7 @@ class Strategy:
     alpha: Fraction = 0.05         # the rate of false negatives that the thresholds allow
     reduce: Reduce = 'mean'        # the score of an image or a segment: mean, max, or mean of its highest percent
     flip: Flag = False             # pass over the mirrored image, too
+    committee: Natural = 1         # how many of the round's last checkpoints pass
     features_from: Module = 'decode_head'  # its last layer's input; or what `backbone`, `neck` or another module makes
 
     def asks_for(self, *names: str) -> bool:
@@ -3939,14 +4071,14 @@ for registry, functions in (
         (AL_SCORES, dict(
             random=random_scores, least_confidence=least_confidence, margin=margin, ratio=probability_ratio,
             entropy=entropy, variation_ratio=variation_ratio, mean_std=mean_std, bald=bald, ripu=ripu,
-            ripu_pixel=ripu_pixel, conformal_risk=conformal_risk)),
+            ripu_pixel=ripu_pixel, conformal_risk=conformal_risk, balent=balanced_entropy, one_vs_rest=one_versus_rest)),
         (AL_EMBEDDINGS, dict(
             features=mean_features, gradient=mean_gradient, confusion=class_confusion, cooccurrence=class_cooccurrence,
             class_scores=class_scores)),
         (AL_SELECTORS, dict(
             topk=topk, top_percent=top_percent, power=power_draw, softmax=softmax_draw, softrank=softrank_draw,
             foreground=foreground_draw, stochastic_batches=stochastic_batches, kcenter=kcenter, kmeanspp=kmeanspp,
-            real=representative_errors,
+            real=representative_errors, herding=herding, medoids=medoids, typical=typical,
             class_balance=class_balance, class_balanced_power=class_balanced_power, barycentre=barycentre)),
         (AL_STRATEGIES, {name: always(parts) for name, parts in dict(
             pixelpick=dict(score='margin', select='top_percent'),
@@ -3961,6 +4093,10 @@ for registry, functions in (
                                       first='highest'),
             real=dict(score='random', embed='features', select='real'),
             classbal=dict(score='ratio', select='class_balance'),
+            oreal=dict(score='one_vs_rest', reduce='max'),
+            maxherding=dict(score='random', embed='features', select='herding'),
+            medoids=dict(score='random', embed='features', select='medoids'),
+            typiclust=dict(score='random', embed='features', select='typical'),
             clasp_pe=dict(score='entropy', embed='class_scores', select='class_balanced_power'),
             crc=dict(score='conformal_risk', embed='cooccurrence', select='barycentre', calibration=0.2)).items()})):
     for name, function in functions.items():
@@ -3974,7 +4110,8 @@ def random_draw(foreground: Part = 0.) -> dict:
 
 
 COMBINED = dict(product=product_of, sum=sum_of)
-PAIRWISE = kcenter, kmeanspp, representative_errors, barycentre  # the work grows with picks x candidates
+# the work grows with picks x candidates
+PAIRWISE = kcenter, kmeanspp, representative_errors, barycentre, herding, medoids, typical
 PARTS = dict(score=(AL_SCORES, 1), embed=(AL_EMBEDDINGS, 0), select=(AL_SELECTORS, 3))  # arguments that always come
 
 # ---------------------------------------------------------------------------------------------------------------------

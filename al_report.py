@@ -937,6 +937,12 @@ def check_best(state: al_patch.State) -> None:
         if al[key] == 'best' and not (validates and any(hook.save_best for hook in hooks)):
             raise ValueError(f"`al.{key}='best'` needs validation (`val_cfg`, and a `train_cfg.val_begin` that is "
                              "reached) and `default_hooks.checkpoint.save_best`, e.g. save_best='mIoU'")
+    number, length = state.strategy.committee, cfg.train_cfg.get('max_iters') or cfg.train_cfg.get('max_epochs')
+    if number > 1 and not any((hook.max_keep_ckpts < 0 or hook.max_keep_ckpts >= number) and
+                              0 < hook.interval <= length / number for hook in hooks):
+        raise ValueError(f'`al.strategy.committee` = {number} needs so many checkpoints of each round: set '
+                         f'`default_hooks.checkpoint.interval` to {length // number} or less, and `.max_keep_ckpts` to '
+                         f'{number} or -1')
     if al.stop and not validates:
         raise ValueError('`al.stop` needs a validation metric, but the config has no `val_cfg`, or training ends '
                          'before its `train_cfg.val_begin`')
@@ -2605,7 +2611,7 @@ STYLED = [  # strategies by colour, one row a kind of line: seven columns and ei
     'entropy', 'real', 'margin', 'coreset', 'badge', 'bald', 'random',
     'crc', 'least_confidence', 'classbal', 'power_entropy', 'stochastic_batches', 'ripu', 'variation_ratio',
     'ratio', 'mean_std', 'pixelpick', 'ripu_pixel', 'powerbald', 'contextual_diversity', 'softmaxbald',
-    'softrankbald', 'clasp_pe']
+    'softrankbald', 'clasp_pe', 'maxherding', 'oreal', 'typiclust', 'balent', 'medoids', 'one_vs_rest']
 
 
 def curve(rounds: list[dict], metric: str) -> np.ndarray:

@@ -1,4 +1,5 @@
 """Features from any place of a model, in whole and in slide inference, and a pass that ends where they are."""
+import glob
 import os.path as osp
 import types
 
@@ -310,6 +311,68 @@ def test_what_compares_passes_may_compare_an_image_and_its_mirror(make_cfg, trai
     _, rounds = train(make_cfg(dict(strategy=dict(type='bald', mc=1, flip=True), rounds=1), changes={
         **tiny.NO_VAL, 'train_cfg.max_iters': 1}))
     assert rounds[1]['strategy']['flip'] and len(rounds) == 2
+
+
+# --- a committee -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('flip', [False, True])
+def test_a_committee_of_checkpoints_counts_each_as_much(make_cfg, tmp_path, flip):
+    """The model's own and the newest others; features are the model's, which keeps its weights."""
+    changes = {'model.backbone': dict(type='TinyBackbone')}
+    net, data = network(make_cfg, 'coreset', **changes)
+    own, weights = {key: value.clone() for key, value in net.model.state_dict().items()}, []
+    for number in (8, 9, 10, 100):
+        weights.append({key: value + torch.randn_like(value) / 4 if value.is_floating_point() else value
+                        for key, value in own.items()})
+        torch.save(dict(state_dict=weights[-1]), tmp_path / f'iter_{number}.pth')
+    torch.save(dict(state_dict=own), tmp_path / 'best_mIoU_iter_9.pth')
+    net.model.al_weights = str(tmp_path / 'best_mIoU_iter_9.pth')
+    setting = dict(type='bald', mc=1, embed='features', select='kcenter', committee=3, flip=flip)
+    third = al_patch.Network(net.trainer, resolve_strategy(setting))
+    with torch.no_grad():
+        [plain], [seen] = ([*each.see(data, [0, 1], [al_patch.to_image])][:1] for each in (net, third))
+        inputs, p = net.model.data_preprocessor(data, False)['inputs'], []
+        metas = [dict(sample.metainfo) for sample in data['data_samples']]
+        for each in (weights[3], weights[2], own):  # of 100 and 10 iterations
+            net.model.load_state_dict(each)
+            p += [net.model.inference(inputs, metas)[0].softmax(0)]
+            p += [net.model.inference(inputs.flip(-1), metas).flip(-1)[0].softmax(0)] * flip
+    assert seen.means[0]['probs_NCHW'][0].numpy() == pytest.approx((sum(p) / len(p)).numpy(), abs=1e-5)
+    entropies = [torch.special.entr(each).sum(0) for each in p]
+    assert seen.means[0]['entropies_NHW'][0].numpy() == pytest.approx((sum(entropies) / len(p)).numpy(), abs=1e-5)
+    assert torch.equal(seen.features, plain.features) and not torch.allclose(p[0], p[-1], atol=1e-3)
+    assert all(torch.equal(value, own[key]) for key, value in net.model.state_dict().items())
+    with pytest.raises(ValueError, match='committee` = 7 needs so many checkpoints .* has 5: set .*max_keep_ckpts'):
+        al_patch.Network(net.trainer, resolve_strategy(dict(setting, committee=7)))
+
+
+KEEPS = {**tiny.NO_VAL, 'train_cfg.max_iters': 6, 'default_hooks.checkpoint.interval': 2,
+         'default_hooks.checkpoint.max_keep_ckpts': 3}
+
+
+def test_a_run_asks_its_committee_and_one_that_goes_on_asks_the_same(make_cfg, train, monkeypatch):
+    setting = dict(strategy=dict(type='bald', mc=1, committee=3), rounds=1)
+    _, rounds = train(make_cfg(setting, changes=KEEPS))
+    alone = make_cfg(dict(setting, strategy=dict(type='bald', committee=1, flip=True, mc=1)),
+                     work_dir=make_cfg().work_dir + 'alone', changes=KEEPS)
+    assert train(alone)[1][1]['asked'] != rounds[1]['asked']
+    cfg = make_cfg(setting, work_dir=make_cfg().work_dir + 'again', changes=KEEPS)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(al_patch, 'query', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train(cfg)
+    cfg.resume = True
+    assert train(cfg)[1][1]['asked'] == rounds[1]['asked'] and rounds[1]['strategy']['committee'] == 3
+
+
+@pytest.mark.parametrize('keeps', [dict(interval=4), dict(max_keep_ckpts=2), dict(interval=-1)])
+def test_a_committee_that_no_round_keeps_is_refused_before_training(make_cfg, train, keeps):
+    cfg = make_cfg(dict(strategy=dict(type='bald', mc=1, committee=3)), changes={
+        **KEEPS, **{f'default_hooks.checkpoint.{key}': value for key, value in keeps.items()}})
+    with pytest.raises(ValueError, match='committee` = 3 needs so many checkpoints of each round: set '
+                                         '`default_hooks.checkpoint.interval` to 2 or less, and `.max_keep_ckpts` to 3'):
+        train(cfg)
+    assert not glob.glob(osp.join(cfg.work_dir, '**', '*.pth'), recursive=True)
 
 
 # --- heads without a last layer `conv_seg` ---------------------------------------------------------------------------

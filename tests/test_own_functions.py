@@ -53,7 +53,8 @@ def test_what_is_registered_is_a_name_in_a_config(make_cfg, train):
     assert resolve_strategy('class_1').score.func is class_1 and class_1(torch.ones(1, 2, 1, 1)).shape == (1, 1, 1)
     _, rounds = train(make_cfg(dict(strategy=dict(type='mine', sign=-1)), changes=SHORT))
     expected = dict(type='mine', score='class_1', embed='shares', select='steepest', power=2., sign=-1, reduce='max',
-                    mc=1, shortlist=None, calibration=0., alpha=.05, flip=False, features_from='decode_head')
+                    mc=1, shortlist=None, calibration=0., alpha=.05, flip=False, features_from='decode_head',
+                    committee=1)
     assert rounds[1]['strategy'] == expected and len(rounds[1]['asked']) == 2
     assert parse_settings(dict(strategy=dict(type='mine', sign=-1, power=2))).strategy == dict(type='mine', sign=-1)
     assert resolve_strategy(dict(type='mine', power=3., embed='gradient')).record['power'] == 3.

@@ -18,8 +18,10 @@ from al_patch import (
     class_balance,
     class_balanced_power,
     generator,
+    herding,
     kcenter,
     kmeanspp,
+    medoids,
     power_draw,
     representative_errors,
     softmax_draw,
@@ -27,6 +29,7 @@ from al_patch import (
     stochastic_batches,
     top_percent,
     topk,
+    typical,
 )
 
 SELECTORS = AL_SELECTORS.module_dict
@@ -120,11 +123,13 @@ def test_topk_with_ties_in_the_order_of_rows(scores, share):
 @pytest.mark.parametrize('name', SELECTORS)
 def test_one_candidate_less_changes_few_picks(name):
     """Each draws for itself: without one of 200 nearly all of the other picks are the same. If it was not picked all of
-    them are, but where candidates share what then moves: a batch, a class's number, clusters."""
+    them are, but where candidates share what then moves: a batch, a class's number, clusters, whom they cover."""
     offered, everything = offer(200, 3, 4, 0, False), torch.arange(200)
     draws_N = uniform(200, seed='own')
-    if name == 'real':
-        offered.update(clusters=5, vectors_ND=offered['vectors_ND'] + 9 * torch.eye(5)[everything % 5, :4])
+    if name in ('real', 'typical'):
+        offered.update(clusters=5)
+    if name in ('real', 'typical', 'medoids'):
+        offered.update(vectors_ND=offered['vectors_ND'] + 9 * torch.eye(5)[everything % 5, :4])
 
     def choose(rows: torch.Tensor) -> set:
         some = {key: value[rows] if key.endswith(('_N', '_ND', '_NC')) else value for key, value in offered.items()}
@@ -135,9 +140,9 @@ def test_one_candidate_less_changes_few_picks(name):
     shares = {gone: len(before & choose(everything[everything != gone])) / len(before - {gone})
               for gone in range(0, 200, 3)}
     unpicked = [share for gone, share in shares.items() if gone not in before]
-    assert np.mean([*shares.values()]) > .95 and len(unpicked) > 40
-    assert np.mean([share == 1 for share in unpicked]) > dict(stochastic_batches=.9, class_balance=.7, real=.5).get(
-        name, .99)
+    assert np.mean([*shares.values()]) > (.9 if name == 'herding' else .95) and len(unpicked) > 40
+    assert np.mean([share == 1 for share in unpicked]) > dict(
+        stochastic_batches=.9, class_balance=.7, real=.5, herding=.4, typical=.3, medoids=.5).get(name, .99)
 
 
 @pytest.mark.parametrize('name', SELECTORS)
@@ -471,6 +476,94 @@ def test_kmeans_is_lloyds(n, d, clusters):
 def test_an_empty_cluster_keeps_its_centre():
     points = torch.tensor([[0.], [0.], [1.], [9.]])
     assert al_patch.kmeans(points, torch.tensor([0, 1, 3])).tolist() == [1, 1, 0, 2]  # the first of equals, at first
+
+
+@pytest.mark.parametrize('n, budget', [(40, 1), (60, 7), (300, 40)])
+def test_medoids_are_the_nearest_to_the_means_of_kmeans_clusters(n, budget):
+    points, draws_N = vectors(n, 4), drawn(n)
+    start = kmeanspp(draws_N, budget, generator(0), points, draws_N)
+    x, cluster = points.double().numpy(), al_patch.kmeans(points, start).numpy()
+    expected = set()
+    for j in range(budget):
+        members = np.flatnonzero(cluster == j)
+        expected.add(members[((x[members] - x[members].mean(0))**2).sum(1).argmin()])
+    assert {*medoids(draws_N, budget, generator(0), points, draws_N).tolist()} == expected
+
+
+# --- MaxHerding ------------------------------------------------------------------------------------------------------
+
+
+def herding_gains(points: np.ndarray, labelled: np.ndarray, picks: list, radius: float) -> tuple[list, list]:
+    """What each pick adds, and the most that one could add then: all gains anew for each pick."""
+    points, labelled = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (points, labelled))
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.exp(-((a[:, None] - b[None])**2).sum(2) / radius**2)
+
+    cover = kernel(points, labelled).max(1) if len(labelled) else np.zeros(len(points))
+    similar, gains, most = kernel(points, points), [], []
+    for i, pick in enumerate(picks):
+        gain = np.maximum(similar - cover[:, None], 0).mean(0)
+        gain[picks[:i]] = -1
+        gains.append(gain[pick])
+        most.append(gain.max())
+        cover = np.maximum(cover, similar[:, pick])
+    return gains, most
+
+
+@pytest.mark.parametrize('labelled', [0, 1, 9])
+@pytest.mark.parametrize('n, budget, radius', [(30, 30, 1.), (200, 25, .3), (500, 60, .1)])
+def test_herding_picks_what_adds_most(labelled, n, budget, radius):
+    points = vectors(n + labelled, 6).double()
+    picks = herding(torch.zeros(n), budget, generator(0), points[labelled:], points[:labelled], radius).tolist()
+    gains, most = herding_gains(points[labelled:].numpy(), points[:labelled].numpy(), picks, radius)
+    assert len(set(picks)) == budget and gains == pytest.approx(most, abs=1e-12)
+
+
+def test_herding_takes_the_middle_of_the_larger_crowd_first():
+    angles = torch.tensor([0., 1, 2, 40, 41, 42, 43, 44]).deg2rad()
+    points = 7 * torch.stack([angles.cos(), angles.sin()], 1)
+    assert herding(torch.zeros(8), 2, generator(0), points, points[:0], radius=.1).tolist() == [5, 1]
+    assert herding(torch.zeros(8), 1, generator(0), points, points[5:6], radius=.1).tolist() == [1]
+
+
+# --- TypiClust -------------------------------------------------------------------------------------------------------
+
+
+def literal_typical(x: np.ndarray, cluster: np.ndarray, known: int, budget: int, neighbours: int) -> list:
+    """As its authors select, but for distances, which the paper has and their code squares."""
+    cluster, picks = cluster.copy(), []
+    ids, sizes = np.unique(cluster, return_counts=True)
+    order = sorted((j for j, size in zip(ids, sizes) if size > 5),
+                   key=lambda j: ((cluster[:known] == j).sum(), -(cluster == j).sum()))
+    cluster[:known] = -1
+    for i in range(budget):
+        rows = np.flatnonzero(cluster == order[i % len(order)])
+        k = min(neighbours, len(rows) // 2)
+        far = np.sqrt(((x[rows][:, None] - x[rows][None])**2).sum(2))
+        picks.append(int(rows[np.sort(far, 1)[:, 1:k + 1].mean(1).argmin()]))
+        cluster[picks[-1]] = -1
+    return [pick - known for pick in picks]
+
+
+@pytest.mark.parametrize('known', [0, 3, 8])
+@pytest.mark.parametrize('n, budget, clusters', [(80, 4, 500), (300, 20, 9), (400, 12, 500)])
+def test_typical_picks_as_its_authors(known, n, budget, clusters):
+    everything = uniform(n + known, 3) + 3 * uniform(7, 3, seed=1)[(7 * uniform(n + known, seed=2)).long()]
+    seen = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(al_patch, 'kmeans', lambda *args, kmeans=al_patch.kmeans: seen.setdefault(0, kmeans(*args)))
+        picks = typical(torch.zeros(n), budget, generator(0), everything[known:], drawn(n), everything[:known],
+                        clusters, 20)
+    cluster = seen[0].numpy()
+    assert len(np.unique(cluster)) == min(known + budget, clusters)
+    assert picks.tolist() == literal_typical(everything.numpy(), cluster, known, budget, 20)
+
+
+def test_small_clusters_give_what_the_large_ones_cannot():
+    points = torch.cat([torch.arange(8.)[:, None] / 100, torch.tensor([[50.], [90.]])])
+    picks = typical(torch.zeros(10), 10, generator(0), points, drawn(10), points[:0], clusters=3).tolist()
+    assert sorted(picks) == list(range(10)) and set(picks[:8]) == set(range(8))
 
 
 # --- REAL ------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+import scipy.stats
 import tiny
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,18 @@ def entropy_of(shares) -> float:
 LITERAL = dict(  # of the T passes over one pixel, (T, C)
     variation_ratio=lambda p: 1 - max(np.bincount(p.argmax(1))) / len(p),
     mean_std=lambda p: np.mean([math.sqrt(np.mean((column - column.mean())**2)) for column in p.T]),
-    bald=lambda p: entropy_of(p.mean(0)) - np.mean([entropy_of(each) for each in p]))
+    bald=lambda p: entropy_of(p.mean(0)) - np.mean([entropy_of(each) for each in p]),
+    balent=lambda p: literal_balance(p))
+
+
+def literal_balance(p: np.ndarray) -> float:
+    """With the differential entropy of scipy's Beta distribution."""
+    total, uncertain = 0, entropy_of(p.mean(0))
+    for mean, variance in zip(p.mean(0), p.var(0)):
+        n = mean * (1 - mean) / variance - 1  # a + b, of the Beta distribution with these moments
+        total += mean * scipy.stats.beta(mean * n + 1, (1 - mean) * n).entropy()
+    balance = (total + uncertain) / (uncertain + math.log(2))
+    return balance if balance < 0 else 1 / balance
 
 
 @pytest.mark.parametrize('name', LITERAL)
@@ -76,7 +88,7 @@ LITERAL = dict(  # of the T passes over one pixel, (T, C)
 def test_scores_of_passes_follow_their_definition(name, t, c):
     passes = (4 * torch.randn(t, c, 3, 5, generator=generator(t, c))).softmax(1)
     slow = np.array([[LITERAL[name](passes[:, :, y, x].double().numpy()) for x in range(5)] for y in range(3)])
-    assert score_of(name, passes).numpy() == pytest.approx(slow, abs=1e-5)
+    assert score_of(name, passes.double()).numpy() == pytest.approx(slow, abs=1e-5)
     assert slow.std() > 1e-3
 
 
@@ -85,7 +97,29 @@ def test_passes_that_contradict_each_other_by_hand(name, value):
     assert score_of(name, torch.eye(2)[..., None, None]).tolist() == [[pytest.approx(value)]]
 
 
-@pytest.mark.parametrize('name', LITERAL)
+def test_balanced_entropy_by_hand():
+    """p is uniform on (0, 1) for both classes: a = b = 1. After a label it is Beta(2, 1), whose entropy is 1/2 - ln 2."""
+    half, moment = torch.full((1, 2, 1, 1), .5), torch.full((1, 2, 1, 1), 1 / 3)
+    balance = (.5 - math.log(2) + math.log(2)) / (math.log(2) + math.log(2))
+    assert SCORES['balent'](half, moment).item() == pytest.approx(1 / balance)
+
+
+@pytest.mark.parametrize('sure', [0., 1e-12])
+def test_balanced_entropy_of_what_is_certain_is_a_number_and_comes_last(sure):
+    passes = torch.tensor([1 - sure, sure]).view(1, 2, 1, 1).expand(4, 2, 1, 1)
+    torn = torch.eye(2)[[0, 1, 0, 1], :, None, None]
+    doubtful = (2 * torch.randn(4, 2, 3, 3, generator=generator(0))).softmax(1)
+    assert (score_of('balent', passes) < score_of('balent', doubtful)).all() and score_of('balent', torn).isfinite()
+
+
+def test_one_versus_rest_by_hand():
+    def of_two(p: float) -> float:
+        return entropy_of([p, 1 - p])
+    expected = [of_two(.5) + of_two(.3) + of_two(.2), 0, of_two(.25) * 2 + of_two(.5)]
+    assert SCORES['one_vs_rest'](PROBS).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize('name', [name for name in LITERAL if name != 'balent'])
 def test_passes_that_agree_score_nothing_however_uncertain(name):
     passes = torch.rand(1, 7, 4, 4, generator=generator(0)).softmax(1).expand(6, -1, -1, -1)
     scores = score_of(name, passes)
@@ -435,7 +469,7 @@ def test_a_run_records_its_strategy_with_all_options(make_cfg, train):
     cfg = make_cfg(dict(strategy=dict(type='powerbald', mc=3, beta=2, alpha=.05)), changes={
         **tiny.NO_VAL, 'train_cfg.max_iters': 1})
     _, rounds = train(cfg)
-    options = dict(shortlist=None, calibration=0., alpha=.05, reduce='mean', flip=False, features_from='decode_head')
+    options = dict(shortlist=None, calibration=0., alpha=.05, reduce='mean', flip=False, features_from='decode_head', committee=1)
     assert [entry['strategy'] for entry in rounds] == [
         dict(options, type='random', score='random', embed=None, select='topk', mc=1),
         dict(options, type='powerbald', score='bald', embed=None, select='power', beta=2, mc=3)]

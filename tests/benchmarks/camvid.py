@@ -1,10 +1,10 @@
-# CamVid at 240x180 with ImageNet features: the recipe of camvid_study.py, which writes the data and sets the variables.
+# CamVid at 240x180 with ImageNet features: the recipe of study.py, which writes the data and sets the variables.
 _base_ = 'mmseg::_base_/default_runtime.py'
 custom_imports = dict(imports=['al_patch', 'efficientnet_lite'])
 iters = 800  # of a first training
 al = dict(strategy='entropy', initial=20, budget=20, rounds=3)
 
-root = '{{$CAMVID:data/camvid_240x180}}'
+root = '{{$STUDY_DATA:data/camvid_240x180}}'
 classes = ('Sky', 'Building', 'Pole', 'Road', 'Pavement', 'Tree', 'SignSymbol', 'Fence', 'Car', 'Pedestrian',
            'Bicyclist')
 palette = [[128, 128, 128], [128, 0, 0], [192, 192, 128], [128, 64, 128], [60, 40, 222], [128, 128, 0], [192, 128, 128],
@@ -30,7 +30,7 @@ bn = dict(type='BN')
 model = dict(
     type='EncoderDecoder', data_preprocessor=dict(
         type='SegDataPreProcessor', mean=[127.] * 3, std=[128.] * 3, bgr_to_rgb=True, size=(180, 240), seg_pad_val=255),
-    backbone=dict(type='EfficientNetLite0', cache='{{$CAMVID_CACHE:data/camvid_240x180/cache}}'),
+    backbone=dict(type='EfficientNetLite0', cache='{{$STUDY_CACHE:data/camvid_240x180/cache}}'),
     neck=dict(type='FPN', in_channels=[24, 40, 112, 320], out_channels=64, num_outs=4),
     decode_head=dict(
         type='PlainFPNHead', in_channels=[64] * 4, in_index=[0, 1, 2, 3], feature_strides=[4, 8, 16, 32], channels=64,
