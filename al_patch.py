@@ -4071,7 +4071,8 @@ for registry, functions in (
         (AL_SCORES, dict(
             random=random_scores, least_confidence=least_confidence, margin=margin, ratio=probability_ratio,
             entropy=entropy, variation_ratio=variation_ratio, mean_std=mean_std, bald=bald, ripu=ripu,
-            ripu_pixel=ripu_pixel, conformal_risk=conformal_risk, balent=balanced_entropy, one_vs_rest=one_versus_rest)),
+            ripu_pixel=ripu_pixel, conformal_risk=conformal_risk, balent=balanced_entropy,
+            one_vs_rest=one_versus_rest)),
         (AL_EMBEDDINGS, dict(
             features=mean_features, gradient=mean_gradient, confusion=class_confusion, cooccurrence=class_cooccurrence,
             class_scores=class_scores)),

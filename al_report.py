@@ -74,6 +74,8 @@ def main(argv: list | None = None) -> None:
     comparing = commands.add_parser('compare', aliases=['report'],
                                     help='compare runs: learning curves, their area, labels needed')
     comparing.add_argument('-o', '--out', metavar='FILE', help='draw the curves: .png, .pdf or .svg')
+    comparing.add_argument('--target', type=float, metavar='VALUE', help='how many labels that takes: a share of full '
+                           'supervision, as 0.95, or a metric above 1')
     paging = commands.add_parser('html', help='a page in one file: curves, tables, and what was asked for')
     paging.add_argument('-o', '--out', metavar='FILE', help='by default report.html in the first WORK_DIR')
     for several in comparing, paging:
@@ -94,7 +96,8 @@ def main(argv: list | None = None) -> None:
         print(status(args.dir) if args.command == 'status' else
               maps(args.config, args.checkpoint, args.out, args.images, args.score, args.mc,
                    args.cfg_options) if args.command == 'maps' else
-              (write_page if args.command == 'html' else compare)(args.dirs, args.out, args.metric, args.full))
+              write_page(args.dirs, args.out, args.metric, args.full) if args.command == 'html' else
+              compare(args.dirs, args.out, args.metric, args.full, args.target))
     except (OSError, ValueError) as error:
         parser.exit(2, f'al_report.py {args.command}: {error}\n')
     except ModuleNotFoundError as error:
@@ -2436,11 +2439,12 @@ def tint(image_HW3: np.ndarray, masks: dict, strength: float) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def compare(dirs: list[str], out: str | None = None, metric: str | None = None, full: float | None = None) -> str:
+def compare(dirs: list[str], out: str | None = None, metric: str | None = None, full: float | None = None,
+            target: float | None = None) -> str:
     """The table of finished or running runs; their learning curves in one figure, where ``out`` says.
 
     Raises:
-        ValueError: No run has finished a round with the metric.
+        ValueError: No run has finished a round with the metric, or a target's full supervision is not known.
     """
     runs = {path: read_run(path) for path in dirs}
     metric = metric_of(runs, metric)
@@ -2450,9 +2454,14 @@ def compare(dirs: list[str], out: str | None = None, metric: str | None = None, 
         raise ValueError(f'no run has finished a round with {metric or "a validation"}: ' + (
             f'--metric should be one of {", ".join(known)}' if known else 'wait for one, or validate'))
     full = full_of(runs, metric) if full is None else full
+    if target and target <= 1:
+        if not full:
+            raise ValueError(f'--target {target:g} should be of full supervision, which needs --full VALUE or a run in '
+                             f'which everything is labelled; or be a {metric} above 1')
+        target *= full
     if out:
         save_figure(draw_curves(groups, metric, full), out)
-    return f'{groups_table(groups, metric, full)}\nCurves: {out or "--out FILE draws them"}'
+    return f'{groups_table(groups, metric, full, target)}\nCurves: {out or "--out FILE draws them"}'
 
 
 def metric_of(runs: dict, metric: str | None) -> str | None:
@@ -2506,9 +2515,10 @@ def name_groups(runs: dict, metric: str) -> dict[str, list[str]]:
     return result
 
 
-def groups_table(groups: dict[str, np.ndarray], metric: str, full: float | None) -> prettytable.PrettyTable:
+def groups_table(groups: dict[str, np.ndarray], metric: str, full: float | None, target: float | None = None
+                 ) -> prettytable.PrettyTable:
     """One row a group: the metric at its end, area under the curve, labels needed for 90 and 95 % of full supervision;
-    means and standard deviations over seeds, or how many of the seeds came that far."""
+    means and standard deviations over seeds, or how many of the seeds came that far; and what a target would take."""
     levels = {f'% for {level:.0%} of full': level * full for level in (.9, .95)} if full else {}
     table = prettytable.PrettyTable(
         ['runs', 'seeds', 'rounds', '% labelled', f'last {metric}', 'area under curve', *levels], align='r')
@@ -2519,7 +2529,20 @@ def groups_table(groups: dict[str, np.ndarray], metric: str, full: float | None)
                        mean_and_std([area_under_curve(share, values) for share, _, values in curves]),
                        *(mean_and_std([share_needed(share, values, level) for share, _, values in curves])
                          for level in levels.values())])
+    if target:
+        table.add_column(f'% for {target:.4g}, 5 to 95 % likely', [
+            forecast(target, curves[:, 0].mean(0), curves[:, 2].mean(0)) for curves in groups.values()], 'r')
     return table
+
+
+def forecast(target: float, share_R: np.ndarray, values_R: np.ndarray) -> str:
+    """The labelled share that a target takes, in words."""
+    done = share_needed(share_R, values_R, target)
+    if math.isfinite(done):
+        return f'{done:.4g} (reached)'
+    low, middle, high = (math.inf, ) * 3 if len(share_R) < 4 else np.quantile(
+        labels_to(target, share_R, values_R), (.05, .5, .95), method='inverted_cdf')
+    return f'{middle:.4g} ({low:.4g} to {high:.4g})' if math.isfinite(high) else 'cannot tell yet'
 
 
 def area_under_curve(share_R: np.ndarray, values_R: np.ndarray) -> float:
@@ -2536,6 +2559,28 @@ def share_needed(share_R: np.ndarray, values_R: np.ndarray, level: float) -> flo
         return math.nan
     around = slice(max(0, reached[0] - 1), reached[0] + 1)
     return float(np.interp(level, values_R[around], share_R[around]))
+
+
+def labels_to(target: float, share_R: np.ndarray, values_R: np.ndarray, draws: int = 4000) -> np.ndarray:
+    """Labelled shares at which a run that goes on as before would first show a metric, as samples: rounds that are to
+    come are drawn from fits of a + b (1 - x^-c) / c to the curve, from logarithm (c = 0) to power law, each as likely
+    as it fits, with the scatter around them. (draws,) infinity where it does not within ten times the labels of now."""
+    rng, n, step, fits = np.random.default_rng(0), len(share_R), share_R[-1] - share_R[-2], []
+    share_T = np.arange(share_R[-1], min(100, 10 * share_R[-1]) + step / 2, step)  # the last round and those to come
+    for c in (0, .25, .5, 1, 2):
+        shape_R, shape_T = (np.log(x) if c == 0 else (1 - x**-c) / c for x in (share_R, share_T))
+        basis_R, basis_T = (np.c_[np.ones(len(shape)), (shape - shape_R.mean()) / shape_R.std()]
+                            for shape in (shape_R, shape_T))
+        best = np.linalg.lstsq(basis_R, values_R)[0]
+        fits.append((best, ((values_R - basis_R @ best)**2).sum() + 1e-4 * target**2, basis_T))
+    odds, samples = np.array([rest for _, rest, _ in fits])**(-(n - 1) / 2), []
+    for (best, rest, basis_T), number in zip(fits, rng.multinomial(draws, odds / odds.sum())):
+        noise_S1 = np.sqrt(rest / rng.chisquare(n - 1, (number, 1)))
+        line_S2 = best + rng.standard_normal((number, 2)) * noise_S1 / math.sqrt(n)
+        values_ST = line_S2 @ basis_T.T + noise_S1 * rng.standard_normal((number, len(share_T)))
+        values_ST[:, 0] = values_R[-1]
+        samples += [share_needed(share_T, values_T, target) for values_T in values_ST]
+    return np.nan_to_num(samples, nan=math.inf)
 
 
 def mean_and_std(values: list) -> str:

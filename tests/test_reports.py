@@ -162,6 +162,45 @@ def test_compare_by_hand(tmp_path, capsys):
     assert (tmp_path / 'curves.pdf').read_bytes().startswith(b'%PDF')
 
 
+SHARES = [5 * k for k in range(1, 8)]
+
+
+def test_labels_that_a_target_takes(tmp_path, capsys):
+    """60 - 40 (x / 5)^-1 is 56 at 50 % and 55 at 40 %; 7 rounds come to 35 %."""
+    dirs = [write_state(tmp_path / 'a', make_state(SHARES, [60 - 200 / x for x in SHARES], rounds=9)),
+            write_state(tmp_path / 'r', make_state(SHARES, [40, 48, 39, 47, 40, 48, 40], strategy='random', rounds=9)),
+            write_state(tmp_path / 'm', make_state(SHARES[:3], [40, 50, 53], strategy='margin', rounds=9)),
+            write_state(tmp_path / 'e', make_state(SHARES[:3], [40, 50, 60], strategy='ripu', rounds=9)),
+            write_state(tmp_path / 'full', make_state([100], [55 / .95], initial=1.))]
+    main(['compare', *dirs, '--target', '.95'])
+    cells = {name: row[-1] for name, row in cells_of(capsys.readouterr().out).items()}
+    assert cells['runs'] == '% for 55, 5 to 95 % likely'
+    assert cells['random'] == cells['margin'] == 'cannot tell yet' and cells['ripu'] == '12.5 (reached)'
+    middle, low, high = map(float, re.fullmatch(r'(.+) \((.+) to (.+)\)', cells['entropy']).groups())
+    assert 35 < low < 40 < high < 60 and 36 < middle < 44
+    main(['compare', dirs[0], '--target', '55'])
+    assert cells_of(capsys.readouterr().out)['entropy'][-1] == cells['entropy']
+    with pytest.raises(SystemExit):
+        main(['compare', dirs[0], '--target', '.95'])
+    assert '--target 0.95 should be of full supervision, which needs --full VALUE' in capsys.readouterr().err
+
+
+def test_intervals_of_a_target_hold_what_comes():
+    """Power laws with a scatter of a point: nine in ten are to lie in them."""
+    rng, inside, answers = np.random.default_rng(0), 0, 0
+    x = 5. * np.arange(1, 11)
+    for _ in range(40):
+        power = rng.uniform(.3, 1.5)
+        values, target = (60 - 40 * k**-power for k in (np.arange(1, 11), rng.uniform(7.5, 9.5)))
+        values = values + rng.standard_normal(10)
+        true = al_report.share_needed(x, values, target)
+        if true > x[6]:  # not before, and before the end
+            low, high = np.quantile(al_report.labels_to(target, x[:7], values[:7], 500), (.05, .95),
+                                    method='inverted_cdf')
+            inside, answers = inside + (low <= true <= high), answers + 1
+    assert answers > 20 and .75 < inside / answers <= 1
+
+
 def test_clicks_get_a_panel_of_their_own(tmp_path):
     path = write_state(tmp_path / 'a', make_state([10, 20], [40, 60], clicks=True, unit=CELL))
     main(['compare', path, '-o', str(tmp_path / 'curves.png')])

@@ -98,7 +98,7 @@ def test_passes_that_contradict_each_other_by_hand(name, value):
 
 
 def test_balanced_entropy_by_hand():
-    """p is uniform on (0, 1) for both classes: a = b = 1. After a label it is Beta(2, 1), whose entropy is 1/2 - ln 2."""
+    """p is uniform on (0, 1) for both classes; after a label it is Beta(2, 1), whose entropy is 1/2 - ln 2."""
     half, moment = torch.full((1, 2, 1, 1), .5), torch.full((1, 2, 1, 1), 1 / 3)
     balance = (.5 - math.log(2) + math.log(2)) / (math.log(2) + math.log(2))
     assert SCORES['balent'](half, moment).item() == pytest.approx(1 / balance)
@@ -469,7 +469,8 @@ def test_a_run_records_its_strategy_with_all_options(make_cfg, train):
     cfg = make_cfg(dict(strategy=dict(type='powerbald', mc=3, beta=2, alpha=.05)), changes={
         **tiny.NO_VAL, 'train_cfg.max_iters': 1})
     _, rounds = train(cfg)
-    options = dict(shortlist=None, calibration=0., alpha=.05, reduce='mean', flip=False, features_from='decode_head', committee=1)
+    options = dict(shortlist=None, calibration=0., alpha=.05, reduce='mean', flip=False, features_from='decode_head',
+                   committee=1)
     assert [entry['strategy'] for entry in rounds] == [
         dict(options, type='random', score='random', embed=None, select='topk', mc=1),
         dict(options, type='powerbald', score='bald', embed=None, select='power', beta=2, mc=3)]
