@@ -330,7 +330,7 @@ def rows_of(page: str) -> list[list[str]]:
 
 def test_every_strategy_has_a_row_in_the_readme_and_every_row_is_one():
     assert sorted(readme_rows()) == sorted(STRATEGIES)
-    assert [row[0] for row in rows_of('README.md')] == [f'`{name}`' for name in readme_rows()]
+    assert re.findall('`(.+?)`', ' '.join(row[0] for row in rows_of('README.md'))) == [*readme_rows()]
 
 
 @pytest.mark.parametrize('name', STRATEGIES)
