@@ -1514,30 +1514,6 @@ def load_weights(state: State, path: str) -> None:
     state.model.al_weights = path
 
 
-def committee(model: torch.nn.Module, number: int) -> list[dict | None]:
-    """Weights that pass over images: those that the model holds and, up to a number, of the checkpoints beside the one
-    they are of, from the newest on, as another view of the same data (Gal & Ghahramani's passes, of snapshots).
-
-    Raises:
-        ValueError: There are not so many.
-    """
-    if number == 1 or not hasattr(model, 'al_weights'):  # no round was trained yet
-        return [None]
-    folder = osp.dirname(model.al_weights)
-    paths = sorted(glob.glob(osp.join(glob.escape(folder), '[ei]*_*.pth')),
-                   key=lambda path: int(re.findall(r'\d+', path)[-1]), reverse=True)
-    others = [path for path in paths if not osp.samefile(path, model.al_weights)][:number - 1]
-    if len(others) < number - 1:
-        raise ValueError(f'`al.strategy.committee` = {number} needs so many checkpoints of a round, but {folder} has '
-                         f'{1 + len(others)}: set `default_hooks.checkpoint.interval` and `.max_keep_ckpts` so that '
-                         'they are kept')
-    members = [copy.deepcopy(model.state_dict())]
-    for path in others:
-        with reading(path):
-            members.append(mmengine.runner.checkpoint._load_checkpoint(path, 'cpu')['state_dict'])
-    return members
-
-
 class Network:
     """A segmentor in eval mode, and its passes over images: one, or ``strategy.mc`` with dropout (Gal & Ghahramani,
     ICML 2016), of one or more checkpoints.
@@ -1681,6 +1657,30 @@ class Network:
             logits_NMP = weight_NSCK.flatten(1, 2) @ features_NKHW.flatten(2)
             logits_NSCHW = logits_NMP.unflatten(1, (-1, len(weight_CK))).unflatten(3, (h, w))
             yield logits_NSCHW + conv.bias.view(-1, 1, 1)
+
+
+def committee(model: torch.nn.Module, number: int) -> list[dict | None]:
+    """Weights that pass over images: those that the model holds and, up to a number, of the checkpoints beside the one
+    they are of, from the newest on, as another view of the same data (Gal & Ghahramani's passes, of snapshots).
+
+    Raises:
+        ValueError: There are not so many.
+    """
+    if number == 1 or not hasattr(model, 'al_weights'):  # no round was trained yet
+        return [None]
+    folder = osp.dirname(model.al_weights)
+    paths = sorted(glob.glob(osp.join(glob.escape(folder), '[ei]*_*.pth')),
+                   key=lambda path: int(re.findall(r'\d+', path)[-1]), reverse=True)
+    others = [path for path in paths if not osp.samefile(path, model.al_weights)][:number - 1]
+    if len(others) < number - 1:
+        raise ValueError(f'`al.strategy.committee` = {number} needs so many checkpoints of a round, but {folder} has '
+                         f'{1 + len(others)}: set `default_hooks.checkpoint.interval` and `.max_keep_ckpts` so that '
+                         'they are kept')
+    members = [copy.deepcopy(model.state_dict())]
+    for path in others:
+        with reading(path):
+            members.append(mmengine.runner.checkpoint._load_checkpoint(path, 'cpu')['state_dict'])
+    return members
 
 
 class Windows:
@@ -3125,6 +3125,48 @@ def representative_errors(scores_N: torch.Tensor, budget: int, generator: torch.
     return torch.tensor([*picks, *rest.tolist()])
 
 
+def medoids(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
+            draws_N: torch.Tensor) -> torch.Tensor:
+    """Of as many k-means clusters as are asked for, the candidate nearest to each one's mean (representative sampling;
+    Xu et al., ECIR 2003); where one is empty, what it started from. (K,) indices"""
+    start = kmeanspp(scores_N, budget, generator, vectors_ND, draws_N)
+    cluster_N, vectors_ND = kmeans(vectors_ND, start), vectors_ND - vectors_ND.mean(0)
+    sums_KD = torch.zeros_like(vectors_ND[:budget]).index_add_(0, cluster_N, vectors_ND)
+    centres_KD = sums_KD / cluster_N.bincount(minlength=budget)[:, None].clamp_min(1)
+    far_N = (vectors_ND - centres_KD[cluster_N]).square_().sum(1).cpu().numpy()
+    order = np.lexsort((far_N, cluster_N.cpu().numpy()))
+    first = np.unique(cluster_N.cpu().numpy()[order], return_index=True)[1]
+    return torch.tensor(list(dict.fromkeys([*order[first].tolist(), *start.tolist()]))[:budget])
+
+
+def typical(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
+            draws_N: torch.Tensor, labelled_LD: torch.Tensor, clusters: Natural = 500,
+            neighbours: Natural = 20) -> torch.Tensor:
+    """TypiClust (Hacohen et al., ICML 2022). All, labelled or not, make as many k-means clusters as are labelled and
+    asked for, but at most ``clusters``. Of those with over 5 members, in turn, from few labelled ones to many and from
+    large to small, each gives the most typical of its candidates that are left: the one of the least mean distance to
+    its ``neighbours`` nearest among these, or to half of them where they are fewer. (K,) indices"""
+    all_ND, known = torch.cat([labelled_LD, vectors_ND]), len(labelled_LD)
+    draws = torch.cat([torch.rand(known, generator=generator, dtype=draws_N.dtype), draws_N])
+    start = kmeanspp(draws, min(known + budget, clusters, len(all_ND)), generator, all_ND, draws)
+    cluster_M, picks = kmeans(all_ND, start).cpu(), []
+    labelled_J, size_J = (each.bincount(minlength=len(start)) for each in (cluster_M[:known], cluster_M))
+    order = np.lexsort((-size_J.numpy(), labelled_J.numpy()))
+    left = {j: (cluster_M[known:] == j).nonzero()[:, 0] for j in order.tolist()}
+    for large in (True, False):  # small ones are for what the others cannot give
+        turn = collections.deque(j for j in left if len(left[j]) and bool(size_J[j] > 5) == large)
+        while turn and len(picks) < budget:
+            j = turn.popleft()
+            own_MD, k = vectors_ND[left[j]], max(1, min(neighbours, len(left[j]) // 2))
+            far_M = torch.cat([torch.cdist(part, own_MD).topk(min(k + 1, len(own_MD)), largest=False).values.sum(1)
+                               for part in own_MD.split(1024)])  # to itself it is none
+            best = int(far_M.argmin())
+            picks.append(int(left[j][best]))
+            left[j] = torch.cat([left[j][:best], left[j][best + 1:]])
+            turn.extend([j] * bool(len(left[j])))
+    return torch.tensor(picks)
+
+
 def kmeans(vectors_ND: torch.Tensor, start_K: torch.Tensor) -> torch.Tensor:
     """Clusters by k-means from the vectors of some rows (Lloyd, 1982), until none changes, or 100 times. One that falls
     empty keeps its centre. (N,)"""
@@ -3715,48 +3757,6 @@ def herding(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
         if caps:
             caps.take([best])
             closed_N |= caps.closed().to(closed_N.device)
-    return torch.tensor(picks)
-
-
-def medoids(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-            draws_N: torch.Tensor) -> torch.Tensor:
-    """Of as many k-means clusters as are asked for, the candidate nearest to each one's mean (representative sampling;
-    Xu et al., ECIR 2003); where one is empty, what it started from. (K,) indices"""
-    start = kmeanspp(scores_N, budget, generator, vectors_ND, draws_N)
-    cluster_N, vectors_ND = kmeans(vectors_ND, start), vectors_ND - vectors_ND.mean(0)
-    sums_KD = torch.zeros_like(vectors_ND[:budget]).index_add_(0, cluster_N, vectors_ND)
-    centres_KD = sums_KD / cluster_N.bincount(minlength=budget)[:, None].clamp_min(1)
-    far_N = (vectors_ND - centres_KD[cluster_N]).square_().sum(1).cpu().numpy()
-    order = np.lexsort((far_N, cluster_N.cpu().numpy()))
-    first = np.unique(cluster_N.cpu().numpy()[order], return_index=True)[1]
-    return torch.tensor(list(dict.fromkeys([*order[first].tolist(), *start.tolist()]))[:budget])
-
-
-def typical(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vectors_ND: torch.Tensor,
-            draws_N: torch.Tensor, labelled_LD: torch.Tensor, clusters: Natural = 500,
-            neighbours: Natural = 20) -> torch.Tensor:
-    """TypiClust (Hacohen et al., ICML 2022). All, labelled or not, make as many k-means clusters as are labelled and
-    asked for, but at most ``clusters``. Of those with over 5 members, in turn, from few labelled ones to many and from
-    large to small, each gives the most typical of its candidates that are left: the one of the least mean distance to
-    its ``neighbours`` nearest among these, or to half of them where they are fewer. (K,) indices"""
-    all_ND, known = torch.cat([labelled_LD, vectors_ND]), len(labelled_LD)
-    draws = torch.cat([torch.rand(known, generator=generator, dtype=draws_N.dtype), draws_N])
-    start = kmeanspp(draws, min(known + budget, clusters, len(all_ND)), generator, all_ND, draws)
-    cluster_M, picks = kmeans(all_ND, start).cpu(), []
-    labelled_J, size_J = (each.bincount(minlength=len(start)) for each in (cluster_M[:known], cluster_M))
-    order = np.lexsort((-size_J.numpy(), labelled_J.numpy()))
-    left = {j: (cluster_M[known:] == j).nonzero()[:, 0] for j in order.tolist()}
-    for large in (True, False):  # small ones are for what the others cannot give
-        turn = collections.deque(j for j in left if len(left[j]) and bool(size_J[j] > 5) == large)
-        while turn and len(picks) < budget:
-            j = turn.popleft()
-            own_MD, k = vectors_ND[left[j]], max(1, min(neighbours, len(left[j]) // 2))
-            far_M = torch.cat([torch.cdist(part, own_MD).topk(min(k + 1, len(own_MD)), largest=False).values.sum(1)
-                               for part in own_MD.split(1024)])  # to itself it is none
-            best = int(far_M.argmin())
-            picks.append(int(left[j][best]))
-            left[j] = torch.cat([left[j][:best], left[j][best + 1:]])
-            turn.extend([j] * bool(len(left[j])))
     return torch.tensor(picks)
 
 
