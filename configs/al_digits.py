@@ -20,9 +20,9 @@ model = dict(  # the base's U-Net, narrower, one stage shorter; background, 9 pi
     decode_head=dict(in_channels=16, in_index=3, channels=32, num_classes=11, norm_cfg=bn,
                      loss_decode=dict(class_weight=[0.2] + [1.0] * 10)))
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01, weight_decay=0.01))
-param_scheduler = [dict(type='PolyLR', power=0.9, end=700, by_epoch=False)]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=700, val_interval=700)
+param_scheduler = [dict(type='PolyLR', power=0.9, end=1500, by_epoch=False)]
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=1500, val_interval=1500)
 val_cfg = dict(type='ValLoop')
 default_hooks = dict(checkpoint=dict(
-    type='CheckpointHook', by_epoch=False, interval=700, max_keep_ckpts=1, save_best='mIoU'))
+    type='CheckpointHook', by_epoch=False, interval=1500, max_keep_ckpts=1, save_best='mIoU'))
 randomness = dict(seed=0)

@@ -1,9 +1,9 @@
 """A small segmentation data set that needs no download: handwritten digits in cluttered 48x48 scenes.
 
 The scenes are drawn on first use, in about a second, from the 1,797 handwritten digits that ship with scikit-learn.
-Training and validation scenes share no handwritten digit. As in much real data, most training scenes are quiet, with
-at most two digits, nearly all zeros, ones and twos, and three in ten are busy, with two to four digits of any class.
-So it matters which images are labelled. All validation scenes are busy: every class counts the same there.
+Training and validation scenes share no handwritten digit. As in much real data, half of the training scenes are quiet,
+with at most two digits, nearly all zeros, ones and twos, and half are busy, with two to four digits of any class. So
+it matters which images are labelled. All validation scenes are busy: every class counts the same there.
 """
 import os
 import os.path as osp
@@ -17,7 +17,7 @@ from mmseg.registry import DATASETS
 
 SIZE = 48  # of a scene, in pixels
 SCENES = dict(train=400, val=100)
-BUSY = dict(train=.3, val=1.0)  # share of busy scenes
+BUSY = dict(train=.5, val=1.0)  # share of busy scenes
 QUIET_CLASSES = np.array([.32, .32, .32] + [.04 / 7] * 7)  # how often each digit is drawn in a quiet scene
 
 
