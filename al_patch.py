@@ -1660,8 +1660,8 @@ class Network:
 
 
 def committee(model: torch.nn.Module, number: int) -> list[dict | None]:
-    """Weights that pass over images: those that the model holds and, up to a number, of the checkpoints beside the one
-    they are of, from the newest on, as another view of the same data (Gal & Ghahramani's passes, of snapshots).
+    """Weights that pass over images: those that the model holds and, up to a number, those of the other checkpoints of
+    the round, from the newest on (snapshots; Huang et al., ICLR 2017).
 
     Raises:
         ValueError: There are not so many.

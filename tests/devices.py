@@ -36,7 +36,8 @@ UNITS = dict(image=IMAGE, region=REGION, window=WINDOW, superpixel=SUPERPIXEL, p
 SLIDE = "model.update(test_cfg=dict(mode='slide', crop_size=(20, 24), stride=(8, 11)))\n"
 DROPOUT = "model['backbone'].update(type='WithDropout')\n"
 SMALLER = dict(mc=3, batches=3, k=2, clusters=3)  # options of strategies that have them, for less time
-SCORES = ('entropy', 'margin', 'ratio', 'least_confidence', 'variation_ratio', 'mean_std', 'bald', 'ripu', 'ripu_pixel')
+SCORES = ('entropy', 'margin', 'ratio', 'least_confidence', 'variation_ratio', 'mean_std', 'bald', 'balent', 'one_vs_rest',
+          'ripu', 'ripu_pixel')
 
 
 def run_of(unit: dict, strategy: dict, more: str = '', **al) -> tuple:
@@ -55,12 +56,15 @@ SAMPLE = {  # each score, embedding and selector once; `test_device.py` runs the
     'region-crc': run_of(REGION, dict(type='crc', calibration=.4), max_images=5),
     'region-clasp': run_of(REGION, dict(type='clasp_pe')),
     'region-foreground': run_of(REGION, dict(type='random', foreground=.5), max_per_image=2),
+    'region-balent-medoids': run_of(REGION, dict(type='balent', mc=3, embed='features', select='medoids')),
     'window-ripu': run_of(WINDOW, dict(type='ripu')),
     'pixel-pixelpick': run_of(PIXEL, dict(type='pixelpick'), per_image=True),
     'pixel-badge': run_of(PIXEL, dict(type='badge'), max_images=5),
     'pixel-ripu-pixel': run_of(PIXEL, dict(type='ripu_pixel', k=2)),
     'superpixel-classbal': run_of(SUPERPIXEL, dict(type='classbal')),
     'superpixel-real': run_of(SUPERPIXEL, dict(type='real', clusters=3), max_per_image=2),
+    'superpixel-maxherding': run_of(SUPERPIXEL, dict(type='maxherding'), max_per_image=2),
+    'superpixel-oreal-typical': run_of(SUPERPIXEL, dict(type='oreal', embed='features', select='typical', clusters=3)),
     'superpixel-product': run_of(SUPERPIXEL, dict(type='entropy', score=dict(type='product', of=['entropy', 'ripu'])))}
 
 
