@@ -220,6 +220,8 @@ def share_for(rows: list[dict], level: float) -> float:
 
 
 def spread(values) -> str:
+    if not np.isfinite(values).all():
+        return ''
     return f'{np.mean(values):.1f}' + (f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else '')
 
 
