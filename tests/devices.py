@@ -36,8 +36,8 @@ UNITS = dict(image=IMAGE, region=REGION, window=WINDOW, superpixel=SUPERPIXEL, p
 SLIDE = "model.update(test_cfg=dict(mode='slide', crop_size=(20, 24), stride=(8, 11)))\n"
 DROPOUT = "model['backbone'].update(type='WithDropout')\n"
 SMALLER = dict(mc=3, batches=3, k=2, clusters=3)  # options of strategies that have them, for less time
-SCORES = ('entropy', 'margin', 'ratio', 'least_confidence', 'variation_ratio', 'mean_std', 'bald', 'balent', 'one_vs_rest',
-          'ripu', 'ripu_pixel')
+SCORES = ('entropy', 'margin', 'ratio', 'least_confidence', 'variation_ratio', 'mean_std', 'bald', 'balent',
+          'one_vs_rest', 'ripu', 'ripu_pixel')
 
 
 def run_of(unit: dict, strategy: dict, more: str = '', **al) -> tuple:

