@@ -2444,7 +2444,7 @@ def instructions(state: State) -> str:
         what = 'the pixel in the middle of each circle'
     return (f'Label {what}, as one of: {", ".join(classes)}. '
             + f'Where none of them fits, it is "{UNLABELABLE}". ' * (UNLABELABLE in classes)
-            + 'What is labelled elsewhere is not used.' * state.counts_pixels + '\n')
+            + 'What is labelled elsewhere is kept aside until that is asked for.' * state.counts_pixels + '\n')
 
 
 def request_of(state: State) -> str:

@@ -41,6 +41,7 @@ import math
 import os
 import os.path as osp
 import pickle
+import pprint
 import random as python_random
 import re
 import shlex
@@ -237,6 +238,8 @@ def start_or_resume(runner: Runner) -> State:
     if found:
         state.entry['spent'] = state.entry['spent'] or state.spent()  # schema 1 had it after training alone
     else:
+        if runner.cfg.get('resume'):
+            state.logger.warning(f'{runner.work_dir} holds no run to go on with: this is the start of one')
         add_round(state, initial_images(state) or query(state, None))
     if not found or state.phase == 'label':  # where the run was killed before, or a hook failed
         tell_hooks(state, 'after_al_ask', None)
@@ -2034,7 +2037,7 @@ def config_digest(cfg: dict) -> dict:
     """A short digest for each top-level config key that shapes training, to tell what changed between two starts."""
     volatile = {'al', 'work_dir', 'resume', 'launcher', 'log_level', 'visualizer', 'vis_backends', 'env_cfg',
                 'experiment_name', 'model_wrapper_cfg', 'custom_imports', 'log_processor'}
-    return {key: hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+    return {key: hashlib.sha256(pprint.saferepr(value).encode()).hexdigest()[:12]  # a dumped config has another order
             for key, value in sorted(Config.to_dict(cfg).items()) if key not in volatile}
 
 

@@ -1838,7 +1838,8 @@ def show_run(path: str, run: dict, metric: str | None, full: float | None, colou
     rounds, colours = run['rounds'], read_json(osp.join(path, 'palette.json'), {})
     done = [entry for entry in rounds if 'metrics' in entry]
     classes = run.get('classes') or [*colours]
-    head, stands, *lines = [line for line in status(path).splitlines() if not line.startswith(('|', '+'))]
+    left_out = '|', '+', 'What labels cost'  # tables, and what one is under
+    head, stands, *lines = [line for line in status(path).splitlines() if not line.startswith(left_out)]
     said = [line.partition(': bash ') for line in lines]
     points = curve(rounds, metric)
     figures = {}
@@ -2154,12 +2155,14 @@ def look_at_labels(state: al_patch.State) -> None:
     if state.counts_pixels and state.al.oracle.type != 'human' and (pure := purity(state, names)):
         state.entry['spent']['% pure'] = round(pure, 2)
     many = units_of(state.entry) > 9 if state.counts_pixels else len(counts) > 1  # a few units may well be of one
-    if (total > 0).sum() <= 1 and many:
+    before = kept(state, 'asked_classes.json', state.round)
+    ever = (np.sum([total, *filter(None, before)], 0) > 0).sum()  # a strategy may ask for one that was rare
+    if ever <= 1 and many:
         absent = [name for name, n in zip(classes, total) if not n]
         state.warn(f'All labels that round {state.round} got are {classes[int(total.argmax())]!r}: none is '
-                   f'{" or ".join(map(repr, absent[:5]))}. If label files hold 0 and 255, divide them by 255, which is '
-                   'no label')
-    elif not state.counts_pixels and np.median(shown) > 2 and shown.min() <= 1:
+                   f'{" or ".join(map(repr, absent[:5]))}. 255 means no label: files that hold 0 and 255 for two '
+                   'classes should hold 0 and 1')
+    elif not state.counts_pixels and np.median(shown) > 2 and 0 < (shown <= 1).mean() < .05:  # few, or it is the data
         odd = [name for name, n in zip(counts, shown) if n <= 1]
         state.warn(f'Labelled with one class or none, where most images have {np.median(shown):.0f}: '
                    f'{", ".join(odd[:10])}. Are their label files whole?')

@@ -63,7 +63,9 @@ def test_picks_keep_to_the_caps_and_are_fewer_only_where_none_is_left(name, n, i
                                                                       opened, share, seed, coarse):
     caps, budget = caps_of(images, n, groups, most, distance, units, opened), max(1, round(share * n))
     offered = offer(n, 2, 3, seed, coarse)
-    select = SELECTORS[name] if name in SELECTORS else al_patch.asked_again(caps, tiny.last_ones)
+    select = SELECTORS.get(name, tiny.last_ones)
+    if 'caps' not in al_patch.parameters_of(select):
+        select = al_patch.asked_again(caps, select)
     picks = al_patch.call_offering(select, offered['scores_N'], budget, generator(seed),
                                    **{**offered, 'caps': caps}).tolist()
     assert len({*picks}) == len(picks) <= budget

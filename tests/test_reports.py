@@ -607,7 +607,7 @@ def test_nothing_is_written_unasked(tmp_path, capsys, monkeypatch):
     ('al_report.rendered', {'after_al_train', 'after_al_query'}),
     ('al_report.look', {'after_al_train', 'after_al_query'}),
     ('al_report.class_counts', {'before_al_train', 'after_al_train', 'after_al_query'}),
-    ('mmengine.load', {'after_al_train'}), ('al_report.curve', {'after_al_train'})])
+    ('mmengine.load', {'before_al_train', 'after_al_train'}), ('al_report.curve', {'after_al_train'})])
 def test_a_failure_only_warns(make_cfg, train, monkeypatch, broken, points):
     texts = []
     monkeypatch.setattr('mmengine.logging.MMLogger.warning', lambda self, text, *args: texts.append(str(text)))

@@ -52,7 +52,7 @@ WRONG_STRATEGY = dict(
                  score={'one of random, .*': [['margin'], None]},
                  calibration={'a share of the labelled images': [.5]}),
     coreset=dict(embed={'one of features, .* for the selector kcenter': [None]}),
-    bald=dict(mc={'above 1, or `flip` True, for bald': [1]}),
+    bald=dict(mc={'above 1, or `committee`, or `flip` True, for bald': [1]}),
     clasp_pe_random=dict(score={'a score map for the embedding': ['random']}))
 CASES = [  # a block, the key that is wrong, what it should be
     *(({key: value}, f'al.{key}', should_be) for key, wrong in WRONG.items()

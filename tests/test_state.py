@@ -330,7 +330,7 @@ def test_the_state_on_disk_is_json_with_all_settings(make_cfg, train):
                            'query_seconds']
     assert first['strategy']['type'] == 'random' and second['strategy'] == dict(
         type='power_entropy', score='entropy', embed=None, select='power', beta=2, mc=1, shortlist=None, calibration=0.,
-        alpha=.05, reduce='mean', flip=False, features_from='decode_head')
+        alpha=.05, reduce='mean', flip=False, features_from='decode_head', committee=1)
     assert set(second['asked'].values()) == {None} and second['spent'] == {'images': 6, '% of images': 50.}
 
 
