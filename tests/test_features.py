@@ -220,7 +220,7 @@ def test_a_place_that_is_not_there_is_an_error_before_any_training(make_cfg, tra
 
 
 def test_features_without_vectors_are_refused():
-    with pytest.raises(ValueError, match='`al.strategy.features_from` should be left out for entropy, which embeds no f'):
+    with pytest.raises(ValueError, match='`al.strategy.features_from` should be left out for entropy, which embeds'):
         resolve_strategy(dict(type='entropy', features_from='backbone'))
     with pytest.raises(ValueError, match='should be left out for contextual_diversity, which embeds no'):
         resolve_strategy(dict(type='contextual_diversity', features_from='backbone'))
