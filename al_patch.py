@@ -71,7 +71,7 @@ from mmengine.hooks import CheckpointHook, EarlyStoppingHook, Hook
 from mmengine.logging import HistoryBuffer, MessageHub, MMLogger
 from mmengine.optim import AmpOptimWrapper, OneCycleParamScheduler
 from mmengine.registry import DATASETS, OPTIM_WRAPPERS, DefaultScope, Registry
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop, Runner, load_checkpoint
+from mmengine.runner import CheckpointLoader, EpochBasedTrainLoop, IterBasedTrainLoop, Runner, load_checkpoint
 from mmengine.runner.amp import autocast
 from mmengine.visualization import Visualizer
 from PIL import Image
@@ -1571,7 +1571,7 @@ class Network:
                 with self.windows.open(inputs):
                     self.model.inference(inputs, [dict(meta) for meta in metas])
             for turn, (weights, flip) in enumerate(self.turns if views else ()):
-                if weights:
+                if weights and not flip:
                     self.model.load_state_dict(weights)
                 given = mirrored(inputs) if flip else inputs
                 seeds = [seed_of(seed, 'flip') for seed in seeds] if turn else seeds
@@ -1682,7 +1682,7 @@ def committee(model: torch.nn.Module, number: int) -> list[dict | None]:
     members = [copy.deepcopy(model.state_dict())]
     for path in others:
         with reading(path):
-            members.append(mmengine.runner.checkpoint._load_checkpoint(path, 'cpu')['state_dict'])
+            members.append(CheckpointLoader.load_checkpoint(path, 'cpu')['state_dict'])
     return members
 
 
@@ -3137,8 +3137,9 @@ def medoids(scores_N: torch.Tensor, budget: int, generator: torch.Generator, vec
     sums_KD = torch.zeros_like(vectors_ND[:budget]).index_add_(0, cluster_N, vectors_ND)
     centres_KD = sums_KD / cluster_N.bincount(minlength=budget)[:, None].clamp_min(1)
     far_N = (vectors_ND - centres_KD[cluster_N]).square_().sum(1).cpu().numpy()
-    order = np.lexsort((far_N, cluster_N.cpu().numpy()))
-    first = np.unique(cluster_N.cpu().numpy()[order], return_index=True)[1]
+    cluster_N = cluster_N.cpu().numpy()
+    order = np.lexsort((far_N, cluster_N))
+    first = np.unique(cluster_N[order], return_index=True)[1]
     return torch.tensor(list(dict.fromkeys([*order[first].tolist(), *start.tolist()]))[:budget])
 
 

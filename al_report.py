@@ -223,8 +223,9 @@ def hook() -> mmengine.hooks.Hook:
             if type(state.runner.cfg) is mmengine.Config:
                 object.__setattr__(state.runner.cfg, '__class__', QuicklyDumped)  # and so are the rounds', its copies
             for check in (check_rounds, check_amounts, check_groups, check_overrides, check_schedule,
-                          check_continue, check_best, check_model, check_pool, check_masks, check_validation,
-                          check_no_label, check_disk, check_wrappers, check_segments, rehearse, make_segments):
+                          check_continue, check_best, check_committee, check_model, check_pool, check_masks,
+                          check_validation, check_no_label, check_disk, check_wrappers, check_segments, rehearse,
+                          make_segments):
                 check(state)
 
         def before_al_train(self, state: al_patch.State, trainer) -> None:
@@ -940,15 +941,23 @@ def check_best(state: al_patch.State) -> None:
         if al[key] == 'best' and not (validates and any(hook.save_best for hook in hooks)):
             raise ValueError(f"`al.{key}='best'` needs validation (`val_cfg`, and a `train_cfg.val_begin` that is "
                              "reached) and `default_hooks.checkpoint.save_best`, e.g. save_best='mIoU'")
-    number, length = state.strategy.committee, cfg.train_cfg.get('max_iters') or cfg.train_cfg.get('max_epochs')
-    if number > 1 and not any((hook.max_keep_ckpts < 0 or hook.max_keep_ckpts >= number) and
-                              0 < hook.interval <= length / number for hook in hooks):
-        raise ValueError(f'`al.strategy.committee` = {number} needs so many checkpoints of each round: set '
-                         f'`default_hooks.checkpoint.interval` to {length // number} or less, and `.max_keep_ckpts` to '
-                         f'{number} or -1')
     if al.stop and not validates:
         raise ValueError('`al.stop` needs a validation metric, but the config has no `val_cfg`, or training ends '
                          'before its `train_cfg.val_begin`')
+
+
+def check_committee(state: al_patch.State) -> None:
+    """
+    Raises:
+        ValueError: A round keeps fewer checkpoints than are to pass over images.
+    """
+    number, train_cfg = state.strategy.committee, state.runner.cfg.train_cfg
+    length = train_cfg.get('max_iters') or train_cfg.get('max_epochs')
+    if number > 1 and not any((hook.max_keep_ckpts < 0 or hook.max_keep_ckpts >= number) and
+                              0 < hook.interval <= length / number for hook in al_patch.checkpoint_hooks(state.runner)):
+        raise ValueError(f'`al.strategy.committee` = {number} needs so many checkpoints of each round: set '
+                         f'`default_hooks.checkpoint.interval` to {length // number} or less, and `.max_keep_ckpts` to '
+                         f'{number} or -1')
 
 
 def check_no_label(state: al_patch.State) -> None:
@@ -1838,8 +1847,7 @@ def show_run(path: str, run: dict, metric: str | None, full: float | None, colou
     rounds, colours = run['rounds'], read_json(osp.join(path, 'palette.json'), {})
     done = [entry for entry in rounds if 'metrics' in entry]
     classes = run.get('classes') or [*colours]
-    left_out = '|', '+', 'What labels cost'  # tables, and what one is under
-    head, stands, *lines = [line for line in status(path).splitlines() if not line.startswith(left_out)]
+    head, stands, *lines = '\n'.join(sum(around_tables(path, run), [])).splitlines()
     said = [line.partition(': bash ') for line in lines]
     points = curve(rounds, metric)
     figures = {}
@@ -2694,7 +2702,15 @@ def status(path: str) -> str:
     if runs and not osp.isfile(osp.join(path, STATE_FILE)):
         return str(runs_table(path, sorted(runs)))
     run = read_run(path)
-    k, al, done = run['round'], run['settings'], [entry for entry in run['rounds'] if 'metrics' in entry]
+    done = [entry for entry in run['rounds'] if 'metrics' in entry]
+    above, below = around_tables(path, run)
+    return '\n'.join([*above, *([str(rounds_table(done))] if done else []),
+                      'What labels cost:', str(costs_table(path, run)), *below])
+
+
+def around_tables(path: str, run: dict) -> tuple[list[str], list[str]]:
+    """What ``status`` says of a run above its tables, and below them."""
+    k, al = run['round'], run['settings']
     phase = f'{PHASES.get(run["phase"], run["phase"])}; it last wrote {silent_for(path):.0f} s ago'
     config = max(glob.glob(osp.join(glob.escape(path), '*.py')), key=osp.getmtime, default='<config>')
     when = 'To go on with more `al.rounds`' if run['ended'] else \
@@ -2703,15 +2719,11 @@ def status(path: str) -> str:
     for i, entry in enumerate(run['rounds']):
         for text in entry.get('warnings', ()):
             warned.setdefault(text, []).append(str(i))
-    return '\n'.join([
-        f'{path}: {in_words(al["strategy"])}, unit {in_words(al["unit"])}, seed {run["seed"]}',
-        f'Ended after round {k}: {run["ended"]}' if run['ended'] else
-        f'Round {k} of {al["rounds"]}: {phase}',
-        *labels_of(path, run),
-        *([str(rounds_table(done))] if done else []),
-        'What labels cost:', str(costs_table(path, run)),
+    return [f'{path}: {in_words(al["strategy"])}, unit {in_words(al["unit"])}, seed {run["seed"]}',
+            f'Ended after round {k}: {run["ended"]}' if run['ended'] else f'Round {k} of {al["rounds"]}: {phase}',
+            *labels_of(path, run)], [
         *(f'Warning in round {", ".join(rounds)}: {text}' for text, rounds in warned.items()),
-        f'{when}: bash dist_al_train.sh {config} <GPUs> --work-dir {path} --resume'])
+        f'{when}: bash dist_al_train.sh {config} <GPUs> --work-dir {path} --resume']
 
 
 def runs_table(folder: str, paths: list[str]) -> prettytable.PrettyTable:

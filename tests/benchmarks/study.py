@@ -1,7 +1,7 @@
 """Does it pay? Strategies on two data sets, several seeds each, all through `dist_al_train.sh` and an `al` block.
 
-    python tests/benchmarks/study.py run camvid|labelmefacade DATA OUT [--seeds 0 1 2] [--jobs 2] [--only image/ full]
-    python tests/benchmarks/study.py report [CSV]
+    python tests/benchmarks/study.py run camvid|labelmefacade DATA OUT --only full/full image/real [--seeds 0 1 2]
+    python tests/benchmarks/study.py report [CSV] [--choice]
 
 DATA is, for ``camvid``, a folder with img/{train,val,test}/*.jpg and ann/{train,val,test}/*.png (SegNet's split);
 for ``labelmefacade`` a checkout of github.com/cvjena/labelmefacade, whose 845 images of test.txt are trained on, and
@@ -12,7 +12,6 @@ not run again, and what was stopped goes on. ``report`` needs nothing but the CS
 import argparse
 import csv
 import glob
-import itertools
 import json
 import math
 import os
@@ -137,7 +136,7 @@ def run(data: str, unit: str, strategy: str, seed: int, out: str, table: str) ->
         rows.append(dict(
             data=data, unit=unit, strategy=strategy, seed=seed, round=k,
             share=have.get('% of pixels', have.get('% of images')), clicks=have.get('clicks', ''),
-            mIoU=entry['metrics']['mIoU'], test_mIoU=test(work_dir, data, out) if entry is entries[-1] else '',
+            mIoU=entry['metrics']['mIoU'], test_mIoU=test(work_dir, entries, data, out) if entry is entries[-1] else '',
             class_iou=json.dumps(ious), settings=json.dumps(setting) if k == 0 else ''))
     with writing:
         is_new = not osp.exists(table)
@@ -163,12 +162,11 @@ with open(out, 'w') as file:
 """
 
 
-def test(work_dir: str, data: str, out: str) -> float | str:
+def test(work_dir: str, rounds: list, data: str, out: str) -> float | str:
     """mIoU on the test split, where there is one, with the last round's last weights."""
     if not osp.isdir(osp.join(out, data, 'data', 'img', 'test')):
         return ''
     path, config = osp.join(work_dir, 'test.json'), osp.join(work_dir, 'config.py')
-    rounds = state_of(work_dir)['rounds']
     checkpoint = osp.join(work_dir, f'round_{len(rounds) - 1}', rounds[-1]['checkpoints']['last'])
     with open(osp.join(work_dir, 'log.txt'), 'a') as log:
         subprocess.run([sys.executable, '-c', TEST, config, checkpoint, osp.join(work_dir, 'test'), path],
@@ -191,8 +189,13 @@ def read(table: str, seeds: range = range(1000)) -> dict[tuple, dict[int, list[d
     return runs
 
 
+def curve(rows: list[dict]) -> np.ndarray:
+    """The labelled share and the mIoU after each round. (2, R)"""
+    return np.array([[row[key] for row in rows] for key in ('share', 'mIoU')])
+
+
 def area(rows: list[dict]) -> float:
-    return al_report.area_under_curve(*(np.array([row[key] for row in rows]) for key in ('share', 'mIoU')))
+    return al_report.area_under_curve(*curve(rows))
 
 
 def interval(differences, n: int = 10_000) -> tuple[float, float]:
@@ -210,15 +213,6 @@ def paired(ours: dict, theirs: dict, value) -> str:
     return f'{np.mean(pairs):+.1f} [{low:+.1f}, {high:+.1f}], {sum(pair > 0 for pair in pairs)} of {len(pairs)}'
 
 
-def share_for(rows: list[dict], level: float) -> float:
-    """The share at which a curve first is at a level, between rounds linearly; not a number if never."""
-    for before, after in itertools.pairwise(rows):
-        if after['mIoU'] >= level:
-            part = max(0., (level - before['mIoU']) / max(after['mIoU'] - before['mIoU'], 1e-9))
-            return before['share'] + part * (after['share'] - before['share'])
-    return math.nan
-
-
 def spread(values) -> str:
     if not np.isfinite(values).all():
         return ''
@@ -226,7 +220,7 @@ def spread(values) -> str:
 
 
 def shares_for(runs: list, level: float) -> str:
-    shares = [share_for(rows, level) for rows in runs]
+    shares = [al_report.share_needed(*curve(rows), level) for rows in runs]
     have = [share for share in shares if share == share]
     return f'{np.mean(have):.3g}' if len(have) == len(shares) else f'{len(have)} of {len(shares)}' if have else '–'
 
@@ -288,8 +282,7 @@ def draw(runs: dict, path: str) -> None:
     for ((data, unit), found), axes in zip(panels.items(), figure.subplots(height, 2, squeeze=False).flat):
         for shift, (curves, label, style) in enumerate(zip(found.values(), found, al_report.styles(found)),
                                                        -(len(found) // 2)):
-            share_SR, values_SR = (np.array([[row[key] for row in rows] for rows in curves])
-                                   for key in ('share', 'mIoU'))
+            share_SR, values_SR = np.stack([curve(rows) for rows in curves], 1)
             al_report.draw_curve(axes, share_SR.mean(0), values_SR, 3 * shift, label=label, **style)
         al_report.tidy(axes, legend=False, title=f'{data}: {unit}', ylabel='mIoU',
                        xlabel='% of images labelled' if unit == 'image' else '% of pixels labelled')
