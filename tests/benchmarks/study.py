@@ -110,7 +110,7 @@ def state_of(work_dir: str) -> dict | None:
     return al_patch.read_state(path) if osp.exists(path) else None
 
 
-def run(data: str, unit: str, strategy: str, seed: int, out: str, table: str) -> None:
+def run(data: str, unit: str, strategy: str, seed: int, out: str, table: str, gpus: int) -> None:
     """Run, or go on with it, and append its rows to the table."""
     work_dir = osp.join(out, data, unit, strategy, f'seed_{seed}')
     os.makedirs(work_dir, exist_ok=True)
@@ -122,7 +122,7 @@ def run(data: str, unit: str, strategy: str, seed: int, out: str, table: str) ->
             file.writelines(f'{key} = {value!r}\n' for key, value in setting.items())
     with open(osp.join(work_dir, 'log.txt'), 'a') as log:
         code = subprocess.call(
-            ['bash', osp.join(ROOT, 'dist_al_train.sh'), config, '0', '--work-dir', work_dir]
+            ['bash', osp.join(ROOT, 'dist_al_train.sh'), config, str(gpus), '--work-dir', work_dir]
             + ['--resume'] * (state is not None), env=environment(data, out), stdout=log, stderr=subprocess.STDOUT)
     name = f'{data} {unit} {strategy} seed {seed}'
     if code:
@@ -137,7 +137,7 @@ def run(data: str, unit: str, strategy: str, seed: int, out: str, table: str) ->
             data=data, unit=unit, strategy=strategy, seed=seed, round=k,
             share=have.get('% of pixels', have.get('% of images')), clicks=have.get('clicks', ''),
             mIoU=entry['metrics']['mIoU'], test_mIoU=test(work_dir, entries, data, out) if entry is entries[-1] else '',
-            class_iou=json.dumps(ious), settings=json.dumps(setting) if k == 0 else ''))
+            class_iou=json.dumps(ious), settings=json.dumps(dict(setting, gpus=gpus)) if k == 0 else ''))
     with writing:
         is_new = not osp.exists(table)
         with open(table, 'a', newline='') as file:
@@ -301,6 +301,7 @@ def main() -> None:
     add.add_argument('out', help='where runs go')
     add.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     add.add_argument('--jobs', type=int, default=2, help='runs at a time, one CPU thread each')
+    add.add_argument('--gpus', type=int, choices=[0, 1], default=0, help='1: all of them on one GPU')
     add.add_argument('--only', nargs='+', required=True, metavar='UNIT/STRATEGY', help='or full/full; seed by seed')
     add.add_argument('--table', default=TABLE, help='the CSV that rows are appended to')
     add = verbs.add_parser('report')
@@ -318,7 +319,7 @@ def main() -> None:
     done = read(args.table)
     jobs = [(args.data, *name.split('/'), seed) for seed in args.seeds for name in args.only]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda job: run(*job, out, args.table),
+        list(pool.map(lambda job: run(*job, out, args.table, args.gpus),
                       [job for job in jobs if job[3] not in done.get(job[:3], {})]))
 
 
