@@ -227,8 +227,8 @@ def start_or_resume(runner: Runner) -> State:
     pool, path = Pool(runner.cfg, unwrap(runner.model)), osp.join(runner.work_dir, STATE_FILE)
     found = on_rank_0(lambda: remove_temporary(runner.work_dir) or osp.isfile(path))  # before another rank writes
     if found and not runner.cfg.get('resume'):
-        raise FileExistsError(f'{path} holds an active learning run already: add --resume to go on with it, or choose '
-                              'another --work-dir')
+        raise FileExistsError(f'{path} holds an active learning run already: add --resume to go on with it (in a '
+                              'script of your own, cfg.resume = True), or choose another --work-dir')
     seeds = al.seed, runner.cfg.get('randomness', {}).get('seed'), runner.seed
     content = read_state(path) if found else dict(seed=next(s for s in seeds if s is not None), config={})
     state = State(content, runner.work_dir, al, runner, pool)
@@ -2377,8 +2377,8 @@ class Pool(Dataset):
         try:
             leaves, transforms = build_leaves(cfg['train_dataloader']['dataset']), None
         except ValueError as error:  # mmengine's own for an empty one is 'need at least one array to concatenate'
-            raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset` '
-                             f'({error})') from error
+            raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset`, its '
+                             f'folders and `img_suffix` ({error})') from error
         self.paths = pool_paths(leaves, cfg.get('al', {}).get('pool'))
         for leaf, pipeline in map(leaves.get, self.paths):
             self.training.append(steps_of(copy.deepcopy(pipeline)))
@@ -2401,7 +2401,8 @@ class Pool(Dataset):
             self.leaves.append(leaf)
         self.names = list(self.where)
         if not self.names:
-            raise ValueError('the training set has no images: check `train_dataloader.dataset`')
+            raise ValueError('the training set has no images: check `train_dataloader.dataset`, its folders and '
+                             '`img_suffix`')
 
     def __len__(self) -> int:
         return len(self.names)

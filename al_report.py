@@ -38,6 +38,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 import zlib
@@ -2130,8 +2131,8 @@ def mark_changes(figure: figures.Figure, rounds: list[dict], metric: str, points
         for k, words in enumerate(done):
             if words:
                 axes.axvline(points[row, k], color='#999999', linestyle='--', linewidth=.8)
-                axes.annotate(words, (points[row, k], 0), xycoords=('data', 'axes fraction'), xytext=(2, 2),
-                              textcoords='offset points', rotation=90, size=7, color='#555555')
+                axes.annotate(textwrap.shorten(words, 48, placeholder=' …'), (points[row, k], 0), (2, 2),
+                              ('data', 'axes fraction'), 'offset points', rotation=90, size=7, color='#555555')
 
 
 def report_asked(state: al_patch.State, trainer) -> None:

@@ -157,8 +157,13 @@ def main() -> None:
 
 
 def end_processes() -> None:
-    """End those of gloo, if this is one, all at once: its threads can abort a process that Python ends."""
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == 'gloo':
+    """End those of gloo, if this is one, all at once: its threads can abort a process that Python ends. Other backends
+    say on a GPU that they want to be put away."""
+    if not torch.distributed.is_initialized():
+        return
+    if torch.distributed.get_backend() != 'gloo':
+        torch.distributed.destroy_process_group()
+    else:
         torch.distributed.barrier()
         logging.shutdown()
         sys.stdout.flush()

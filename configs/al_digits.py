@@ -1,9 +1,8 @@
 # Active learning in minutes on two CPU cores, with nothing to download.
-_base_ = ['mmseg::_base_/models/fcn_unet_s5-d16.py', 'mmseg::_base_/default_runtime.py', './_base_/al/entropy.py']
+_base_ = ['mmseg::_base_/models/fcn_unet_s5-d16.py', 'mmseg::_base_/default_runtime.py']
 custom_imports = dict(imports=['al_patch', 'configs.digits'])
-# 400 training images. The recipe, which can be changed for another one, labels 5 % = 20 at the start and 20 more after
-# each of 4 rounds: 20, 40, 60, 80, 100 (25 %).
-al = dict(seed=0)
+# Of the 400 training images 20 are labelled at the start, and after each of three queries 40, 70 and 100 (25 %).
+al = dict(strategy=dict(type='entropy'), initial=20, budget=[20, 30, 30], rounds=3, seed=0)
 
 data = dict(type='DigitsDataset', data_root='data/digits', pipeline=[
     dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')])

@@ -159,6 +159,9 @@ def test_an_export_is_in_the_inbox_and_the_run_accepts_it(people, truth, tmp_pat
     assert take(run, write(run, rest, tmp_path)).startswith('3 of the 3 regions that round 0 asks for are answered\n')
     assert run.accept() == 'train'
     assert all(np.array_equal(label, part(truth(name), masks[name])) for name, label in run.trained_on(0).items())
+    masks = run.ask({'a/01': [2], 'b/08': [5]})
+    text = take(run, write(run, {'b/08': part(truth('b/08'), masks['b/08'])}, tmp_path))
+    assert text.startswith('1 of the 2 regions that round 1 asks for') and 'Outside' not in text  # as a/01 had before
 
 
 @pytest.mark.parametrize('write', WRITERS)

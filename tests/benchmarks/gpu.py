@@ -250,7 +250,7 @@ def compare(state_of, rows: list) -> int:
                             for i in ([0] if ids is None else ids.tolist())} for query in queries)
             found.add_row([words(row), len(here & there), len(there), f'{apart:.0e}',
                            f'{np.concatenate(spread).std():.0e}'])
-    print(found)
+            print_last(found)
     return int(any(row[1] < .9 * row[2] for row in found.rows))
 
 
@@ -285,7 +285,12 @@ def table(state_of, rows: list, repeat: int) -> None:
         ratio, each = statistics.median(q[0] / b[0] for b, q in pairs), 1000 / len(state.pool)
         found.add_row([words(row), f'{bare * each:.1f}', f'{query * each:.1f}', f'{ratio:.2f}', f'{bare_mib:.0f}',
                        f'{query_mib:.0f}'])
-        print(found[-1:].get_string(header=len(found.rows) == 1, border=False), flush=True)
+        print_last(found)
+
+
+def print_last(found) -> None:
+    """A table's last row at once, as the time can be up before the next; with the first, its head."""
+    print(found[-1:].get_string(header=len(found.rows) == 1, border=False), flush=True)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What costs how much on a GPU, and whether the choice there is the CPU's: at most nine minutes on one H100.
+# What costs how much on a GPU, and whether the choice there is the CPU's: at most nine minutes, steps that are late left
+# out.
 #
 #     bash tests/benchmarks/gpu.sh --collect FOLDER DATA [3.12]  # here: wheels for that Python, pictures of CamVid in DATA
 #     bash tests/benchmarks/gpu.sh FOLDER [RESULTS]             # there: with the torch that is there, and no network
