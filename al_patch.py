@@ -393,7 +393,7 @@ def why_stop(state: State) -> str | None:
     if state.al.stop and (reason := reached(state, **state.al.stop)):
         return reason
     if state.round >= state.al.rounds:
-        return f'all {state.al.rounds} rounds of queries are done'
+        return f'{state.al.rounds} of {state.al.rounds} rounds of queries are done'
     spent = state.spent()
     total = state.pool.pixels if state.counts_pixels else len(state.pool)
     if not state.dropped and spent.get('pixels', spent['images']) == total:  # what is dropped may have left the pool
@@ -2374,11 +2374,11 @@ class Pool(Dataset):
     def __init__(self, cfg: dict, model: torch.nn.Module | None = None):
         self.ignore_index = getattr(decode_head(model or cfg.get('model')), 'ignore_index', 255)
         self.leaves, self.training, self.where, self.steps, paths = [], [], {}, {}, {}
+        check = f'check `train_dataloader.dataset`, its folders (relative ones: from {os.getcwd()}) and `img_suffix`'
         try:
             leaves, transforms = build_leaves(cfg['train_dataloader']['dataset']), None
         except ValueError as error:  # mmengine's own for an empty one is 'need at least one array to concatenate'
-            raise ValueError('the training set has no images or cannot be read: check `train_dataloader.dataset`, its '
-                             f'folders and `img_suffix` ({error})') from error
+            raise ValueError(f'the training set has no images or cannot be read: {check} ({error})') from error
         self.paths = pool_paths(leaves, cfg.get('al', {}).get('pool'))
         for leaf, pipeline in map(leaves.get, self.paths):
             self.training.append(steps_of(copy.deepcopy(pipeline)))
@@ -2401,8 +2401,7 @@ class Pool(Dataset):
             self.leaves.append(leaf)
         self.names = list(self.where)
         if not self.names:
-            raise ValueError('the training set has no images: check `train_dataloader.dataset`, its folders and '
-                             '`img_suffix`')
+            raise ValueError(f'the training set has no images: {check}')
 
     def __len__(self) -> int:
         return len(self.names)

@@ -2908,7 +2908,7 @@ def read_run(work_dir: str) -> dict:
             entry.setdefault('spent', entry.get('labelled', dict(images=len(images))))
         run['rounds'] = of_one_pool(run['rounds'], run.get('images'), run.get('pixels'))
         all_done = run['phase'] == 'query' and run['round'] >= run['settings']['rounds']
-        run.setdefault('ended', f'all {run["round"]} rounds of queries are done' if all_done else None)
+        run.setdefault('ended', f'{run["round"]} of {run["round"]} rounds of queries are done' if all_done else None)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} cannot be read ({type(error).__name__}: {error})') from error
     return run

@@ -191,8 +191,8 @@ def in_one_line(error: Exception) -> str:
     if '\nOriginal Traceback' in text:
         text = text.rstrip().rpartition('\n')[2].partition(': ')[2]
     if isinstance(error, OSError) and error.filename:
-        return (f'al_train.py: {error.filename} cannot be used ({error.strerror}): choose another place, or mend what '
-                'is there')
+        return (f'al_train.py: {osp.abspath(error.filename)} cannot be used ({error.strerror}): choose another place, '
+                'or mend what is there')
     text, where = ' '.join(text.splitlines()), re.findall('^ *File "(.+?)", line', whole, re.M)[-1]
     if osp.basename(where).startswith('al_') and isinstance(error, (ValueError, OSError, RuntimeError, ImportError)):
         return f'al_train.py: {text}'

@@ -1,8 +1,8 @@
 # Active learning in minutes on two CPU cores, with nothing to download.
 _base_ = ['mmseg::_base_/models/fcn_unet_s5-d16.py', 'mmseg::_base_/default_runtime.py']
 custom_imports = dict(imports=['al_patch', 'configs.digits'])
-# Of the 400 training images 20 are labelled at the start, and after each of three queries 40, 70 and 100 (25 %).
-al = dict(strategy=dict(type='entropy'), initial=20, budget=[20, 30, 30], rounds=3, seed=0)
+# Of the 400 training images 20 are labelled at the start, and after each of two queries 60 and 100 (25 %).
+al = dict(strategy=dict(type='entropy'), initial=20, budget=40, rounds=2, seed=0)
 
 data = dict(type='DigitsDataset', data_root='data/digits', pipeline=[
     dict(type='LoadImageFromFile'), dict(type='LoadAnnotations'), dict(type='PackSegInputs')])
@@ -19,9 +19,9 @@ model = dict(  # the base's U-Net, narrower, one stage shorter; background, 9 pi
     decode_head=dict(in_channels=16, in_index=3, channels=32, num_classes=11, norm_cfg=bn,
                      loss_decode=dict(class_weight=[0.2] + [1.0] * 10)))
 optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01, weight_decay=0.01))
-param_scheduler = [dict(type='PolyLR', power=0.9, end=1500, by_epoch=False)]
-train_cfg = dict(type='IterBasedTrainLoop', max_iters=1500, val_interval=1500)
+param_scheduler = [dict(type='PolyLR', power=0.9, end=2000, by_epoch=False)]
+train_cfg = dict(type='IterBasedTrainLoop', max_iters=2000, val_interval=2000)
 val_cfg = dict(type='ValLoop')
 default_hooks = dict(checkpoint=dict(
-    type='CheckpointHook', by_epoch=False, interval=1500, max_keep_ckpts=1, save_best='mIoU'))
+    type='CheckpointHook', by_epoch=False, interval=2000, max_keep_ckpts=1, save_best='mIoU'))
 randomness = dict(seed=0)

@@ -207,7 +207,7 @@ def test_the_script_ends_with_code_0_and_says_how_to_go_on(tmp_path, blind, trut
         assert np.array_equal(read_png(work_dir, 'labels', 'done', f'{name}.png'), mask)
         assert np.array_equal(read_png(work_dir, 'labels', 'classes', f'{name}.png'),
                               np.where(mask, read_label(truth, name), 255))
-    assert 'all 1 rounds of queries are done' in done.stdout + done.stderr
+    assert '1 of 1 rounds of queries are done' in done.stdout + done.stderr
 
 
 def test_a_run_that_polls_goes_on_by_itself(make_cfg, train, human, blind, truth, tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ def read(path: str) -> Text:
 def test_figures_of_a_run_by_hand(tmp_path, page):
     said = read(page(write_run(tmp_path / 'a'), options=('--full', '84')))
     for words in ('mIoU 42.00 with labels of 30 % of images since round 0 +2.00 of full supervision 50.0 %',
-                  'Ended after round 2: all 2 rounds of queries are done', f'Warning in round 1: beware of {BAD}',
+                  'Ended after round 2: 2 of 2 rounds of queries are done', f'Warning in round 1: beware of {BAD}',
                   'Round 2 2 images, by entropy', 'Round 0 2 images, by random', 'Scores of 3 images',
                   f'{CLASSES[0]} 60.00 {BAD} 20.00', 'void 10.00', f'{CLASSES[0]} 90 91 92',
                   f'2/{BAD} all all 4 2/plain all all 2', f'{tmp_path}/a --resume', '@misc{mmseg2020,'):

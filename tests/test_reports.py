@@ -46,7 +46,7 @@ def make_state(shares: list, values: list, seed: int = 0, phase: str = 'query', 
               for names, have, value in zip(asked, spent, values)]
     k, ended = len(rounds) - 1, None
     if phase == 'query' and k >= al['rounds']:
-        ended = f'all {al["rounds"]} rounds of queries are done'
+        ended = f'{al["rounds"]} of {al["rounds"]} rounds of queries are done'
     return dict(schema=3, phase=phase, round=k, seed=seed, ended=ended, settings=al, images=100, rounds=rounds,
                 config=dict(model='m', randomness=f'r{seed}'))
 
@@ -232,7 +232,7 @@ def test_states_of_the_first_schema_are_compared_too(tmp_path, capsys):
     ('train', 2, 'Round 1 of 2: training on what is labelled; it last wrote'),
     ('query', 2, 'Round 1 of 2: scoring the pool; it last wrote'),
     ('label', 2, 'Round 1 of 2: waiting for the labels that to_label/ in its folder asks for'),
-    ('query', 1, 'Ended after round 1: all 1 rounds of queries are done')])
+    ('query', 1, 'Ended after round 1: 1 of 1 rounds of queries are done')])
 def test_status(tmp_path, capsys, phase, rounds, text, schema):
     state = make_state([10, 20], [40, 60], phase=phase, rounds=rounds)
     if phase != 'query':
@@ -291,7 +291,7 @@ def test_status_of_a_folder_lists_the_runs_in_it(tmp_path, capsys):
     rows = cells_of(capsys.readouterr().out)
     assert list(rows) == ['run', 'cut', 'deep/er', 'done', 'people'] and 'cut/al_state.json cannot' in rows['cut'][-1]
     assert rows['done'][:4] == ['entropy', 'image', '1 of 1', 'mIoU 60.00 (round 1)']
-    assert rows['done'][4].startswith('2:00:') and rows['done'][5] == 'has ended: all 1 rounds of queries are done'
+    assert rows['done'][4].startswith('2:00:') and rows['done'][5] == 'has ended: 1 of 1 rounds of queries are done'
     assert rows['deep/er'][2:4] == ['0 of 3', 'mIoU 40.00 (round 0)']
     assert rows['deep/er'][5] == 'is scoring the pool, or has stopped'
     assert rows['people'][2:4] == ['1 of 4', 'mIoU 40.00 (round 0)']

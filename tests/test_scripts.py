@@ -78,7 +78,7 @@ def test_al_patch_alone(whole, tmp_path, shared_data):
     assert result(tmp_path / 'work') == result(whole[1])
     log = tiny.log_of(tmp_path / 'work')
     assert len(re.findall('.*Not beside al_patch.py: al_report.py, al_label.py.*', log)) == 1
-    assert 'Active learning has ended: all 1 rounds of queries are done' in log
+    assert 'Active learning has ended: 1 of 1 rounds of queries are done' in log
     assert {path.name for path in (tmp_path / 'work').iterdir() if path.is_file()} - {'al.lock'} == {
         STATE_FILE, config.name}
     assert not [*tmp_path.glob('work/**/*.png')]

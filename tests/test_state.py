@@ -261,8 +261,8 @@ def test_a_finished_run_is_extended(make_cfg, train, build):
     assert [len(entry['asked']) for entry in after] == [4, 2, 2]
     for old, new in zip(before, after):
         assert {key: new[key] for key in old} == old  # nothing is trained or asked again
-    assert ended == ['all 1 rounds of queries are done', None]
-    assert state_on_disk(short)['ended'] == 'all 2 rounds of queries are done'
+    assert ended == ['1 of 1 rounds of queries are done', None]
+    assert state_on_disk(short)['ended'] == '2 of 2 rounds of queries are done'
 
 
 def test_a_changed_config_is_said(make_cfg, train):
@@ -324,7 +324,7 @@ def test_the_state_on_disk_is_json_with_all_settings(make_cfg, train):
     assert (state['schema'], state['seed'], state['images'], state['pixels'], state['pool']) == (
         3, 0, 12, None, tiny.NAMES)
     assert state['classes'] == ['dark', 'grey', 'bright']
-    assert (state['phase'], state['round'], state['ended']) == ('query', 1, 'all 1 rounds of queries are done')
+    assert (state['phase'], state['round'], state['ended']) == ('query', 1, '1 of 1 rounds of queries are done')
     first, second = state['rounds']
     assert list(first) == ['asked', 'strategy', 'spent', 'metrics', 'train_seconds', 'changed', 'checkpoints',
                            'query_seconds']
