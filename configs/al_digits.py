@@ -22,6 +22,7 @@ optim_wrapper = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01, 
 param_scheduler = [dict(type='PolyLR', power=0.9, end=2000, by_epoch=False)]
 train_cfg = dict(type='IterBasedTrainLoop', max_iters=2000, val_interval=2000)
 val_cfg = dict(type='ValLoop')
-default_hooks = dict(checkpoint=dict(
-    type='CheckpointHook', by_epoch=False, interval=2000, max_keep_ckpts=1, save_best='mIoU'))
+default_hooks = dict(
+    checkpoint=dict(type='CheckpointHook', by_epoch=False, interval=2000, max_keep_ckpts=1, save_best='mIoU'),
+    logger=dict(type='LoggerHook', interval=100, log_metric_by_epoch=False))
 randomness = dict(seed=0)
