@@ -82,7 +82,7 @@ def test_training_ends_when_a_value_is_reached(make_cfg, train):
     (dict(value=75), [70., 74.9], None), (dict(value=75), [70., 75.], 'mIoU 75.00 has reached al.stop.value = 75'),
     (dict(patience=2), [70., 72., 71.], None), (dict(patience=2), [70., 72., 71., 73.], None),
     (dict(patience=2), [70., 72., 71., 72.], 'mIoU has not risen above 72.00 for al.stop.patience = 2 rounds'),
-    (dict(patience=1, value=90), [70., 91.], 'mIoU 91.00 has reached'), (None, [1.] * 6, 'all 5 rounds of queries'),
+    (dict(patience=1, value=90), [70., 91.], 'mIoU 91.00 has reached'), (None, [1.] * 6, '5 of 5 rounds of queries'),
     (dict(metric='mAcc', value=1), [0., 0.], '`al.stop.metric` should be one of mIoU, but got')])
 def test_why_stop(stop, history, reason):
     rounds = [dict(asked={str(k): None}, metrics=dict(mIoU=value)) for k, value in enumerate(history)]

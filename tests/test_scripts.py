@@ -28,7 +28,7 @@ def whole(tmp_path_factory, shared_data):
     folder = tmp_path_factory.mktemp('whole')
     config = write_config(folder, shared_data, 'dict(initial=4, budget=2, rounds=1)')
     done = launch(config, 0, folder / 'work')
-    assert 'Active learning has ended: all 1 rounds' in done.stdout + done.stderr
+    assert 'Active learning has ended: 1 of 1 rounds' in done.stdout + done.stderr
     return config, folder / 'work'
 
 
