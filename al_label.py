@@ -840,8 +840,7 @@ def hand_in(state: State, answers: list[Answer], notes: dict[str, dict], is_tria
     missing = {name: report['missing'] for name, report in newest.items() if report['missing']}
     notes['Not yet'] = unit_words(state, missing)
     notes['Outside what was asked for, kept aside'] = {
-        f'{name} ({report["outside"]} pixels)': None for name, report in reports.items()
-        if report['outside'] and f'{name}.png' in paths}
+        f'{name} ({report["outside"]} pixels)': None for name, report in reports.items() if report['outside']}
     notes['Nobody asked for these images, they are kept aside'] = {
         name: None for name in (path.removesuffix('.png') for path in paths) if name not in state.labelled()}
     notes['Wrong'] = {report['wrong']: None for report in reports.values() if report['wrong']}
@@ -1937,7 +1936,7 @@ class Inbox:
             waits = bool(((rows >= 0) & ~done).any())
             for source, path, content, version in self.new_files(name, report, waits) if reads else ():
                 labels, known = self.read(name, path, mask)
-                if source == f'round_{state.round}' or not self.staged and source != DATA_SET:  # an import's own
+                if source != DATA_SET and path.startswith(self.staged or ''):  # an import tells of its own files alone
                     report['outside'] += int((known & ~mask).sum())
                 answered |= known & mask
                 classes[known & mask] = labels[known & mask]
