@@ -258,7 +258,8 @@ def matrix(runs: dict, data: str) -> PrettyTable:
     """How often a row's strategy beat a column's, as nnActive counts it: over units and rounds after a query, where
     both have runs of the same seeds, by a paired t test at 5 %; and how often it could have."""
     from scipy.stats import ttest_rel
-    names = list(dict.fromkeys(strategy for of, unit, strategy in runs if of == data and unit != 'full'))
+    names = list(dict.fromkeys(strategy for (of, unit, strategy), seeds in runs.items()
+                               if of == data and unit != 'full' and len(seeds) > 2))
     table = PrettyTable(['wins against', *names])
     for name in names:
         cells = []
@@ -284,8 +285,7 @@ def fill(text: str, runs: dict) -> str:
     """A text with the tables of each data set between ``<!-- its name -->`` and ``<!-- end -->``."""
     for data in dict.fromkeys(key[0] for key in runs):
         tables = '\n'.join(map(markdown, (summary(runs, data), matrix(runs, data))))
-        text = re.sub(f'(<!-- {data} -->\n).*?(<!-- end -->)', lambda found: f'{found[1]}{tables}{found[2]}', text,
-                      flags=re.DOTALL)
+        text = re.sub(f'(<!-- {data} -->\n).*?(<!-- end -->)', rf'\g<1>{tables}\g<2>', text, flags=re.DOTALL)
     return text
 
 
