@@ -2552,9 +2552,14 @@ def forecast(target: float, share_R: np.ndarray, values_R: np.ndarray) -> str:
     done = share_needed(share_R, values_R, target)
     if math.isfinite(done):
         return f'{done:.4g} (reached)'
-    low, middle, high = (math.inf, ) * 3 if len(share_R) < 4 else np.quantile(
-        labels_to(target, share_R, values_R), (.05, .5, .95), method='inverted_cdf')
+    low, middle, high = likely_labels(target, share_R, values_R)
     return f'{middle:.4g} ({low:.4g} to {high:.4g})' if math.isfinite(high) else 'cannot tell yet'
+
+
+def likely_labels(target: float, share_R: np.ndarray, values_R: np.ndarray) -> tuple | np.ndarray:
+    """Labelled shares that the one a target takes is below with 5, 50 and 95 %; infinity where nothing can be told."""
+    return (math.inf, ) * 3 if len(share_R) < 4 else np.quantile(
+        labels_to(target, share_R, values_R), (.05, .5, .95), method='inverted_cdf')
 
 
 def area_under_curve(share_R: np.ndarray, values_R: np.ndarray) -> float:

@@ -111,6 +111,7 @@ class EfficientNetLite0(BaseModule):
         return [torch.stack(level) for level in zip(*images)]
 
     def kept_maps(self, x: Tensor) -> list[Tensor]:
+        """As `cached_maps`; images are told apart by a random projection, so that none has to leave the GPU."""
         pixels = x.flatten(1).double()
         draw = torch.Generator(x.device).manual_seed(0)
         keys = (pixels @ torch.rand(pixels.shape[1], generator=draw, device=x.device, dtype=pixels.dtype)).tolist()

@@ -281,11 +281,11 @@ def markdown(table: PrettyTable) -> str:
     return ''.join(f'| {" | ".join(map(str, row))} |\n' for row in rows)
 
 
-def fill(text: str, runs: dict) -> str:
+def fill(text: str, tables: dict) -> str:
     """A text with the tables of each data set between ``<!-- its name -->`` and ``<!-- end -->``."""
-    for data in dict.fromkeys(key[0] for key in runs):
-        tables = '\n'.join(map(markdown, (summary(runs, data), matrix(runs, data))))
-        text = re.sub(f'(<!-- {data} -->\n).*?(<!-- end -->)', rf'\g<1>{tables}\g<2>', text, flags=re.DOTALL)
+    for data, both in tables.items():
+        lines = '\n'.join(map(markdown, both))
+        text = re.sub(f'(<!-- {data} -->\n).*?(<!-- end -->)', rf'\g<1>{lines}\g<2>', text, flags=re.DOTALL)
     return text
 
 
@@ -328,14 +328,15 @@ def main() -> None:
     args = parser.parse_args()
     if args.verb == 'report':
         runs = read(args.table, range(10, 1000) if args.choice else range(10))
-        for data in dict.fromkeys(key[0] for key in runs):
-            print(f'\n{data}\n{summary(runs, data)}\n{matrix(runs, data)}')
+        tables = {data: (summary(runs, data), matrix(runs, data)) for data in dict.fromkeys(key[0] for key in runs)}
+        for data, (means, wins) in tables.items():
+            print(f'\n{data}\n{means}\n{wins}')
         name = osp.splitext(args.table)[0]
         if osp.exists(f'{name}.md') and not args.choice:
             with open(f'{name}.md') as file:
                 text = file.read()
             with open(f'{name}.md', 'w') as file:
-                file.write(fill(text, runs))
+                file.write(fill(text, tables))
         return draw(runs, f'{name}.png')
     out = osp.abspath(args.out)
     if not osp.isdir(osp.join(out, args.data, 'data')):

@@ -72,10 +72,10 @@ def report(curves: dict, hide: int) -> PrettyTable:
             continue
         asked += 1
         truly, now = al_report.share_needed(share_R, values_R, target), share_R[seen][-1]
-        said, cover, width = al_report.forecast(target, share_R[seen], values_R[seen]), '', ''
-        if said != 'cannot tell yet':
-            low, high = np.quantile(al_report.labels_to(target, share_R[seen], values_R[seen]), (.05, .95),
-                                    method='inverted_cdf')
+        low, middle, high = al_report.likely_labels(target, share_R[seen], values_R[seen])
+        said, cover, width = 'cannot tell yet', '', ''
+        if np.isfinite(high):
+            said = f'{middle:.4g} ({low:.4g} to {high:.4g})'
             covers.append(low <= truly <= high)
             widths.append((high - low) / (truly - now))
             cover, width = 'yes' if covers[-1] else 'no', f'{widths[-1]:.2f}'
