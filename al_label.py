@@ -1278,7 +1278,7 @@ def add_team_commands(commands: argparse._SubParsersAction) -> None:
                         help='units, or a fraction, as `al.budget`')
     asking.add_argument('--labelled', metavar='FOLDER|SPLIT', help='what is labelled: a folder of other images; or of '
                         'label maps, or masks, <name>.png of some of the same; or a file of names')
-    for option, default in dict(strategy='entropy', unit='image').items():
+    for option, default in dict(strategy='power_entropy', unit='image').items():
         asking.add_argument(f'--{option}', nargs='+', action=al_report.Setting, default=default, metavar='NAME',
                             help=f'as `al.{option}`: a name, and options as key=value')
     asking.add_argument('--seed', type=int, help="by default the config's, or 0")
@@ -1294,7 +1294,7 @@ def add_team_commands(commands: argparse._SubParsersAction) -> None:
 
 
 def ask(config: str, checkpoint: str, images: str, budget: float, out: str, labelled: str | None = None,
-        strategy: str | dict = 'entropy', unit: str | dict = 'image', seed: int | None = None,
+        strategy: str | dict = 'power_entropy', unit: str | dict = 'image', seed: int | None = None,
         cfg_options: list = ()) -> str:
     """Choose what to label next, as a run's first query would with this checkpoint. ``out`` is then the work_dir of a
     run whose round 1 waits for labels, with all exports, ``scores.csv`` and ``contact_sheet.png``.

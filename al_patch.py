@@ -112,7 +112,7 @@ class Rule(NamedTuple):
 class Block:
     """The ``al`` block of a config."""
     unit: TypeName = 'image'         # what is asked for: image | region | superpixel | pixel, or dict(type=, **options)
-    strategy: TypeName = 'entropy'   # a name, dict(type=a name, **options), or 'package.module:function' of your own
+    strategy: TypeName = 'power_entropy'  # a name, dict(type=a name, **options), or 'module:function' of your own
     initial: Initial = 0.05          # labelled at the start: as budget, at random | whole images: names or split file
     budget: Budget = 0.05            # asked for per round: int (units) | fraction | list, one entry a round
     per_image: Flag = False          # spend the budget in every image by itself, not over the whole pool

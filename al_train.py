@@ -73,7 +73,7 @@ def read_config(args: argparse.Namespace) -> Config:
     with al_patch.reading('--cfg-options'):
         cfg.merge_from_dict(args.cfg_options or {})
     if cfg.get('al') is None:
-        raise ValueError(f"{args.config} has no `al` block: add al = dict(strategy='entropy'), or use tools/train.py")
+        raise ValueError(f"{args.config} has no `al` block: add al = dict(budget=0.05), or use tools/train.py")
     cfg.setdefault('custom_imports', dict(imports=[], allow_failed_imports=True))
     given = cfg.custom_imports.imports
     cfg.custom_imports.imports = [*dict.fromkeys(  # for stock tools, which are given the configs of rounds

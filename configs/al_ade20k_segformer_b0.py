@@ -1,5 +1,5 @@
 # Active learning on ADE20K with SegFormer MiT-B0: the shipped config, plus what is below.
-_base_ = ['mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py', './_base_/al/entropy.py']
+_base_ = ['mmseg::segformer/segformer_mit-b0_8xb2-160k_ade20k-512x512.py', './_base_/al/power_entropy.py']
 custom_imports = dict(imports=['al_patch'])
 # 20,210 training images. The recipe, which can be changed for another one, labels 5 % = 1,010 at the start and 1,010
 # more after each of 4 rounds: 1,010, 2,020, 3,030, 4,040, 5,050 (25 %). Each of the 5 trainings runs the whole schedule

@@ -25,7 +25,7 @@ from al_patch import AL_SELECTORS, class_confusion, generator, mean_gradient, pa
 RECIPES = {osp.basename(path)[:-3]: path for path in sorted(glob.glob(osp.join(ROOT, 'configs/_base_/al/*.py')))}
 SHIPPED = sorted({*glob.glob(osp.join(ROOT, 'configs/al_*.py'))} - {osp.join(ROOT, 'configs/al_digits.py')})
 METHODS = ['badge', 'bald', 'clasp_pe', 'classbal', 'contextual_diversity', 'coreset', 'crc', 'entropy', 'pixelpick',
-           'ripu_pa', 'ripu_ra']
+           'power_entropy', 'ripu_pa', 'ripu_ra']
 
 
 def recipe(name: str) -> dict:
@@ -55,8 +55,8 @@ def test_a_recipe_is_short_and_holds_all_that_its_method_fixes(name):
 @pytest.mark.parametrize('shipped', SHIPPED, ids=osp.basename)
 def test_a_recipe_takes_the_place_of_another_in_every_shipped_config(tmp_path, shipped, name):
     text, path = open(shipped).read(), tmp_path / osp.basename(shipped)
-    assert text.count("'./_base_/al/entropy.py'") == 1
-    path.write_text(text.replace("'./_base_/al/entropy.py'", repr(RECIPES[name])))
+    assert text.count("'./_base_/al/power_entropy.py'") == 1
+    path.write_text(text.replace("'./_base_/al/power_entropy.py'", repr(RECIPES[name])))
     mine, own = Config.fromfile(str(path)), Config.fromfile(shipped)
     assert mine.al == recipe(name)
     assert {key: mine[key] for key in mine if key != 'al'} == {key: own[key] for key in own if key != 'al'}
@@ -64,8 +64,9 @@ def test_a_recipe_takes_the_place_of_another_in_every_shipped_config(tmp_path, s
 
 
 @pytest.mark.parametrize('shipped', SHIPPED, ids=osp.basename)
-def test_a_shipped_config_alone_is_its_recipe(shipped):
-    assert Config.fromfile(shipped).al == recipe('entropy')
+def test_a_shipped_config_alone_is_the_recipe_of_the_default(shipped):
+    assert Config.fromfile(shipped).al == recipe('power_entropy')
+    assert recipe('power_entropy')['strategy'] == dict(type=parse_settings({}).strategy)
 
 
 def test_the_budgets_of_ripu_by_hand():
@@ -74,7 +75,7 @@ def test_the_budgets_of_ripu_by_hand():
     assert pa['initial'] == pa['budget'] == math.ceil(40 / 5 / (1280 * 640) * (2048 * 1024)) == 21
 
 
-@pytest.mark.parametrize('name, images', [('badge', 1190), ('crc', 1200), ('entropy', 745)])
+@pytest.mark.parametrize('name, images', [('badge', 1190), ('crc', 1200), ('entropy', 745), ('power_entropy', 745)])
 def test_the_images_of_cityscapes_that_are_labelled_in_the_end(name, images):
     al = recipe(name)
     assert al_patch.number_of(al['initial'], 2975) + al['rounds'] * al_patch.number_of(al['budget'], 2975) == \
@@ -191,6 +192,12 @@ def again(draw: float, stream: int) -> float:
 def of_entropy(view: View) -> list:
     score = {(name, 0): np.mean([nats(p) for p in columns(view.head(name)[0])]) for name in view.pool}
     return best(view.by_draw(view.images()), score, view.budget)
+
+
+def of_power_entropy(view: View) -> list:
+    score = {(name, 0): np.mean([nats(p) for p in columns(view.head(name)[0])]) for name in view.pool}
+    noisy = {each: math.log(score[each]) + gumbel(again(view.draw(*each), 0), 1.) for each in view.images()}
+    return best(noisy, noisy, view.budget)
 
 
 def farthest(view: View, vector: dict, apart, start: list = ()) -> list:
@@ -453,6 +460,7 @@ def of_random(view: View) -> list:
 CELLS = dict(type='region', size=[8, 8])
 RUNS = dict(  # rule, recipe, and what is scaled down for twelve images of 32 x 48 pixels
     entropy=(of_entropy, 'entropy', dict(initial=3, budget=3)),
+    power_entropy=(of_power_entropy, 'power_entropy', dict(initial=3, budget=3)),
     coreset=(of_coreset, 'coreset', dict(initial=3, budget=3)),
     badge=(of_badge, 'badge', dict(initial=3, budget=4)),
     badge_of_pixels=(of_badge_of_pixels, 'badge', dict(unit=dict(type='pixel'), initial=30, budget=30)),
