@@ -1192,7 +1192,7 @@ class Query:
 
 class Collector:
     """Gathers candidates image by image and keeps no more than can still be chosen, so that memory does not grow with
-    the pool where the choice allows it: with a budget for each image, and with top-k.
+    the pool where the choice allows it: with a budget for each image, with top-k, and with noise on it.
 
     Args:
         select: The selector.
@@ -1213,6 +1213,7 @@ class Collector:
             than the budget.
         number: Of all units, labelled ones included.
         keeps_best: Whether the choice is the highest of all: no more of them are kept, and ranks send no more.
+        keeps_chosen: Whether each candidate is ranked by itself: what is not chosen among some is not among more.
         draw: What makes the draws of an image's units, by its position, where candidates do not hold them.
         folder: Where ranks leave what rank 0 chooses from, and vectors lie that fill more than ``IN_MEMORY``.
         blocks: How many the choice is made in.
@@ -1230,7 +1231,11 @@ class Collector:
 
     @property
     def keeps_best(self) -> bool:
-        return self.select is topk and not (self.per_image or self.caps)
+        return self.select is topk and self.keeps_chosen
+
+    @property
+    def keeps_chosen(self) -> bool:
+        return getattr(self.select, 'func', self.select) in ONE_BY_ONE and not (self.per_image or self.caps)
 
     def add(self, name: str, candidates: Candidates, known: Candidates, number: int = 0) -> None:
         """An image's candidates, what is labelled of it where the selector wants to know, and the number of its
@@ -1254,7 +1259,7 @@ class Collector:
             candidates = candidates._replace(vector=self.on_disk(candidates.vector))
         self.parts.append(candidates)
         self.rows += len(candidates.id)
-        if self.keeps_best and self.rows > 1.25 * self.kept + 2**13:
+        if self.keeps_chosen and self.rows > 1.25 * self.kept + 2**13:
             self.parts = self.highest(self.parts)
             self.rows = self.kept = sum(len(part.id) for part in self.parts)
 
@@ -1270,7 +1275,7 @@ class Collector:
         budget = self.budget(None)
         if parts[0].draw is not None:
             n, parts = sum(len(part.id) for part in parts), [self.choose(Candidates.join(parts), budget)]
-            if len(parts[0].id) < n:
+            if self.keeps_best and len(parts[0].id) < n:
                 self.floor = parts[0].score.min()
                 self.floor_draw = parts[0].draw[parts[0].score == self.floor].max()
             return parts
@@ -4115,6 +4120,7 @@ def random_draw(foreground: Part = 0.) -> dict:
 
 
 COMBINED = dict(product=product_of, sum=sum_of)
+ONE_BY_ONE = topk, power_draw, softmax_draw  # a candidate's rank among others is its own
 # the work grows with picks x candidates
 PAIRWISE = kcenter, kmeanspp, representative_errors, barycentre, herding, medoids, typical
 PARTS = dict(score=(AL_SCORES, 1), embed=(AL_EMBEDDINGS, 0), select=(AL_SELECTORS, 3))  # arguments that always come

@@ -1364,7 +1364,7 @@ def check_memory(collector: al_patch.Collector, images: int, state: al_patch.Sta
     memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
     if not state.unit.kind.is_dense:  # vectors may lie on disk
         memory += shutil.disk_usage(state.work_dir).free
-    if size > memory and not collector.keeps_best:
+    if size > memory and not collector.keeps_chosen:
         raise ValueError(f'a query by {state.strategy.name} should have `al.per_image=True` or `al.strategy.shortlist` '
                          f'for {images} images at `al.unit={state.unit.setting["type"]!r}`: {rows:,.0f} candidates at '
                          f'once take {size / 2**30:,.0f} GiB, and there are {memory / 2**30:,.0f}')

@@ -23,7 +23,7 @@ from mmengine.config import ConfigDict
 
 import al_patch
 import al_report
-from al_patch import AL_SELECTORS, Candidates, Collector, Pool, Query, State, parse_settings, query, topk
+from al_patch import AL_SELECTORS, Candidates, Collector, Pool, Query, State, parse_settings, power_draw, query, topk
 
 top_percent = AL_SELECTORS.get('top_percent')
 
@@ -181,6 +181,20 @@ def test_the_budget_is_spent_exactly_as_far_as_there_are_units(images, rows, bud
     assert in_pixels or len(chosen.id) == min(budget, images * rows)
 
 
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(2, 5), st.integers(1, 900), st.booleans(), st.sampled_from([.5, 1., 8.]), st.integers(0, 2**31))
+def test_what_noise_ranks_does_not_depend_on_what_was_dropped_on_the_way(images, budget, in_pixels, beta, seed):
+    """ln s + noise of each, in order, as far as the budget goes."""
+    parts = [part._replace(score=part.score + .1) for part in some_candidates(images, 5000, 50, seed)]
+    collector = collected(parts, budget, in_pixels, select=functools.partial(power_draw, beta=beta))
+    assert collector.rows < 5000 + 1.25 * budget + 2**13 and collector.floor == -math.inf
+    whole = Candidates.join(parts).shuffled()
+    noisy = np.log(whole.score) - np.log(-np.log(al_patch.uniform(0, whole.draw))) / beta
+    order = np.argsort(-noisy, kind='stable')
+    n = max(1, np.searchsorted(np.cumsum(whole.pixels[order]), budget, 'right')) if in_pixels else budget
+    assert same(collector.result(), whole.rows(order[:n]).sorted())
+
+
 def test_a_budget_in_pixels_buys_one_unit_at_least():
     two = Candidates(*np.array([[0, 0], [4, 5], [1, 2], [900, 800], [.1, .2]]))
     assert collected([two], 3, True).result().id.tolist() == [5]
@@ -201,7 +215,8 @@ def test_a_budget_per_image_is_spent_in_each(select, in_pixels):
 
 
 @pytest.mark.parametrize('select, per_image, refused', [
-    ('kcenter', False, True), ('power', False, True), ('topk', False, False), ('power', True, False)], ids=str)
+    ('kcenter', False, True), ('softrank', False, True), ('topk', False, False), ('power', False, False),
+    ('softrank', True, False)], ids=str)
 def test_more_candidates_than_memory_are_refused_by_those_of_a_few_images(make_state, monkeypatch, select, per_image,
                                                                           refused):
     """Two images of 1000 candidates: 2,975 images have 3 million, of 32 bytes, and vectors of 16 more."""
@@ -241,7 +256,7 @@ def as_ranks(monkeypatch, share: list) -> None:
 
 @pytest.mark.parametrize('per_image', [False, True])
 @pytest.mark.parametrize('in_pixels', [False, True])
-@pytest.mark.parametrize('select', [topk, top_percent])
+@pytest.mark.parametrize('select', [topk, top_percent, power_draw])
 @pytest.mark.parametrize('ranks', [2, 3])
 def test_the_choice_does_not_depend_on_who_saw_what(monkeypatch, select, in_pixels, per_image, ranks):
     parts = some_candidates(7, 12_000, 100)

@@ -11,6 +11,7 @@ not run again, and what was stopped goes on. ``report`` needs nothing but the CS
 of the text that lies beside it are written anew.
 """
 import argparse
+import collections
 import csv
 import glob
 import json
@@ -41,6 +42,7 @@ UNITS = dict(
     image=dict(unit='image'),
     superpixel=dict(PIXELS, unit=dict(type='superpixel', n_segments=2000)),  # as many as ClassBal's authors have
     dominant=dict(PIXELS, unit=dict(type='superpixel', n_segments=2000, label='dominant')),  # one class a click
+    coarse=dict(PIXELS, unit=dict(type='superpixel', n_segments=1000, label='dominant')),
     pixel=dict(unit='pixel', per_image=True, initial=20, budget=[20, 30, 30]))  # 20, 40, 70, 100 pixels an image
 STRATEGIES = dict(  # what is not a strategy's name alone
     foreground=dict(type='random', foreground=.33), committee=dict(type='bald', mc=1, committee=4))
@@ -289,19 +291,21 @@ def fill(text: str, tables: dict) -> str:
     return text
 
 
-def draw(runs: dict, path: str) -> None:
+def draw(runs: dict, path: str, columns: int = 2) -> None:
     """Validation mIoU over the labelled share, a panel a data set and unit: mean and one standard deviation."""
-    panels = {}
+    panels, often = {}, collections.Counter()
     for (data, unit, strategy), seeds in runs.items():
         if unit != 'full':
             panels.setdefault((data, unit), {})[strategy] = list(seeds.values())
-    height = math.ceil(len(panels) / 2)
-    figure = Figure((10, 3.9 * height), dpi=120, layout='constrained')
-    for ((data, unit), found), axes in zip(panels.items(), figure.subplots(height, 2, squeeze=False).flat):
-        for shift, (curves, label, style) in enumerate(zip(found.values(), found, al_report.styles(found)),
-                                                       -(len(found) // 2)):
+            often[strategy] += 1
+    names = [name for name, _ in often.most_common()]  # what is seen often gets a colour that nothing else has
+    style = dict(zip(names, al_report.styles(names)))
+    height = math.ceil(len(panels) / columns)
+    figure = Figure((4.6 * columns, 3.9 * height), dpi=120, layout='constrained')
+    for ((data, unit), found), axes in zip(panels.items(), figure.subplots(height, columns, squeeze=False).flat):
+        for shift, (label, curves) in enumerate(found.items(), -(len(found) // 2)):
             share_SR, values_SR = np.stack([curve(rows) for rows in curves], 1)
-            al_report.draw_curve(axes, share_SR.mean(0), values_SR, 3 * shift, label=label, **style)
+            al_report.draw_curve(axes, share_SR.mean(0), values_SR, 3 * shift, label=label, **style[label])
         al_report.tidy(axes, legend=False, title=f'{data}: {unit}', ylabel='mIoU',
                        xlabel='% of images labelled' if unit == 'image' else '% of pixels labelled')
         axes.legend(frameon=False, loc='lower right')
@@ -337,6 +341,10 @@ def main() -> None:
                 text = file.read()
             with open(f'{name}.md', 'w') as file:
                 file.write(fill(text, tables))
+        if args.table == TABLE:  # README's picture
+            draw({key: seeds for key, seeds in runs.items() if key[0] == 'camvid' and key[1] != 'dominant'
+                  and key[2] in ('full', 'random', 'real', 'power_entropy')},
+                 osp.join(osp.dirname(TABLE), 'camvid.png'), 3)
         return draw(runs, f'{name}.png')
     out = osp.abspath(args.out)
     if not osp.isdir(osp.join(out, args.data, 'data')):
