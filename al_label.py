@@ -1418,7 +1418,7 @@ def doubted(run: State, out: str, budget: int) -> State:
     nothing else."""
     import al_patch
     al = al_patch.parse_settings({**{key: run.al[key] for key in ('unit', 'logits')}, 'rounds': 1, 'budget': budget,
-                                  'oracle': 'human', 'seed': run.seed})
+                                  'oracle': 'human', 'seed': run.seed, 'strategy': 'entropy'})  # for its top-k
     state = al_patch.State(dict(seed=run.seed, config={}), osp.abspath(out), al, run.runner, run.pool)
     state.units = run.units  # superpixels lie there
     kept = [path for k in range(len(run.rounds)) if (path := kept_checkpoint(run, k))]

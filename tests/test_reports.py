@@ -36,7 +36,8 @@ CELL = dict(type='region', size=[8, 8])  # 24 of them in each of 12 images
 
 def make_state(shares: list, values: list, seed: int = 0, phase: str = 'query', clicks: bool = False, **settings):
     """The state of a run on 100 images: the labelled share and mIoU after each round."""
-    al = al_patch.parse_settings(dict(dict(rounds=len(shares) - 1, seed=seed), **settings)).to_dict()
+    al = dict(rounds=len(shares) - 1, seed=seed, strategy='entropy')
+    al = al_patch.parse_settings({**al, **settings}).to_dict()
     spent = [{'images': share, '% of images': float(share)} for share in shares]
     asked = [{f'{i}': None for i in range(a, b)} for a, b in zip([0, *shares], shares)]
     if clicks:
@@ -354,8 +355,8 @@ def no_failure(monkeypatch):
 
 def test_whole_images(make_cfg, train, shared_data, tmp_path, no_failure):
     """Curve, table, classes, scores, pictures; and what is asked for does not depend on being looked at."""
-    _, unseen = train(make_cfg(dict(rounds=2), work_dir=str(tmp_path / 'unseen')))
-    cfg = make_cfg(dict(rounds=2, visualize=4))
+    _, unseen = train(make_cfg(dict(rounds=2, strategy='entropy'), work_dir=str(tmp_path / 'unseen')))
+    cfg = make_cfg(dict(rounds=2, strategy='entropy', visualize=4))
     _, rounds = train(cfg)
     assert asked_of(rounds) == asked_of(unseen) and rounds[2]['metrics'] == unseen[2]['metrics']
     with open(osp.join(cfg.work_dir, 'learning_curve.csv'), newline='') as file:

@@ -425,7 +425,7 @@ OTHERS = tiny.NAMES[1:]
 
 
 def test_the_selection_follows_from_the_checkpoint(make_cfg, train, shared_data):
-    cfg = make_cfg({}, changes=tiny.NO_VAL)
+    cfg = make_cfg(dict(strategy='entropy'), changes=tiny.NO_VAL)
     _, rounds = train(cfg)
     model = MODELS.build({**cfg.model, 'data_preprocessor': None}).eval()
     model.load_state_dict(weights_at(cfg, 'round_0/iter_4.pth'))

@@ -466,11 +466,11 @@ def test_the_strategy_may_change_for_the_rounds_to_come(make_cfg, train):
     again = make_cfg(dict(rounds=3, strategy='margin', weights='last', overrides={0: {'train_cfg.max_iters': 2}}),
                      changes={**tiny.NO_VAL, 'resume': True, 'optim_wrapper.optimizer.lr': .2})
     _, rounds = train(again)
-    assert [entry['strategy']['type'] for entry in rounds] == ['random', 'entropy', 'margin', 'margin']
+    assert [entry['strategy']['type'] for entry in rounds] == ['random', 'power_entropy', 'margin', 'margin']
     assert [entry['changed'] for entry in rounds] == [[], ['train_cfg'], ['optim_wrapper'], []]
     log = tiny.log_of(cfg.work_dir)
-    assert "Settings have changed since the run last started: al.strategy was 'entropy' and is 'margin'; al.rounds " \
-        "was 1 and is 3; al.weights was 'scratch' and is 'last'\n" in log
+    assert "Settings have changed since the run last started: al.strategy was 'power_entropy' and is 'margin'; " \
+        "al.rounds was 1 and is 3; al.weights was 'scratch' and is 'last'\n" in log
     assert 'The config has changed since the last training: optim_wrapper\n' in log
 
 

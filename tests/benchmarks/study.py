@@ -342,8 +342,8 @@ def main() -> None:
             with open(f'{name}.md', 'w') as file:
                 file.write(fill(text, tables))
         if args.table == TABLE:  # README's picture
-            draw({key: seeds for key, seeds in runs.items() if key[0] == 'camvid' and key[1] != 'dominant'
-                  and key[2] in ('full', 'random', 'real', 'power_entropy')},
+            draw({key: seeds for key, seeds in runs.items() if key[0] == 'camvid'
+                  and key[1] not in ('dominant', 'coarse') and key[2] in ('full', 'random', 'real', 'power_entropy')},
                  osp.join(osp.dirname(TABLE), 'camvid.png'), 3)
         return draw(runs, f'{name}.png')
     out = osp.abspath(args.out)
