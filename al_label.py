@@ -1278,9 +1278,9 @@ def add_team_commands(commands: argparse._SubParsersAction) -> None:
                         help='units, or a fraction, as `al.budget`')
     asking.add_argument('--labelled', metavar='FOLDER|SPLIT', help='what is labelled: a folder of other images; or of '
                         'label maps, or masks, <name>.png of some of the same; or a file of names')
-    for option, default in dict(strategy='power_entropy', unit='image').items():
-        asking.add_argument(f'--{option}', nargs='+', action=al_report.Setting, default=default, metavar='NAME',
-                            help=f'as `al.{option}`: a name, and options as key=value')
+    for option in ('strategy', 'unit'):
+        asking.add_argument(f'--{option}', nargs='+', action=al_report.Setting, metavar='NAME',
+                            default=argparse.SUPPRESS, help=f'as `al.{option}`: a name, and options as key=value')
     asking.add_argument('--seed', type=int, help="by default the config's, or 0")
     giving = command(dataset, 'all labels of a run as an ordinary data set of mmseg\'s, with a config and an invoice')
     giving.add_argument('--copy', action='store_true', help='images are copied, and not linked')

@@ -1235,7 +1235,7 @@ class Collector:
 
     @property
     def keeps_chosen(self) -> bool:
-        return getattr(self.select, 'func', self.select) in ONE_BY_ONE and not (self.per_image or self.caps)
+        return without_options(self.select) in ONE_BY_ONE and not (self.per_image or self.caps)
 
     def add(self, name: str, candidates: Candidates, known: Candidates, number: int = 0) -> None:
         """An image's candidates, what is labelled of it where the selector wants to know, and the number of its
@@ -1376,7 +1376,7 @@ class Collector:
         the last block counts as labelled for the next. (Not under caps, which hold for all blocks together.)"""
         budget, n = self.budget(None), sum(len(part.id) for part in parts)
         k = budget / np.median(np.concatenate([part.pixels for part in parts])) if self.in_pixels and n else budget
-        is_far = getattr(self.select, 'func', self.select) in PAIRWISE and n * min(n, k) > FEW_PAIRS and not self.caps
+        is_far = without_options(self.select) in PAIRWISE and n * min(n, k) > FEW_PAIRS and not self.caps
         self.blocks = math.ceil(n / 19_000) if is_far else 1  # some are larger
         chosen, last, spent = [], [], 0
         for j in range(self.blocks):
@@ -3867,8 +3867,7 @@ class Functions(Registry):
             return functools.partial(self.register_module, name, force)
         key = name or module.__name__
         if key in self.module_dict and not force:
-            places = [getattr(getattr(each, 'func', each), '__code__', None)
-                      for each in (self.module_dict[key], module)]
+            places = [getattr(without_options(each), '__code__', None) for each in (self.module_dict[key], module)]
             places = [f'{code.co_filename}:{code.co_firstlineno}' if code else __file__ for code in places]
             raise KeyError(f'{key!r} is a name in {self.name} already: {places[0]}; the second is {places[1]}')
         return super().register_module(name, force, module)
@@ -3963,7 +3962,7 @@ def sum_of(scores: list, of: Scores, weights: MaybeNumbers = None) -> torch.Tens
 
 def check_strategy(strategy: Strategy) -> None:
     """Refuse functions that do not fit together."""
-    score, embed, select = (function and getattr(function, 'func', function).__name__
+    score, embed, select = (function and without_options(function).__name__
                             for function in (strategy.score, strategy.embed, strategy.select))
     takes_vectors = strategy.asks_for('vectors_ND')
     for is_wrong, key, should_be, value in (
@@ -4055,6 +4054,11 @@ class Strategy:
 def parameters_of(function: Callable):
     """What a function takes, by name."""
     return inspect.signature(function).parameters
+
+
+def without_options(function: Callable) -> Callable:
+    """The function itself, where a strategy has fixed some of its options."""
+    return getattr(function, 'func', function)
 
 
 def always(parts: dict) -> Callable[[], dict]:
